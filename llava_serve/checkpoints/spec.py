@@ -1,0 +1,125 @@
+"""One description of a checkpoint, whatever its format. Frozen, plain values: made without torch, read by both tiers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Aspect = Literal["square", "pad", "anyres"]
+Merge = Literal["flat", "spatial", "spatial_unpad"]
+Layout = Literal["original", "transformers"]
+Adapter = Literal["lora", "projector"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessing:
+    """How a picture becomes tiles, and how many features it takes.
+
+    Attributes:
+        layout: whose rounding and tie rules hold: the original's and transformers' differ for some sizes.
+        aspect: `square` crops the centre, `pad` pads to a square, `anyres` cuts a grid of tiles beside an overview.
+        grid_pinpoints: anyres canvases as (width, height).
+        merge: how the features of several tiles are laid out.
+        crop_size: (height, width) of a tile.
+        shortest_edge: the shorter side before the centre crop; None resizes to `resize_to`.
+        resize_to: (height, width), where the shorter side does not decide.
+        do_resize, do_center_crop: as the tower's processor says.
+        resample: Pillow's filter number.
+        mean, std: per channel, in units of [0, 1].
+        patch_size: of the tower, in pixels.
+        extra_features: 1 where the class token is kept (`cls_patch`), else 0.
+    """
+
+    layout: Layout
+    aspect: Aspect
+    grid_pinpoints: tuple[tuple[int, int], ...]
+    merge: Merge
+    crop_size: tuple[int, int]
+    shortest_edge: int | None
+    resize_to: tuple[int, int] | None
+    do_resize: bool
+    do_center_crop: bool
+    resample: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    patch_size: int
+    extra_features: int
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.crop_size[0] // self.patch_size
+
+    @property
+    def features_per_tile(self) -> int:
+        """Features that the tower gives for one tile."""
+        return self.grid_side**2 + self.extra_features
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """Where the tokenizer is and how it is used.
+
+    Attributes:
+        folder: that holds its files.
+        kind: `sentencepiece` (`tokenizer.model`) or `tokenizers` (`tokenizer.json`).
+        added_tokens: tokens behind the vocabulary, in order of their ids (`<im_start>`, `<im_end>`, `<im_patch>`).
+    """
+
+    folder: Path
+    kind: Literal["sentencepiece", "tokenizers"]
+    added_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSpec:
+    """What a checkpoint is. Every reader of a format ends here.
+
+    Attributes:
+        name: of the model, for templates by name and for `/v1/models`.
+        path: the checkpoint's folder.
+        layout: of the weights.
+        adapter: `lora` or `projector` if the folder is only an addition to `base`.
+        base: folder of the base.
+        tower: folder of the tower's weights; None where the checkpoint carries them.
+        text_config: keyword arguments of the language model's transformers config, with its `model_type`.
+        vision_config: those of the vision tower's.
+        projector_type: `linear`, `mlpNx_gelu`, `identity`.
+        projector_bias, projector_act: of transformers' two-layer projector.
+        select_layer: index into the tower's hidden states, usually -2.
+        select_feature: `patch` drops the class token, `cls_patch` keeps it.
+        mm_use_im_start_end: an image stands between `<im_start>` and `<im_end>`.
+        context_length: positions that the model has.
+        eos_token_ids: end tokens of the generation config.
+        conv_mode, conv_reason: the template and why it was chosen.
+        chat_template: transformers' Jinja text, where the checkpoint carries one.
+        torch_dtype: the precision that the files declare.
+    """
+
+    name: str
+    path: Path
+    layout: Layout
+    adapter: Adapter | None
+    base: Path | None
+    tower: Path | None
+    tokenizer: TokenizerSpec
+    image: ImageProcessing
+    text_config: dict[str, Any]
+    vision_config: dict[str, Any]
+    projector_type: str
+    projector_bias: bool
+    projector_act: str
+    select_layer: int
+    select_feature: Literal["patch", "cls_patch"]
+    mm_use_im_start_end: bool
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    conv_mode: str
+    conv_reason: str
+    chat_template: str | None
+    torch_dtype: str
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text_config["vocab_size"])

@@ -1,0 +1,102 @@
+"""Options of the parts, frozen. Each default is written here and nowhere else.
+
+Plain pydantic models, because they are the `args` of `serve_config.yaml`: a typo is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+
+
+class Options(BaseModel):
+    """Base: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelOptions(Options):
+    """Which model, and where it runs.
+
+    Attributes:
+        model: `builtin`, a folder, or a hub id in the local cache.
+        model_base: the base of a LoRA or projector-only checkpoint.
+        vision_tower: overrides the checkpoint's own.
+        conv_mode: overrides the detected template.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        dtype: `auto` is float32 on a CPU and the checkpoint's half precision on CUDA.
+        quantization: layers of the language model in 8 or 4 bits (bitsandbytes).
+    """
+
+    model: str = "builtin"
+    model_base: str | None = None
+    vision_tower: str | None = None
+    conv_mode: str | None = None
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    quantization: Literal["8bit", "4bit"] | None = None
+
+
+class EngineOptions(Options):
+    """Limits of one engine.
+
+    Attributes:
+        max_num_seqs: sequences that decode together.
+        max_waiting: sequences that may wait; beyond it `CapacityError`.
+        max_batch_tokens: positions computed per step, prefill and decode together.
+        max_batch_tiles: tiles through the vision tower per step.
+        kv_cache_bytes: memory of the KV cache on a CPU.
+        gpu_memory_fraction: of the free memory, for the KV cache on CUDA.
+        feature_cache_bytes: memory of the image-feature cache.
+        block_size: positions per block.
+        prefix_caching: keep and reuse the KV of prompts.
+        num_threads: of torch on a CPU; None takes all cores of the machine.
+    """
+
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_waiting: int = Field(default=256, ge=0)
+    max_batch_tokens: int = Field(default=2048, ge=16)
+    max_batch_tiles: int = Field(default=8, ge=1)
+    kv_cache_bytes: int = Field(default=1 << 30, ge=1)
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    feature_cache_bytes: int = Field(default=256 << 20, ge=0)
+    block_size: int = Field(default=16, ge=1)
+    prefix_caching: bool = True
+    num_threads: int | None = Field(default=None, ge=1)
+
+
+class ImageOptions(Options):
+    """What pictures are accepted.
+
+    Attributes:
+        max_bytes: of one encoded picture.
+        max_pixels: of one decoded picture.
+        max_per_request: pictures in one request.
+    """
+
+    max_bytes: int = Field(default=20 << 20, ge=1)
+    max_pixels: int = Field(default=64_000_000, ge=1)
+    max_per_request: int = Field(default=16, ge=0)
+
+
+class ApiOptions(Options):
+    """The web app's own limits.
+
+    Attributes:
+        model_name: the name in `/v1/models`; None takes the model's folder name.
+        api_keys: accepted bearer keys; empty lets everyone in.
+        max_body_bytes: of a request.
+        max_queue: requests in the house, per ingress replica; beyond it 429.
+        default_timeout_s: a request's time, where it names none.
+        max_timeout_s: the longest time that a request may name.
+    """
+
+    model_name: str | None = None
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = Field(default=32 << 20, ge=1)
+    max_queue: int = Field(default=256, ge=1)
+    default_timeout_s: float = Field(default=120, gt=0)
+    max_timeout_s: float = Field(default=600, gt=0)

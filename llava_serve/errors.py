@@ -1,0 +1,101 @@
+"""Every error that a caller can meet.
+
+LlavaServeError
+├── RequestError               the caller's fault
+│   ├── InvalidImageError      not an image, too large, too many, unreachable, refused address
+│   ├── PromptTooLongError     says got and limit
+│   ├── UnsupportedParameterError
+│   ├── BodyTooLargeError
+│   └── UnknownModelError
+├── AccessError                no key, or a wrong one
+├── CapacityError              full: try again later
+├── DeadlineExceededError      the request's time was up
+├── CheckpointError            at load only: names file and tensor
+└── EngineDeadError            the engine's loop has ended
+
+A class carries no HTTP status: the web app has one table (`llava_serve.api.errors`). The message is a sentence for the
+caller: no path of the server, no library's text, no traceback. Every class survives pickling, since errors cross Ray.
+"""
+
+from __future__ import annotations
+
+
+class LlavaServeError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: one sentence for the caller.
+        param: the request field at fault, where there is one (OpenAI's `error.param`).
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RequestError(LlavaServeError):
+    """The request cannot be served as it stands."""
+
+
+class InvalidImageError(RequestError):
+    """A picture is not readable, not allowed, or too large."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt and the answer asked for do not fit the model's context.
+
+    Args:
+        got: positions that the request needs.
+        limit: positions that the model has.
+    """
+
+    def __init__(self, got: int, limit: int, message: str | None = None) -> None:
+        super().__init__(message or f"The prompt takes {got} tokens; this model takes at most {limit}.", "messages")
+        self.args = (got, limit, self.message)  # what unpickling passes to __init__
+        self.got = got
+        self.limit = limit
+
+
+class UnsupportedParameterError(RequestError):
+    """A field asks for something that this server does not do."""
+
+
+class BodyTooLargeError(RequestError):
+    """The request body is over the server's limit."""
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here."""
+
+
+class AccessError(LlavaServeError):
+    """The request carries no key, or a wrong one."""
+
+
+class CapacityError(LlavaServeError):
+    """The server is full; the same request may succeed later.
+
+    Args:
+        retry_after_s: seconds after which to try again.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.args = (message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceededError(LlavaServeError):
+    """The request's time was up before its answer was complete."""
+
+
+class CheckpointError(LlavaServeError):
+    """A checkpoint cannot be loaded; the message names the file or tensor and what to do. Raised at load only."""
+
+
+class EngineDeadError(LlavaServeError):
+    """The engine's loop has ended; the replica is to be replaced."""

@@ -1,0 +1,213 @@
+"""The values that travel: options, messages, the prepared prompt, and results. Plain values and numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_serve.errors import RequestError
+
+IMAGE_TOKEN_ID = -200
+"""Stands where an image goes. The original's value: never an id of a vocabulary."""
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an answer is drawn. The defaults are written here and nowhere else.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        top_k: 0 looks at the whole vocabulary.
+        max_new_tokens: bound on the answer, the end token included.
+        stop: strings that end the answer; they are not part of it.
+        seed: makes the draw a function of (seed, choice, position).
+        n: answers per prompt.
+        num_beams: above 1 is beam search, sent only at its end.
+        logprobs: None, or how many alternatives to report beside each token (0 to 20).
+        presence_penalty: OpenAI's, in [-2, 2].
+        frequency_penalty: OpenAI's, in [-2, 2].
+        repetition_penalty: above 0; 1 is none.
+        ignore_eos: go on to `max_new_tokens` whatever end token is drawn.
+
+    Raises:
+        RequestError: a value is outside its range; `param` names it.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    n: int = 1
+    num_beams: int = 1
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        def demand(good: bool, name: str, rule: str) -> None:
+            if not good:
+                raise RequestError(f"{name} must be {rule}; got {getattr(self, name)}.", name)
+
+        demand(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
+        demand(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        demand(self.top_k >= 0, "top_k", "0 or more")
+        demand(self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
+        demand(isinstance(self.stop, tuple) and all(self.stop), "stop", "a tuple of strings that are not empty")
+        demand(1 <= self.n <= 128, "n", "between 1 and 128")
+        demand(1 <= self.num_beams <= 64, "num_beams", "between 1 and 64")
+        demand(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        demand(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
+        demand(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
+        demand(0 < self.repetition_penalty <= 10, "repetition_penalty", "above 0 and at most 10")
+        if self.num_beams > 1 and (self.temperature > 0 or self.n > 1):
+            raise RequestError("num_beams above 1 needs temperature 0 and n 1.", "num_beams")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text as its author typed it: no mark-up in it is obeyed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A picture: its encoded bytes, or where they are (`data:` URL, `http(s):` URL)."""
+
+    source: str | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    parts: tuple[TextPart | ImagePart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt as model input, made without torch; crosses from the CPU tier to the GPU tier.
+
+    Attributes:
+        token_ids: int32 [num_tokens]. An image takes as many positions as it has features, each `IMAGE_TOKEN_ID`, so
+            that the length is the KV length.
+        image_spans: half-open [start, end) positions of each image, in order.
+        tiles: per image uint8 [tiles, height, width, 3], RGB, not normalised.
+        image_sizes: per image (width, height) in pixels before tiling.
+        digests: per image, over pixels, size, mode and processing.
+        prompt: the rendered text, `<image>` where an image goes.
+        stop_token_ids: end tokens of the template, beside the checkpoint's own.
+        stop: stop strings of the template, beside the request's own.
+        version: of this layout, since it crosses rolling upgrades.
+    """
+
+    token_ids: NDArray[np.int32]
+    image_spans: tuple[tuple[int, int], ...] = ()
+    tiles: tuple[NDArray[np.uint8], ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    digests: tuple[str, ...] = ()
+    prompt: str = ""
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    version: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions in the KV cache, images merged in."""
+        return len(self.token_ids)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The original's form: one `IMAGE_TOKEN_ID` per image."""
+        ids: list[int] = []
+        at = 0
+        for start, end in self.image_spans:
+            ids += self.token_ids[at:start].tolist()
+            ids.append(IMAGE_TOKEN_ID)
+            at = end
+        return ids + self.token_ids[at:].tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A produced token, its log-probability (natural), and the best alternatives, best first, as (id, text, logprob)."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer. `token_ids` includes the end token where one was produced; `text` is stripped as the original does."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """What a prompt gave: `outputs` holds all `n` answers; the short names are those of the first.
+
+    Attributes:
+        num_prompt_tokens: positions, images merged in.
+        num_cached_tokens: those of them that were not computed again.
+    """
+
+    prompt: str
+    input_ids: list[int]
+    num_prompt_tokens: int
+    outputs: tuple[Completion, ...]
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        return self.outputs[0].logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is new in one choice of a stream. Joined, the texts are `Completion.text`.
+
+    Attributes:
+        index: of the choice.
+        text: new text; may be empty while a character or stop string is not yet decided.
+        token_ids: new ids; one or more, but for a last chunk that only ends.
+        finish_reason: set on the choice's last chunk, and only there.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
