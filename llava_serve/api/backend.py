@@ -1,0 +1,31 @@
+"""What the web app needs behind it: the library in this process, or handles to a Serve application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+
+
+class Backend(Protocol):
+    """The two steps behind every answer. Deadlines are seconds since the epoch (`time.time()`): they cross machines."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests use for the model."""
+        ...
+
+    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        """Fetches, decodes, tiles, renders and tokenizes. Raises the `RequestError` that fits a bad input."""
+        ...
+
+    def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        """Streams the answer. Closing the generator ends the work in the engine."""
+        ...
+
+    async def check_health(self) -> None:
+        """Returns if an answer can be expected; raises `EngineDeadError` otherwise."""
+        ...
