@@ -1,0 +1,59 @@
+# What people and CI type. `make demo` is the place to begin.
+
+PYTHON ?= python3.11
+PIP_ARGS ?=
+CONFIG ?= serve_config.yaml
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/install.log
+
+.PHONY: help setup demo serve test test-slow check eval-builtin clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo          a Ray Serve application answers a question about a picture"
+	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=)"
+	@echo "make test          the quick tests        make test-slow   the rest"
+	@echo "make check         format, lint, types, floors, serve_config.yaml"
+	@echo "make eval-builtin  measures the model that ships"
+	@echo "make clean         removes $(VENV) and caches"
+	@echo "PYTHON=, PIP_ARGS= choose the interpreter and, say, a package index"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed, and $(PYTHON) is not here; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed, and $(PYTHON) is `$(PYTHON) -V 2>&1`; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV); the first time takes some minutes."
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]" >$(LOG) 2>&1 || \
+		{ echo "The packages could not be installed: is the package index reachable? The end of $(LOG):" >&2; tail -n 3 $(LOG) >&2; exit 1; }
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m deployments.demo --config $(CONFIG)
+
+serve: setup
+	@$(BIN)/python -m deployments.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
+
+test: setup
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup
+	@$(BIN)/python -m pytest -q -m slow
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m deployments.check_config --cpus 2 serve_config.yaml
+
+eval-builtin: setup
+	@$(BIN)/python -m training.evaluate
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""The Serve application: three deployments, chained. Where and how often they run stands in `serve_config.yaml`."""
+
+# No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands, and a string would
+# quietly leave the arguments an unchecked dict.
+
+from pathlib import Path
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.ingress import Ingress
+from deployments.model import LlavaModel
+from deployments.preprocessor import ImagePreprocessor
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
+
+DEPLOYMENTS = ("Ingress", "ImagePreprocessor", "LlavaModel")
+"""The names that a config may give replicas and resources to."""
+
+
+class AppArgs(ModelOptions):
+    """The application's `args` in `serve_config.yaml`: the model's options, and those of each part under its name.
+
+    Attributes:
+        engine: limits of each model replica.
+        images: what pictures are accepted.
+        api: access and limits of the web app.
+    """
+
+    engine: EngineOptions = EngineOptions()
+    images: ImageOptions = ImageOptions()
+    api: ApiOptions = ApiOptions()
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The part that is about the model alone."""
+        return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests use for the model."""
+        return self.api.model_name or Path(self.model).name
+
+
+def build_app(args: AppArgs) -> Application:
+    """Chains the deployments: the ingress holds a handle to each of the other two."""
+    preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images)
+    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine)
+    ingress = serve.deployment(serve.ingress()(Ingress))
+    return ingress.bind(args.model_name, args.api, preprocessor, model)

@@ -1,0 +1,142 @@
+"""The strict check of a Serve config: `python -m deployments.check_config serve_config.yaml`.
+
+Ray drops keys that it does not know, to be forward compatible, so that a typo quietly becomes a default. Here every key
+must be one that Ray or the application knows, and every deployment must fit the CPUs that the file is meant for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import DEPLOYMENTS, AppArgs
+
+IMPORT_PATH = "deployments.app:build_app"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints what is wrong, one line each; the exit status is 1 if anything is."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.check_config", description="Checks a Serve config.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--cpus", type=float, help="also refuse what does not fit a Ray of so many CPUs")
+    options = parser.parse_args(argv)
+    try:
+        config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        print(f"{options.config}: not readable as YAML: {error}", file=sys.stderr)
+        return 1
+    faults = check(config, cpus=options.cpus)
+    for fault in faults:
+        print(f"{options.config}: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def check(config: object, *, cpus: float | None = None) -> list[str]:
+    """Returns a sentence per fault: where it is, and what was probably meant.
+
+    Args:
+        config: the parsed YAML.
+        cpus: the CPUs that all replicas together must fit, counted at their most; None does not look.
+    """
+    faults = list(unknown_keys(config, ServeDeploySchema, ""))
+    try:
+        ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        faults += sentences(error, "")
+    if faults or not isinstance(config, Mapping):
+        return faults
+    for number, application in enumerate(config["applications"]):
+        if application["import_path"] == IMPORT_PATH:
+            faults += check_application(application, f"applications[{number}]")
+    if cpus is not None and not faults:
+        needed = sum(cpus_at_most(deployment) for deployment in deployments_of(config))
+        if needed > cpus:
+            faults.append(f"the replicas take up to {needed:g} CPUs, and there are {cpus:g}")
+    return faults
+
+
+def check_application(application: Mapping[str, Any], path: str) -> Iterator[str]:
+    """What Ray cannot know: the application's arguments and the names of its deployments."""
+    try:
+        AppArgs.model_validate(application.get("args", {}))
+    except ValidationError as error:
+        yield from sentences(error, f"{path}.args.")
+    named = [deployment["name"] for deployment in application.get("deployments", [])]
+    for number, name in enumerate(named):
+        if name not in DEPLOYMENTS:
+            yield unknown(f"{path}.deployments[{number}].name: {name}", name, DEPLOYMENTS)
+    for name in DEPLOYMENTS:
+        if name not in named:
+            yield f"{path}.deployments: {name} is missing; Serve would give it one whole CPU"
+
+
+def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
+    """Walks a value beside the type that it should have, and names the keys that no model in the type has."""
+    models = list(models_of(schema))
+    if isinstance(value, Mapping) and models:
+        for key, below in value.items():
+            fields = [model.model_fields[key] for model in models if key in model.model_fields]
+            if fields:
+                yield from unknown_keys(below, fields[0].annotation, f"{path}{key}.")
+            else:
+                yield unknown(f"{path}{key}", str(key), [name for model in models for name in model.model_fields])
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from unknown_keys(item, schema, f"{path.removesuffix('.')}[{number}].")
+
+
+def models_of(schema: object) -> Iterator[type[BaseModel]]:
+    """The models in a type: `Optional[list[Model]]` and the like hold one."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        yield schema
+    for part in typing.get_args(schema):
+        yield from models_of(part)
+
+
+def unknown(where: str, got: str, known: Iterable[str]) -> str:
+    """The sentence for a name that nobody knows."""
+    near = difflib.get_close_matches(got, list(known), n=1)
+    return f"{where}: unknown" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def sentences(error: ValidationError, path: str) -> Iterator[str]:
+    """One sentence per fault that pydantic found."""
+    for fault in error.errors():
+        where = path + ".".join(str(step) for step in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield unknown(where, str(fault["loc"][-1]), argument_names())
+        else:
+            yield f"{where}: {fault['msg']}"
+
+
+def argument_names() -> Iterator[str]:
+    """Every name that the application's arguments have, at any depth."""
+    for name, field in AppArgs.model_fields.items():
+        yield name
+        for model in models_of(field.annotation):
+            yield from model.model_fields
+
+
+def deployments_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All deployments that the config names."""
+    for application in config["applications"]:
+        yield from application.get("deployments", [])
+
+
+def cpus_at_most(deployment: Mapping[str, Any]) -> float:
+    """The CPUs of all replicas that a deployment may come to have."""
+    replicas = (deployment.get("autoscaling_config") or {}).get("max_replicas", deployment.get("num_replicas", 1))
+    return float(replicas) * float((deployment.get("ray_actor_options") or {}).get("num_cpus", 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Handles that look like the library: its own errors come out of them, and no call outlives its caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.deadline import until
+from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+
+HEALTH_TIMEOUT_S = 5.0
+"""A call to a deployment without replicas waits; a health probe must not."""
+
+
+class HandleBackend:
+    """The web app's `Backend` over two handles.
+
+    Args:
+        model_name: the name that requests use for the model.
+        preprocessor: handle to `ImagePreprocessor`.
+        model: handle to `LlavaModel`.
+    """
+
+    def __init__(self, model_name: str, preprocessor: DeploymentHandle, model: DeploymentHandle) -> None:
+        self._model_name = model_name
+        self._prepare = preprocessor.options(method_name="prepare")
+        self._generate = model.options(method_name="generate", stream=True)
+        self._health = model.options(method_name="health")
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests use for the model."""
+        return self._model_name
+
+    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        """Fetches, decodes, tiles, renders and tokenizes, in the picture tier."""
+        async with until(deadline), call(self._prepare, messages, conv_mode, deadline) as response:
+            prepared: PreparedPrompt = await response
+            return prepared
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        """Streams the answer from the model tier. Closing the generator ends the work there."""
+        async with call(self._generate, prepared, sampling, request_id, deadline) as response:
+            while True:
+                async with until(deadline):
+                    chunks: list[Chunk] | None = await anext(response, None)
+                if chunks is None:
+                    return
+                for chunk in chunks:
+                    yield chunk
+
+    async def check_health(self) -> None:
+        """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S), call(self._health) as response:
+                await response
+        except TimeoutError:
+            raise EngineDeadError("No replica of the model answers.") from None
+
+
+@asynccontextmanager
+async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
+    """A call that ends with its block: whatever happens inside, nothing runs on at the replica.
+
+    Serve's own cancelling of what a request started loses calls in a burst, so each call is cancelled by its owner.
+    """
+    response = method.remote(*args)
+    try:
+        with library_errors():
+            yield response
+    finally:
+        with suppress(Exception):  # of a call that never reached a replica: its error was raised above
+            response.cancel()
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Turns what Ray raises into the library's own error, where there is one."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, LlavaServeError):
+            raise error.cause from None
+        raise
+    except BackPressureError:
+        raise CapacityError("The server is full; try again later.") from None
+    except (RayActorError, DeploymentUnavailableError):
+        raise EngineDeadError("The replica that worked on the request was lost.") from None
+    except (TaskCancelledError, RequestCancelledError):
+        raise EngineDeadError("The replica that worked on the request was stopped.") from None

@@ -1,0 +1,83 @@
+"""`make demo`: asks the application of a config one question about a picture, over HTTP, and looks at the answer."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+import time
+from pathlib import Path
+
+from openai import OpenAI, OpenAIError
+
+from deployments.check_config import check
+from deployments.local import LocalServeError, free_port, local_serve, read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGE = ROOT / "llava_serve" / "builtin" / "demo.png"
+QUESTION = "What colour is the circle?"
+ANSWER = "red"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status is 0 only if the answer is the right one."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.demo", description=__doc__)
+    parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml")
+    parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
+    parser.add_argument("--image", type=Path, default=IMAGE)
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--answer", default=ANSWER, help="what the answer must contain")
+    options = parser.parse_args(argv)
+    config = read_config(options.config, port=free_port(), model=options.model)
+    if faults := check(config):
+        print("\n".join(f"{options.config}: {fault}" for fault in faults), file=sys.stderr)
+        return 1
+
+    print("Starting Ray and the replicas ...", flush=True)
+    try:
+        with local_serve(config) as running:
+            answer = ask(running.url, options.image, options.question)
+    except (LocalServeError, OpenAIError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.answer.lower() not in answer.lower():
+        print(f"The right answer contains {options.answer!r}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def ask(url: str, image: Path, question: str) -> str:
+    """Sends a picture and a question through the official client, and prints what came of it."""
+    picture = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+    with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        model = client.models.list().data[0].id
+        start = time.perf_counter()
+        completion = client.chat.completions.create(
+            model=model,
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": picture}},
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ],
+            temperature=0,
+            max_tokens=64,
+        )
+        seconds = time.perf_counter() - start
+    answer = completion.choices[0].message.content or ""
+    tokens = completion.usage.completion_tokens if completion.usage else 0
+    print(f"Model:     {model}")
+    print(f"Picture:   {image}")
+    print(f"Question:  {question}")
+    print(f"Answer:    {answer}")
+    print(f"Speed:     {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", flush=True)
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

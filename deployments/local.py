@@ -1,0 +1,165 @@
+"""The application on a Ray of its own, on this machine: started, waited for, and ended without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+START_TIMEOUT_S = 300.0
+
+
+class LocalServeError(Exception):
+    """The application could not be started; the message is for the terminal."""
+
+
+@dataclass(frozen=True)
+class LocalServe:
+    """A running application.
+
+    Attributes:
+        url: of its HTTP door, without a path.
+        ray_address: for other Ray jobs on this machine, together with `RAY_AUTH_MODE=token` and the token.
+        ray_token: what such a job sets as `RAY_AUTH_TOKEN`.
+        log: what Ray and the replicas print.
+    """
+
+    url: str
+    ray_address: str
+    ray_token: str
+    log: Path
+
+
+@contextmanager
+def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> Iterator[LocalServe]:
+    """Runs an application while the block runs; then it drains and ends.
+
+    It touches no other Ray on the machine: it neither joins one nor ends one, and has a token of its own.
+
+    Args:
+        config: a Serve config with one application; its port must be free.
+        num_cpus: what Ray may count on; None takes the machine's cores, and two where there is one.
+
+    Raises:
+        LocalServeError: the port is taken, or the application cannot start.
+    """
+    http = config.get("http_options", {})
+    host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
+    demand_free_port(host, port)
+    folder = Path(tempfile.mkdtemp(prefix="llava-serve-"))  # short: Ray's sockets lie in it
+    token = secrets.token_hex(32)
+    config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
+    config_file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
+    command = [sys.executable, "-m", "deployments.runner", str(config_file)]
+    command += ["--ray-dir", str(folder / "ray"), "--report", str(report)]
+    command += ["--num-cpus", str(num_cpus or max(2, os.cpu_count() or 1))]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(token),
+            start_new_session=True,  # Ctrl-C in the terminal is for us: we drain first
+        )
+    clean = False
+    try:
+        local = "127.0.0.1" if host == "0.0.0.0" else host
+        url = f"http://{local}:{port}"
+        yield LocalServe(url, wait_until_ready(process, url, report, log), token, log)
+        clean = True
+    finally:
+        end(process)
+        if clean:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_config(path: Path, *, port: int | None = None, model: str | None = None) -> dict[str, Any]:
+    """A Serve config from its file, on another port or with another model."""
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if port is not None:
+        config.setdefault("http_options", {})["port"] = port
+    if model is not None:
+        config["applications"][0].setdefault("args", {})["model"] = model
+    return config
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def demand_free_port(host: str, port: int) -> None:
+    """Raises `LocalServeError` if something listens on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            raise LocalServeError(f"Port {port} is in use; choose another with PORT=... or --port.") from None
+
+
+def environment(token: str) -> dict[str, str]:
+    """For a Ray that stands alone: without what points to another one, and with a token of its own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return inherited | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, report: Path, log: Path) -> str:
+    """Returns Ray's address when all replicas run and the door answers; `LocalServeError` if that will not be."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        ended = process.poll() is not None  # before the report is looked for, which it may have left
+        if report.exists():
+            said = json.loads(report.read_text(encoding="utf-8"))
+            if said["failure"] is not None:
+                raise cannot_start(said["failure"], log)
+            with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                return str(said["ray_address"])
+        elif ended:
+            raise cannot_start(log.read_text(encoding="utf-8", errors="replace"), log)
+        time.sleep(0.1)
+    raise cannot_start(f"no answer within {START_TIMEOUT_S:.0f} s", log)
+
+
+def cannot_start(text: str, log: Path) -> LocalServeError:
+    """The last line of a traceback says what it is about."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return LocalServeError(f"The application cannot start: {lines[-1] if lines else 'no reason given'}\nLog: {log}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Lets the application drain and end; a second interrupt ends it at once. Its own process group, nobody else's."""
+    try:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,70 @@
+"""The model tier: a thin shim around one `AsyncLLM` per replica."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+from deployments.coalesce import coalesce
+from deployments.deadline import check_deadline
+from deployments.metrics import ModelMetrics
+from llava_serve.config import EngineOptions, ModelOptions
+from llava_serve.errors import EngineDeadError
+from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+
+
+class LlavaModel:
+    """Answers many prompts together.
+
+    Args:
+        model: which checkpoint, where and in which precision.
+        engine: limits of this replica.
+    """
+
+    def __init__(self, model: ModelOptions, engine: EngineOptions) -> None:
+        # Here, not above: the process that only builds the application shall not take the seconds to import torch.
+        from llava_serve.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM(model, engine)
+        self._metrics = ModelMetrics()
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, request_id: str, deadline: float
+    ) -> AsyncGenerator[list[Chunk]]:
+        """Streams the answer in lists: a message per token would cost more than the token.
+
+        Raises:
+            PromptTooLongError: the prompt and `max_new_tokens` do not fit.
+            CapacityError: the engine's queue is full.
+            DeadlineExceededError: the time is up.
+            EngineDeadError: the engine's loop has ended.
+        """
+        check_deadline(deadline)
+        start = time.perf_counter()
+        chunks = self._llm.generate(prepared, sampling, deadline=deadline, request_id=request_id)
+        async with aclosing(coalesce(chunks)) as groups:
+            first = True
+            async for group in groups:
+                if first:
+                    self._metrics.first_chunk(time.perf_counter() - start)
+                    first = False
+                self._metrics.produced(group)
+                yield group
+
+    async def health(self) -> None:
+        """Returns if an answer can be expected; raises `EngineDeadError` otherwise."""
+        self.check_health()
+
+    def check_health(self) -> None:
+        """Serve's own probe: a replica that raises here is replaced."""
+        if not self._llm.healthy:
+            raise EngineDeadError("The model's engine has stopped; its replica is being replaced.")
+
+    async def stats(self) -> Mapping[str, object]:
+        """The engine's counts: running and waiting sequences, blocks, cache hits."""
+        return self._llm.stats()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_llm"):
+            self._llm.close()

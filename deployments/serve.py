@@ -1,0 +1,48 @@
+"""`make serve`: the application of a config on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from deployments.check_config import check
+from deployments.local import LocalServeError, local_serve, read_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status is 0 if the application was stopped in order."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.serve", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
+    parser.add_argument("--port", type=int, help="instead of the config's")
+    parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
+    options = parser.parse_args(argv)
+    config = read_config(options.config, port=options.port, model=options.model)
+    if faults := check(config):
+        print("\n".join(f"{options.config}: {fault}" for fault in faults), file=sys.stderr)
+        return 1
+
+    interrupted = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print("Starting Ray and the replicas ...", flush=True)
+    try:
+        with local_serve(config) as running:
+            print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})")
+            token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={running.ray_token}"
+            print(f"For other Ray jobs: RAY_ADDRESS={running.ray_address} {token}", flush=True)
+            try:
+                interrupted.wait()
+            except KeyboardInterrupt:
+                print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
+    except LocalServeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
