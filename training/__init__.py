@@ -1,0 +1,1 @@
+"""How the builtin model was made: scenes, questions, tokenizer, two stages of training, export and evaluation."""

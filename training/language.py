@@ -1,0 +1,151 @@
+"""Stage 2: vision tower, projector and decoder together, on questions and answers.
+
+python -m training.language --minutes 100
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training import targets
+from training.cache import RUNS, Cache, Facts
+from training.decoding import answers
+from training.loop import Options, train
+from training.model import VISION_WIDTH, Llava, patch_features
+from training.packing import Batch, collate, exam, sequences, sequences_question_first
+from training.pixels import normalise
+from training.prompts import IMAGE, Text
+from training.questions import WEIGHTS
+from training.vision import FOLDER as VISION_FOLDER
+
+FOLDER = RUNS / "language"
+# One step in so many trains on pictures that follow their question.
+_QUESTION_FIRST_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things are, scenes per process and step, questions per scene, peak learning rates of decoder and tower."""
+
+    cache: Path
+    tokenizer: Path
+    vision: Path
+    init_from: Path | None
+    batch: int = 8
+    questions: int = 16
+    rate: float = 1e-3
+    tower_rate: float = 2e-4
+
+
+class LanguageTask:
+    """The whole model on questions; stage 1's targets stay on as a smaller part of the loss."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.text = Text(settings.tokenizer)
+        self.llava = Llava(self.text.vocabulary)
+        self.head = nn.Linear(VISION_WIDTH, targets.OUTPUTS)
+        self.module = nn.ModuleDict({"llava": self.llava, "head": self.head})
+        self.llava.tower.post_layernorm.requires_grad_(False)
+        self._initialise()
+        self.cache = Cache(settings.cache / "train")
+        self.test = Cache(settings.cache / "test")
+
+    def _initialise(self) -> None:
+        if self.settings.vision.exists():
+            state = torch.load(self.settings.vision, weights_only=True)["average"]
+            self.llava.tower.load_state_dict(_under("tower.", state))
+            self.head.load_state_dict(_under("head.", state))
+        if self.settings.init_from is not None:
+            from training.export import load
+
+            load(self.llava, self.settings.init_from)
+
+    def rate(self, name: str) -> float:
+        tower = name.startswith(("llava.tower.", "head."))
+        return self.settings.tower_rate if tower else self.settings.rate
+
+    def loss(self, step: int, rank: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng([12, step, rank])
+        question_first = step % _QUESTION_FIRST_EVERY == _QUESTION_FIRST_EVERY - 1
+        scenes = self.settings.batch * (2 if question_first else 1)
+        index = rng.integers(len(self.cache), size=scenes)
+        pixels, facts = self.cache.batch(index, rng.random(scenes) < 0.5)
+        if question_first:
+            batch = collate(sequences_question_first(self.text, facts, rng))
+        else:
+            batch = collate(sequences(self.text, facts, self.settings.questions, rng))
+        return self._loss(pixels, facts, batch)
+
+    def _loss(
+        self, pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], facts: Facts, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        images = normalise(torch.from_numpy(pixels))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = patch_features(self.llava.tower, images)
+            seen = self.head(features)
+            hidden = self._hidden(self.llava.projector(features), batch)
+            # Position i predicts token i + 1: only where that token is to be learned is the vocabulary computed.
+            learned = batch.weights[:, 1:] > 0
+            logits = self.llava.decoder.lm_head(hidden[:, :-1][learned]).float()
+        labels, weights = batch.ids[:, 1:][learned], batch.weights[:, 1:][learned]
+        spoken = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+        right = (logits.detach().argmax(-1) == labels).float().mean().item()
+        dense, figures = targets.loss(seen, targets.targets(facts))
+        return spoken + 0.05 * dense, {"spoken": spoken.item(), "tokens": right, "kind": figures["kind"]}
+
+    def _hidden(self, image: torch.Tensor, batch: Batch) -> torch.Tensor:
+        embeddings = self.llava.decoder.model.embed_tokens(batch.ids.clamp(min=0))
+        places = (batch.ids == IMAGE).unsqueeze(-1).expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(places, image.to(embeddings.dtype))
+        hidden: torch.Tensor = self.llava.decoder.model(
+            inputs_embeds=embeddings, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def check(self) -> dict[str, float]:
+        """Exact matches of free greedy answers to 24 questions of each kind about test scenes."""
+        rng = np.random.default_rng(13)
+        questions = exam(self.test.facts, rng, list(WEIGHTS), 24)
+        pixels = torch.from_numpy(self.test.pixels[[i for i, _ in questions]])
+        given = answers(self.llava, self.text, normalise(pixels), [q.text for _, q in questions])
+        right: dict[str, list[float]] = {}
+        for (_, question), answer in zip(questions, given, strict=True):
+            right.setdefault(question.kind, []).append(float(answer == question.answer))
+        figures = {kind: sum(values) / len(values) for kind, values in right.items()}
+        return {"overall": sum(figures.values()) / len(figures), **figures}
+
+
+def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def main() -> None:
+    """Trains stage 2, or goes on with it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=100)
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="scenes per process and step")
+    parser.add_argument("--questions", type=int, default=Settings.questions, help="questions per scene")
+    parser.add_argument("--rate", type=float, default=Settings.rate)
+    parser.add_argument("--tower-rate", type=float, default=Settings.tower_rate)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=RUNS / "cache")
+    parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizer.model")
+    parser.add_argument("--vision", type=Path, default=VISION_FOLDER / "checkpoint.pt", help="stage 1's checkpoint")
+    parser.add_argument("--init-from", type=Path, help="a shipped model's folder to start from")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    o = parser.parse_args()
+    settings = Settings(o.cache, o.tokenizer, o.vision, o.init_from, o.batch, o.questions, o.rate, o.tower_rate)
+    train(partial(LanguageTask, settings), Options(o.folder, o.minutes, o.processes))
+
+
+if __name__ == "__main__":
+    main()

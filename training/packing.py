@@ -1,0 +1,167 @@
+"""Several questions about one picture in one sequence, none of which sees another.
+
+A sequence starts with what all share (system prompt and picture); each question with its answer is a block that attends to
+that start and to itself, with positions that go on from the start's end: exactly what it would be alone. Blocks are put
+into bins of equal size, see `training.attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from training.cache import Facts
+from training.prompts import IMAGE, Text, system_prompt
+from training.questions import Question, ask, several
+from training.targets import GRID
+
+_PATCHES = GRID * GRID
+# Tokens of a bin: no block of one or two questions is longer.
+_BIN = 96
+# The shared part is padded to a multiple of this, so that the matrix products keep friendly sizes.
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a sequence: token ids (`IMAGE` for a patch) and the loss's weight of each."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One example: what all its questions share, and a block for each of them."""
+
+    shared: Block
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences: ids, weights (0 where nothing is learned), positions [b, n], and the bins' additive mask.
+
+    n is p + bins * s; the mask is [b, 1, bins * s, p + s].
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+
+
+def packed(text: Text, questions: list[Question], system: str, two_turns: int) -> Sequence:
+    """Questions after the picture, a block each; the last `two_turns` blocks hold two questions, one after the other."""
+    ids = [*text.before_image(system), *[IMAGE] * _PATCHES]
+    singles = len(questions) - 2 * two_turns
+    turns = [[q] for q in questions[:singles]]
+    turns += [questions[i : i + 2] for i in range(singles, len(questions), 2)]
+    return Sequence(Block(ids, [0.0] * len(ids)), [_block(text, t) for t in turns])
+
+
+def _block(text: Text, turns: list[Question]) -> Block:
+    ids: list[int] = []
+    weights: list[float] = []
+    for turn, question in enumerate(turns):
+        asked = text.next_question(question.text) if turn else text.first_question(question.text)
+        answer = text.answer(question.answer)
+        if len(ids) + len(asked) + len(answer) > _BIN:
+            break
+        ids += [*asked, *answer]
+        weights += [0.0] * len(asked) + _weights(answer)
+    return Block(ids, weights)
+
+
+def _weights(answer: list[int]) -> list[float]:
+    # Between "each token counts alike" and "each answer counts alike": a description must not outweigh all else.
+    return [len(answer) ** -0.5] * len(answer)
+
+
+def question_first(text: Text, question: Question, system: str) -> Sequence:
+    """The picture after its question, as clients send it that put the text part first."""
+    before, behind = text.question_first(system, question.text)
+    answer = text.answer(question.answer)
+    ids = [*before, *[IMAGE] * _PATCHES, *behind, *answer]
+    return Sequence(Block(ids, [0.0] * (len(ids) - len(answer)) + _weights(answer)), [])
+
+
+def sequences(text: Text, facts: Facts, questions: int, rng: np.random.Generator) -> list[Sequence]:
+    """Training sequences of a batch of scenes."""
+    return [
+        packed(text, several(facts, i, questions, rng), system_prompt(rng), two_turns=2 if rng.random() < 0.5 else 0)
+        for i in range(len(facts.kind))
+    ]
+
+
+def sequences_question_first(text: Text, facts: Facts, rng: np.random.Generator) -> list[Sequence]:
+    """Training sequences of a batch of scenes with the question before the picture: one question each."""
+    return [question_first(text, several(facts, i, 1, rng)[0], system_prompt(rng)) for i in range(len(facts.kind))]
+
+
+def collate(items: list[Sequence]) -> Batch:
+    """Sequences of unequal length as one batch."""
+    p = max(len(item.shared.ids) for item in items)
+    p += -p % _MULTIPLE
+    binned = [_bins(item.blocks) for item in items]
+    bins = max(len(b) for b in binned)
+    n = p + bins * _BIN
+    ids = np.zeros((len(items), n), np.int64)
+    weights = np.zeros((len(items), n), np.float32)
+    positions = np.zeros((len(items), n), np.int64)
+    owner = np.full((len(items), bins, _BIN), -1)
+    shared = np.zeros((len(items), p), bool)
+    for row, (item, of_item) in enumerate(zip(items, binned, strict=True)):
+        start = len(item.shared.ids)
+        ids[row, :start], weights[row, :start] = item.shared.ids, item.shared.weights
+        positions[row, :start] = np.arange(start)
+        shared[row, :start] = True
+        for number, blocks in enumerate(of_item):
+            at = 0
+            for which, block in enumerate(blocks):
+                size = len(block.ids)
+                place = slice(p + number * _BIN + at, p + number * _BIN + at + size)
+                ids[row, place], weights[row, place] = block.ids, block.weights
+                positions[row, place] = np.arange(start, start + size)
+                owner[row, number, at : at + size] = which
+                at += size
+    own = (owner[..., :, None] == owner[..., None, :]) & np.tril(np.ones((_BIN, _BIN), bool))
+    seen = np.concatenate([np.broadcast_to(shared[:, None, None], (*own.shape[:3], p)), own], axis=3)
+    mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(
+        torch.from_numpy(~seen), torch.finfo(torch.bfloat16).min
+    )
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(weights),
+        torch.from_numpy(positions),
+        mask.view(len(items), 1, bins * _BIN, p + _BIN),
+    )
+
+
+def _bins(blocks: list[Block]) -> list[list[Block]]:
+    """The blocks in as few bins as the longest-first rule finds."""
+    bins: list[list[Block]] = []
+    for block in sorted(blocks, key=lambda b: -len(b.ids)):
+        for other in bins:
+            if sum(len(b.ids) for b in other) + len(block.ids) <= _BIN:
+                other.append(block)
+                break
+        else:
+            bins.append([block])
+    return bins
+
+
+def exam(facts: Facts, rng: np.random.Generator, kinds: list[str], each: int) -> list[tuple[int, Question]]:
+    """`each` questions of every kind, with the number of the scene that each is about."""
+    found: list[tuple[int, Question]] = []
+    for kind in kinds:
+        count = 0
+        while count < each:
+            index = int(rng.integers(len(facts.kind)))
+            question = ask(facts, index, kind, rng)
+            if question is not None:
+                found.append((index, question))
+                count += 1
+    return found
