@@ -1,0 +1,45 @@
+"""One description out of every checkpoint format. Reading it needs no torch; the tensors are `weights` and `lora`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from llava_serve.checkpoints.files import find_folder, read_json
+from llava_serve.checkpoints.hf import read_hf
+from llava_serve.checkpoints.original import is_original, read_original
+from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
+from llava_serve.errors import CheckpointError
+from llava_serve.templates import TEMPLATES
+
+__all__ = ["CheckpointSpec", "ImageProcessing", "TokenizerSpec", "open_checkpoint"]
+
+_log = logging.getLogger(__name__)
+
+
+def open_checkpoint(
+    model: str, model_base: str | None = None, vision_tower: str | None = None, conv_mode: str | None = None
+) -> CheckpointSpec:
+    """Says what a checkpoint is, by what its files say.
+
+    Args:
+        model: `builtin`, a folder, or a hub id.
+        model_base: the base of a LoRA or projector-only checkpoint.
+        vision_tower: overrides the checkpoint's own.
+        conv_mode: overrides the detected template.
+
+    Raises:
+        CheckpointError: not a checkpoint that can be served; the message says why and what to do.
+    """
+    folder = find_folder(model, "model")
+    config = read_json(folder, "config.json")
+    reader = read_original if is_original(config) else read_hf
+    spec = reader(folder, config, model_base, vision_tower)
+    if conv_mode is not None:
+        if conv_mode not in TEMPLATES:
+            raise CheckpointError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.")
+        if conv_mode != spec.conv_mode:
+            _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
+        spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was asked for")
+    _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
+    return spec

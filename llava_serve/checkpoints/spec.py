@@ -65,11 +65,14 @@ class TokenizerSpec:
         folder: that holds its files.
         kind: `sentencepiece` (`tokenizer.model`) or `tokenizers` (`tokenizer.json`).
         added_tokens: tokens behind the vocabulary, in order of their ids (`<im_start>`, `<im_end>`, `<im_patch>`).
+        image_token: its name in transformers' layout, where the whole prompt is tokenized as one string; None in the
+            original's, where each chunk between images is tokenized by itself.
     """
 
     folder: Path
     kind: Literal["sentencepiece", "tokenizers"]
     added_tokens: tuple[str, ...] = ()
+    image_token: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,9 @@ class CheckpointSpec:
         layout: of the weights.
         adapter: `lora` or `projector` if the folder is only an addition to `base`.
         base: folder of the base.
-        tower: folder of the tower's weights; None where the checkpoint carries them.
+        tower: folder of the vision tower; None where the checkpoint describes it itself.
+        tower_in_checkpoint: the checkpoint's own tower tensors count, else they are passed over for the tower's folder
+            (the original's rule on `unfreeze_mm_vision_tower`).
         text_config: keyword arguments of the language model's transformers config, with its `model_type`.
         vision_config: those of the vision tower's.
         projector_type: `linear`, `mlpNx_gelu`, `identity`.
@@ -103,6 +108,7 @@ class CheckpointSpec:
     adapter: Adapter | None
     base: Path | None
     tower: Path | None
+    tower_in_checkpoint: bool
     tokenizer: TokenizerSpec
     image: ImageProcessing
     text_config: dict[str, Any]

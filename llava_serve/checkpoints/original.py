@@ -1,0 +1,196 @@
+"""Reads the description of a checkpoint in the original (liuhaotian) layout: full, LoRA, or projector only."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from llava_serve.checkpoints.files import checkpoint_name, find_folder, first_file, read_json, weight_files
+from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
+from llava_serve.checkpoints.tokens import has_token, read_tokenizer
+from llava_serve.checkpoints.tower import image_processing, read_vision_config
+from llava_serve.errors import CheckpointError
+from llava_serve.templates import choose_template
+
+_DECODERS = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMptForCausalLM": "mpt"}
+_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+_PROJECTOR = re.compile(r"linear|identity|mlp\d+x_gelu")
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config is the original's: its own keys, or its own classes."""
+    classes = config.get("architectures") or []
+    return any(name in _DECODERS for name in classes) or "mm_vision_tower" in config or "mm_projector_type" in config
+
+
+def read_original(folder: Path, config: dict[str, Any], base: str | None, tower: str | None) -> CheckpointSpec:
+    """Reads it.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
+        base: the language model or LLaVA that a LoRA or a projector is an addition to.
+        tower: overrides `mm_vision_tower`.
+
+    Raises:
+        CheckpointError: something is missing or not supported; the message names it.
+    """
+    adapter = _adapter(folder)
+    base_folder = _base_folder(folder, adapter, base)
+    _refuse_unsupported(config)
+    decoder = _decoder(config)
+    tower_folder = _tower_folder(folder, config, tower)
+    vision = read_vision_config(tower_folder)
+    image = _image_processing(config, tower_folder, vision)
+    tokenizer = _tokenizer(base_folder or folder, config)
+    generation = read_json(folder, "generation_config.json", optional=True)
+    if not generation and base_folder:
+        generation = read_json(base_folder, "generation_config.json", optional=True)
+    name = checkpoint_name(folder)
+    conv_mode, reason = choose_template(
+        name,
+        decoder,
+        has_chatml=has_token(tokenizer, "<|im_start|>"),
+        modern="mlp" in config.get("mm_projector_type", "linear") or not config.get("mm_use_im_start_end", False),
+    )
+    return CheckpointSpec(
+        name=name,
+        path=folder,
+        layout="original",
+        adapter=adapter,
+        base=base_folder,
+        tower=tower_folder,
+        tower_in_checkpoint=bool(config.get("unfreeze_mm_vision_tower", False)) and tower is None,
+        tokenizer=tokenizer,
+        image=image,
+        text_config=_text_config(config, decoder),
+        vision_config=vision,
+        projector_type=config.get("mm_projector_type", "linear"),
+        projector_bias=True,
+        projector_act="gelu",
+        select_layer=int(config["mm_vision_select_layer"]),
+        select_feature=config.get("mm_vision_select_feature", "patch"),
+        mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
+        context_length=int(config.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", 2048)),
+        eos_token_ids=token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+        conv_mode=conv_mode,
+        conv_reason=reason,
+        chat_template=None,
+        torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16"),
+    )
+
+
+def _adapter(folder: Path) -> Adapter | None:
+    # Released v1.5 checkpoints ship an mm_projector.bin beside full weights: full weights decide.
+    if weight_files(folder):
+        return None
+    if (folder / "adapter_config.json").is_file():
+        return "lora"
+    if (folder / "mm_projector.bin").is_file():
+        return "projector"
+    raise CheckpointError(
+        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no adapter_config.json "
+        "and no mm_projector.bin."
+    )
+
+
+def _base_folder(folder: Path, adapter: Adapter | None, base: str | None) -> Path | None:
+    if adapter is None:
+        if base is not None:
+            raise CheckpointError(f"{folder.name} holds full weights and takes no model_base; leave it out.")
+        return None
+    kind = "LoRA adapter" if adapter == "lora" else "projector"
+    if base is None:
+        wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
+        hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
+        raise CheckpointError(f"{folder.name} holds only a {kind}; name the model it adds to with model_base{hint}.")
+    base_folder = find_folder(base, "base model", beside=folder.parent)
+    if not weight_files(base_folder):
+        raise CheckpointError(f"The base model {base_folder.name} holds no weights.")
+    return base_folder
+
+
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    if config.get("s2"):
+        raise CheckpointError("config.json sets `s2`: multi-scale (S2) vision towers are not supported.")
+    projector = config.get("mm_projector_type", "linear")
+    if not _PROJECTOR.fullmatch(str(projector)):
+        raise CheckpointError(
+            f"config.json names the projector {projector!r}; linear, identity and mlpNx_gelu are known."
+        )
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature not in ("patch", "cls_patch"):
+        raise CheckpointError(f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are known.")
+    if "mm_vision_select_layer" not in config:
+        raise CheckpointError("config.json lacks mm_vision_select_layer.")
+
+
+def _decoder(config: dict[str, Any]) -> str:
+    for name in config.get("architectures") or []:
+        if name in _DECODERS:
+            return _DECODERS[name]
+    model_type = str(config.get("model_type"))
+    if model_type in _MODEL_TYPES:
+        return _MODEL_TYPES[model_type]
+    raise CheckpointError(
+        f"config.json describes {config.get('architectures') or model_type}; "
+        "the decoders of this layout are Llama, Mistral and MPT."
+    )
+
+
+def _tower_folder(folder: Path, config: dict[str, Any], override: str | None) -> Path:
+    if override is not None:
+        return find_folder(override, "vision tower")
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    if not name:
+        raise CheckpointError("config.json lacks mm_vision_tower; name one with vision_tower.")
+    return find_folder(str(name), "vision tower", beside=folder)
+
+
+def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
+    aspect = config.get("image_aspect_ratio") or "square"
+    merge = config.get("mm_patch_merge_type") or "flat"
+    if aspect not in get_args(Aspect):
+        raise CheckpointError(f"config.json sets image_aspect_ratio to {aspect!r}; square, pad and anyres are known.")
+    if merge not in get_args(Merge):
+        raise CheckpointError(f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are known.")
+    keeps_class_token = config.get("mm_vision_select_feature") == "cls_patch"
+    if aspect == "anyres" and merge != "flat" and keeps_class_token:
+        raise CheckpointError("config.json joins tiles in space (mm_patch_merge_type) and keeps the class token: it cannot.")
+    pinpoints = config.get("image_grid_pinpoints") or []
+    pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    if aspect == "anyres" and not pinpoints:
+        raise CheckpointError("config.json asks for anyres but lacks image_grid_pinpoints.")
+    return image_processing(
+        read_json(tower, "preprocessor_config.json"),
+        vision,
+        layout="original",
+        aspect=aspect,
+        merge=merge,
+        grid_pinpoints=tuple((int(width), int(height)) for width, height in pinpoints),
+        keeps_class_token=keeps_class_token,
+    )
+
+
+def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
+    extra = ["<im_patch>"] if config.get("mm_use_im_patch_token", True) else []
+    extra += ["<im_start>", "<im_end>"] if config.get("mm_use_im_start_end", False) else []
+    if first_file(folder, "tokenizer.model", "tokenizer.json") is None:
+        raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
+    return read_tokenizer(folder, extra)
+
+
+def _text_config(config: dict[str, Any], decoder: str) -> dict[str, Any]:
+    ours = ("mm_", "image_", "tune_mm", "freeze_mm", "unfreeze_mm", "tokenizer_", "architectures", "auto_map")
+    text = {key: value for key, value in config.items() if not key.startswith(ours)}
+    for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_mm_proj", "quantization_config"):
+        text.pop(key, None)
+    return {**text, "model_type": decoder}
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(int(one) for one in value) if isinstance(value, list) else (int(value),)

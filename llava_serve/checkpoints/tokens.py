@@ -1,0 +1,86 @@
+"""The tokenizer's description: which file is it, and which tokens stand behind its vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Tokenizer as FastTokenizer
+
+from llava_serve.checkpoints.files import read_json
+from llava_serve.checkpoints.spec import TokenizerSpec
+from llava_serve.errors import CheckpointError
+
+
+def read_tokenizer(folder: Path, extra: list[str], image_token: str | None = None) -> TokenizerSpec:
+    """Describes the tokenizer of a folder.
+
+    Args:
+        folder: that holds `tokenizer.model` or `tokenizer.json`.
+        extra: tokens that are appended where the vocabulary lacks them, in this order.
+        image_token: as `TokenizerSpec` has it; with one, `tokenizer.json` comes first.
+    """
+    prefer_json = image_token is not None and (folder / "tokenizer.json").is_file()
+    if (folder / "tokenizer.model").is_file() and not prefer_json:
+        known = _behind_vocabulary(folder)
+        known += [token for token in extra if token not in known]
+        return TokenizerSpec(folder, "sentencepiece", tuple(known), image_token)
+    have = load_fast(folder)
+    return TokenizerSpec(
+        folder, "tokenizers", tuple(token for token in extra if have.token_to_id(token) is None), image_token
+    )
+
+
+def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
+    """Loads `tokenizer.model`.
+
+    Args:
+        folder: that holds it.
+        dummy_prefix: put a space before the text, as at the start of a sentence.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"tokenizer.model in {folder} is damaged.") from error
+    if not dummy_prefix:
+        processor.override_normalizer_spec(add_dummy_prefix=False)
+    return processor
+
+
+def load_fast(folder: Path) -> FastTokenizer:
+    """Loads `tokenizer.json`.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    try:
+        return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"tokenizer.json in {folder} is damaged.") from error
+
+
+def has_token(spec: TokenizerSpec, token: str) -> bool:
+    """Whether a name is one token."""
+    if token in spec.added_tokens:
+        return True
+    if spec.kind == "tokenizers":
+        return load_fast(spec.folder).token_to_id(token) is not None
+    processor = load_sentencepiece(spec.folder)
+    return bool(processor.piece_to_id(token) != processor.unk_id())
+
+
+def _behind_vocabulary(folder: Path) -> list[str]:
+    size = load_sentencepiece(folder).get_piece_size()
+    added: dict[str, int] = {}
+    if (folder / "added_tokens.json").is_file():
+        added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+    for token_id, token in read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(token_id)
+    behind = sorted((token_id, token) for token, token_id in added.items() if token_id >= size)
+    if [token_id for token_id, _ in behind] != list(range(size, size + len(behind))):
+        raise CheckpointError(f"The added tokens in {folder} leave gaps behind the vocabulary of {size}.")
+    return [token for _, token in behind]

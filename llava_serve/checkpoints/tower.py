@@ -1,0 +1,82 @@
+"""The vision tower's description: its architecture and how its processor makes tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_serve.checkpoints.files import read_json
+from llava_serve.checkpoints.spec import Aspect, ImageProcessing, Layout, Merge
+from llava_serve.errors import CheckpointError
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def read_vision_config(folder: Path) -> dict[str, Any]:
+    """The config of a CLIP tower, from a folder that holds one by itself or inside a two-tower CLIP.
+
+    Raises:
+        CheckpointError: it is not CLIP's.
+    """
+    config = read_json(folder, "config.json")
+    vision = config.get("vision_config") if config.get("model_type") == "clip" else config
+    if not isinstance(vision, dict) or config.get("model_type") not in ("clip", "clip_vision_model"):
+        raise CheckpointError(f"The vision tower in {folder} is a {config.get('model_type')!r}; only CLIP is supported.")
+    return {**vision, "model_type": "clip_vision_model"}
+
+
+def image_processing(
+    settings: dict[str, Any],
+    vision: dict[str, Any],
+    *,
+    layout: Layout,
+    aspect: Aspect,
+    merge: Merge,
+    grid_pinpoints: tuple[tuple[int, int], ...],
+    keeps_class_token: bool,
+) -> ImageProcessing:
+    """Reads a CLIP processor's settings.
+
+    Args:
+        settings: of `preprocessor_config.json`.
+        vision: the tower's config.
+        layout, aspect, merge, grid_pinpoints, keeps_class_token: from the checkpoint.
+
+    Raises:
+        CheckpointError: tiles that the tower cannot take.
+    """
+    side = int(vision.get("image_size", 224))
+    crop = _pair(settings.get("crop_size", side))
+    size = settings.get("size", {"shortest_edge": side})
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    shortest = size.get("shortest_edge")
+    if crop != (side, side):
+        raise CheckpointError(f"preprocessor_config.json makes tiles of {crop[0]} x {crop[1]}; the tower takes {side}.")
+    if not settings.get("do_normalize", True) or not settings.get("do_rescale", True):
+        raise CheckpointError("preprocessor_config.json switches normalising or rescaling off; that is not supported.")
+    return ImageProcessing(
+        layout=layout,
+        aspect=aspect,
+        grid_pinpoints=grid_pinpoints,
+        merge=merge,
+        crop_size=crop,
+        shortest_edge=None if shortest is None else int(shortest),
+        resize_to=None if shortest is not None else _pair(size),
+        do_resize=bool(settings.get("do_resize", True)),
+        do_center_crop=bool(settings.get("do_center_crop", True)),
+        resample=int(settings.get("resample", 3)),
+        mean=_triple(settings.get("image_mean", _CLIP_MEAN)),
+        std=_triple(settings.get("image_std", _CLIP_STD)),
+        patch_size=int(vision.get("patch_size", 32)),
+        extra_features=int(keeps_class_token),
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

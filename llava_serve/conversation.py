@@ -1,0 +1,196 @@
+"""Messages become spans: text, control tokens, image slots. Nothing is rendered to one string and parsed again, so that
+no control token and no image slot ever comes from what a user typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llava_serve.errors import RequestError
+from llava_serve.templates import TEMPLATES, Style, Template
+from llava_serve.types import ImagePart, Message, Role, TextPart
+
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+"""Marks where an image goes in a query; the original's word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Characters to be encoded as they are, whatever they look like."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A token by its name, from a template only. Where the vocabulary has no such token it is text."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
+    """An image goes here. The n-th slot of a prompt takes its n-th image."""
+
+
+Span = Text | Control | ImageSlot
+
+_CONTROL = re.compile(r"(<\|[a-z_]+\|>|</?s>|<im_start>|<im_end>)")
+
+
+def control_spans(template_text: str) -> list[Span]:
+    """Splits a piece of a *template* (never of a user's text) at the names of control tokens."""
+    parts = _CONTROL.split(template_text)
+    return [Control(part) if i % 2 else Text(part) for i, part in enumerate(parts) if part]
+
+
+def prompt_text(spans: Iterable[Span]) -> str:
+    """The prompt as one reads it: `<image>` where an image goes."""
+    words = {Text: lambda s: s.text, Control: lambda s: s.token, ImageSlot: lambda s: "<image>"}
+    return "".join(words[type(span)](span) for span in spans)
+
+
+def merge_text(spans: Iterable[Span]) -> list[Span]:
+    """Joins neighbouring texts: tokens may cross the border between a template's words and a user's."""
+    merged: list[Span] = []
+    for span in spans:
+        if isinstance(span, Text) and merged and isinstance(merged[-1], Text):
+            merged[-1] = Text(merged[-1].text + span.text)
+        elif span != Text(""):
+            merged.append(span)
+    return merged
+
+
+def query_message(query: str, images: Sequence[ImagePart]) -> Message:
+    """A query as the original takes it: `<image-placeholder>` marks where each image goes; without one, the images
+    stand before the text, each on its own line.
+
+    Raises:
+        RequestError: placeholders and images differ in number.
+    """
+    pieces = query.split(IMAGE_PLACEHOLDER)
+    if len(pieces) == 1:
+        before = [part for image in images for part in (image, TextPart("\n"))]
+        return Message("user", (*before, TextPart(query)))
+    if len(pieces) - 1 != len(images):
+        raise RequestError(f"The query has {len(pieces) - 1} image placeholders for {len(images)} images.")
+    parts: list[TextPart | ImagePart] = [TextPart(pieces[0])]
+    for image, text in zip(images, pieces[1:], strict=True):
+        parts += [image, TextPart(text)]
+    return Message("user", tuple(parts))
+
+
+def chat_message(message: Message) -> Message:
+    """A chat message with its line breaks: an image is followed by one if text follows anywhere behind it."""
+    parts: list[TextPart | ImagePart] = []
+    for i, part in enumerate(message.parts):
+        parts.append(part)
+        if isinstance(part, ImagePart) and any(isinstance(p, TextPart) and p.text for p in message.parts[i + 1 :]):
+            parts.append(TextPart("\n"))
+    return Message(message.role, tuple(parts))
+
+
+def split_system(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
+    """Checks the order of a conversation and takes its system message off.
+
+    Returns:
+        The system text, or None; and the turns, neighbours of one role joined by a newline.
+
+    Raises:
+        RequestError: empty, does not begin and end with the user, or an image outside the user's turns.
+    """
+    system: str | None = None
+    rest = list(messages)
+    if rest and rest[0].role == "system":
+        system = "".join(part.text for part in _texts(rest.pop(0)))
+    turns: list[Message] = []
+    for message in rest:
+        if message.role == "system":
+            raise RequestError("A system message may only stand first.", "messages")
+        if message.role == "assistant":
+            _texts(message)
+        if turns and turns[-1].role == message.role:
+            turns[-1] = Message(message.role, (*turns[-1].parts, TextPart("\n"), *message.parts))
+        else:
+            turns.append(message)
+    if not turns or turns[0].role != "user" or turns[-1].role != "user":
+        raise RequestError("The conversation must begin and end with a user message.", "messages")
+    for turn in turns:
+        if not any(isinstance(part, ImagePart) or part.text for part in turn.parts):
+            raise RequestError(f"A message of the {turn.role} is empty.", "messages")
+    return system, turns
+
+
+def _texts(message: Message) -> list[TextPart]:
+    texts = [part for part in message.parts if isinstance(part, TextPart)]
+    if len(texts) != len(message.parts):
+        raise RequestError(f"An image may only stand in a user message, not in one of the {message.role}.", "messages")
+    return texts
+
+
+def render(conv_mode: str, system: str | None, turns: Sequence[Message], *, image_marks: bool = False) -> list[Span]:
+    """Renders a conversation, up to the point where the assistant's answer begins.
+
+    Args:
+        conv_mode: key of the template.
+        system: replaces the template's system message; None keeps it.
+        turns: alternating, the user's first and last.
+        image_marks: each image stands between `<im_start>` and `<im_end>` (`mm_use_im_start_end`).
+
+    Raises:
+        RequestError: no such template.
+    """
+    template = TEMPLATES.get(conv_mode)
+    if template is None:
+        raise RequestError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.", "conv_mode")
+    spans: list[Span] = []
+    system_spans = control_spans(template.system) if system is None else [Text(system)]
+    if template.style is not Style.LLAMA_2:
+        spans += control_spans(template.system_mark) + system_spans
+        spans += control_spans(template.sep if template.style is not Style.PLAIN else "")
+    examples = [(role, control_spans(text)) for role, text in zip(_ROLES, template.examples, strict=False)]
+    talk = examples + [(turn.role, _content(turn, image_marks)) for turn in turns]
+    for i, (role, content) in enumerate(talk):
+        if template.style is Style.LLAMA_2:
+            has_system = i == 0 and prompt_text(system_spans) != ""
+            content = _wrap_system(system_spans, content) if has_system else content
+            spans += _inst_turn(template, role, content, first=i == 0)
+        else:
+            spans += _turn(template, role, content)
+    return merge_text(spans + _open_answer(template))
+
+
+_ROLES: tuple[Role, Role] = ("user", "assistant")
+
+
+def _content(turn: Message, image_marks: bool) -> list[Span]:
+    image: list[Span] = [Control("<im_start>"), ImageSlot(), Control("<im_end>")] if image_marks else [ImageSlot()]
+    spans: list[Span] = []
+    for part in turn.parts:
+        spans += image if isinstance(part, ImagePart) else [Text(part.text)]
+    return spans
+
+
+def _turn(template: Template, role: Role, content: list[Span]) -> list[Span]:
+    mark = template.user if role == "user" else template.assistant
+    colon = ": " if template.style in (Style.SINGLE, Style.TWO) else ""
+    end = template.sep if role == "user" else template.end_of_answer
+    return [*control_spans(mark + colon), *content, *control_spans(end)]
+
+
+def _inst_turn(template: Template, role: Role, content: list[Span], *, first: bool) -> list[Span]:
+    if role == "assistant":
+        return [Text(" "), *content, Text(" "), *control_spans(template.sep2)]
+    opening = "" if first else template.sep
+    return [*control_spans(opening + template.user), *content, Text(template.assistant)]
+
+
+def _wrap_system(system: list[Span], content: list[Span]) -> list[Span]:
+    return [Text("<<SYS>>\n"), *system, Text("\n<</SYS>>\n\n"), *content]
+
+
+def _open_answer(template: Template) -> list[Span]:
+    if template.style in (Style.LLAMA_2, Style.PLAIN):
+        return []
+    return control_spans(template.assistant + ("" if template.style is Style.MPT else ":"))

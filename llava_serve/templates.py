@@ -1,0 +1,184 @@
+"""The original's sixteen conversation templates, as data, and the choice of one.
+
+The wording and the separators are those that the released checkpoints were trained or served with: they are facts about
+the weights, down to a missing space. Source: `llava/conversation.py` of the original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Style(Enum):
+    """How turns are joined; the names are the original's."""
+
+    SINGLE = "single"
+    TWO = "two"
+    MPT = "mpt"
+    LLAMA_2 = "llama_2"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One template.
+
+    Attributes:
+        style: how turns are joined.
+        system: the system message; a request's own replaces it.
+        user, assistant: the roles' marks.
+        sep: ends the system message and the user's turns (`SINGLE`, `MPT`: all turns; `LLAMA_2`: opens them).
+        sep2: ends the assistant's turns, where it differs.
+        system_mark: opens the system message.
+        examples: turns shown before the conversation, user first.
+    """
+
+    style: Style
+    system: str
+    user: str
+    assistant: str
+    sep: str
+    sep2: str = ""
+    system_mark: str = ""
+    examples: tuple[str, ...] = ()
+
+    @property
+    def end_of_answer(self) -> str:
+        """What follows an answer in this template: the mark at which generation has to stop."""
+        if self.style is Style.PLAIN:
+            return ""
+        return self.sep2 if self.style in (Style.TWO, Style.LLAMA_2) else self.sep
+
+
+_POLITE = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+)
+_VISUAL = (
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+_MPT = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+_ENERGY = (
+    "What are the key differences between renewable and non-renewable energy sources?",
+    "Renewable energy sources are those that can be replenished naturally in a relatively "
+    "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+    "Non-renewable energy sources, on the other hand, are finite and will eventually be "
+    "depleted, such as coal, oil, and natural gas. Here are some key differences between "
+    "renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+    "energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+    "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
+    "have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
+    "locations than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
+    "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+    "non-renewable sources are not, and their depletion can lead to economic and social instability.\n",
+)
+
+
+def _hash(system: str, examples: tuple[str, ...] = ()) -> Template:
+    return Template(Style.SINGLE, system, "Human", "Assistant", sep="###", examples=examples)
+
+
+def _two(system: str) -> Template:
+    return Template(Style.TWO, system, "USER", "ASSISTANT", sep=" ", sep2="</s>")
+
+
+def _inst(system: str, sep: str) -> Template:
+    return Template(Style.LLAMA_2, system, "[INST] ", " [/INST]", sep=sep, sep2="</s>")
+
+
+def _chatml(system: str) -> Template:
+    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    return Template(Style.MPT, system, *roles, sep="<|im_end|>", system_mark="<|im_start|>system\n")
+
+
+_V0 = _hash(_POLITE.format("human"), _ENERGY)
+_V1 = _two(_POLITE.format("user"))
+_DIRECT = _chatml("Answer the questions.")
+_PLAIN = Template(Style.PLAIN, "", "", "", sep="\n")
+
+TEMPLATES: dict[str, Template] = {
+    "default": _V0,
+    "v0": _V0,
+    "v1": _V1,
+    "vicuna_v1": _V1,
+    "llama_2": _inst(_LLAMA_2, "<s>"),
+    "mistral_instruct": _inst("", ""),
+    "chatml_direct": _DIRECT,
+    "mistral_direct": _DIRECT,
+    "plain": _PLAIN,
+    "v0_plain": _PLAIN,
+    "llava_v0": _hash(_POLITE.format("human")),
+    "v0_mmtag": _hash(_MMTAG),
+    "llava_v1": _two(_POLITE.format("human")),
+    "v1_mmtag": _two(_MMTAG),
+    "llava_llama_2": _inst("You are a helpful language and vision assistant. " + _VISUAL, "<s>"),
+    "mpt": _chatml(_MPT),
+}
+
+_BY_NAME = (
+    ("llama-2", "llava_llama_2"),
+    ("mistral", "mistral_instruct"),
+    ("v1.6-34b", "chatml_direct"),
+    ("v1", "llava_v1"),
+    ("mpt", "mpt"),
+    ("v0", "llava_v0"),
+)
+
+
+def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) -> tuple[str, str]:
+    """Chooses a template as the original's command line does: by the checkpoint's name, first match wins. Where the
+    name says nothing, the content decides (the original falls to `llava_v0`, wrong for all but the first release).
+
+    Args:
+        name: of the checkpoint, as `model_name` gives it.
+        decoder: transformers' `model_type` of the language model.
+        has_chatml: `<|im_start|>` is one token of its vocabulary.
+        modern: not one of the first release: an MLP projector, or no image start and end tokens.
+
+    Returns:
+        The template's key, and a sentence that says why.
+    """
+    by_content, why = _by_content(decoder, has_chatml, modern)
+    for part, key in _BY_NAME:
+        if part in name.lower():
+            reason = f"the name contains {part!r}"
+            if by_content in ("chatml_direct", "mpt", "mistral_instruct") and key == "llava_v1":
+                reason += f" (but {why}: consider --conv-mode {by_content})"
+            return key, reason
+    return by_content, f"{why}, and the name says nothing"
+
+
+def _by_content(decoder: str, has_chatml: bool, modern: bool) -> tuple[str, str]:
+    if decoder == "mpt":
+        return "mpt", "the decoder is MPT"
+    if decoder == "mistral" and not has_chatml:
+        return "mistral_instruct", "the decoder is Mistral"
+    if has_chatml:
+        return "chatml_direct", "the vocabulary has <|im_start|>"
+    if modern:
+        return "llava_v1", "the projector and tokens are those of LLaVA 1.x on Vicuna"
+    return "llava_v0", "a linear projector and image start tokens are those of the first release"
