@@ -47,8 +47,10 @@ def control_spans(template_text: str) -> list[Span]:
 
 def prompt_text(spans: Iterable[Span]) -> str:
     """The prompt as one reads it: `<image>` where an image goes."""
-    words = {Text: lambda s: s.text, Control: lambda s: s.token, ImageSlot: lambda s: "<image>"}
-    return "".join(words[type(span)](span) for span in spans)
+    return "".join(
+        "<image>" if isinstance(span, ImageSlot) else span.text if isinstance(span, Text) else span.token
+        for span in spans
+    )
 
 
 def merge_text(spans: Iterable[Span]) -> list[Span]:
@@ -145,7 +147,7 @@ def render(conv_mode: str, system: str | None, turns: Sequence[Message], *, imag
     if template is None:
         raise RequestError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.", "conv_mode")
     spans: list[Span] = []
-    system_spans = control_spans(template.system) if system is None else [Text(system)]
+    system_spans: list[Span] = [Text(template.system if system is None else system)]
     if template.style is not Style.LLAMA_2:
         spans += control_spans(template.system_mark) + system_spans
         spans += control_spans(template.sep if template.style is not Style.PLAIN else "")

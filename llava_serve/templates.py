@@ -72,9 +72,7 @@ _LLAMA_2 = (
     "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
     "not correct. If you don't know the answer to a question, please don't share false information."
 )
-_MPT = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 _ENERGY = (
     "What are the key differences between renewable and non-renewable energy sources?",
     "Renewable energy sources are those that can be replenished naturally in a relatively "

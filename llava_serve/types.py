@@ -134,10 +134,10 @@ class PreparedPrompt:
         ids: list[int] = []
         at = 0
         for start, end in self.image_spans:
-            ids += self.token_ids[at:start].tolist()
-            ids.append(IMAGE_TOKEN_ID)
+            ids += self.token_ids[at : start + 1].tolist()
             at = end
-        return ids + self.token_ids[at:].tolist()
+        ids += self.token_ids[at:].tolist()
+        return ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def find_folder(name: str, what: str, beside: Path | None = None) -> Path:
 
 def _from_hub(name: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     for cached_only in (True, False):
         try:

@@ -22,11 +22,17 @@ def read_hf(folder: Path, config: dict[str, Any], base: str | None, tower: str |
     """Reads it; arguments and errors as `read_original`."""
     kind = str(config.get("model_type"))
     if kind not in _KNOWN:
-        raise CheckpointError(f"config.json describes a {kind!r}; of transformers' models, {', '.join(_KNOWN)} are known.")
+        raise CheckpointError(
+            f"config.json describes a {kind!r}; of transformers' models, {', '.join(_KNOWN)} are known."
+        )
     if base is not None or tower is not None:
         raise CheckpointError("A checkpoint in transformers' layout takes neither model_base nor vision_tower.")
     text = {"model_type": "llama", **(config.get("text_config") or {})}
-    if text["model_type"] not in _TEXT_MODELS or text.get("rope_scaling", {}) or "llama-3" in str(text.get("_name_or_path")).lower():
+    if (
+        text["model_type"] not in _TEXT_MODELS
+        or text.get("rope_scaling", {})
+        or "llama-3" in str(text.get("_name_or_path")).lower()
+    ):
         raise CheckpointError(
             f"The text model {text['model_type']!r} of this {_KNOWN[kind]} is not supported yet; "
             f"{' and '.join(_TEXT_MODELS)} are."

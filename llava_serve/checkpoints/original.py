@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,7 +45,7 @@ def read_original(folder: Path, config: dict[str, Any], base: str | None, tower:
     tower_folder = _tower_folder(folder, config, tower)
     vision = read_vision_config(tower_folder)
     image = _image_processing(config, tower_folder, vision)
-    tokenizer = _tokenizer(base_folder or folder, config)
+    tokenizer = _tokenizer(base_folder or folder, config, decoder)
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
@@ -122,7 +123,9 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         )
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):
-        raise CheckpointError(f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are known.")
+        raise CheckpointError(
+            f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are known."
+        )
     if "mm_vision_select_layer" not in config:
         raise CheckpointError("config.json lacks mm_vision_select_layer.")
 
@@ -150,15 +153,19 @@ def _tower_folder(folder: Path, config: dict[str, Any], override: str | None) ->
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
-    aspect = config.get("image_aspect_ratio") or "square"
-    merge = config.get("mm_patch_merge_type") or "flat"
+    aspect: Aspect = config.get("image_aspect_ratio") or "square"
+    merge: Merge = config.get("mm_patch_merge_type") or "flat"
     if aspect not in get_args(Aspect):
         raise CheckpointError(f"config.json sets image_aspect_ratio to {aspect!r}; square, pad and anyres are known.")
     if merge not in get_args(Merge):
-        raise CheckpointError(f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are known.")
+        raise CheckpointError(
+            f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are known."
+        )
     keeps_class_token = config.get("mm_vision_select_feature") == "cls_patch"
     if aspect == "anyres" and merge != "flat" and keeps_class_token:
-        raise CheckpointError("config.json joins tiles in space (mm_patch_merge_type) and keeps the class token: it cannot.")
+        raise CheckpointError(
+            "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token: it cannot."
+        )
     pinpoints = config.get("image_grid_pinpoints") or []
     pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
     if aspect == "anyres" and not pinpoints:
@@ -174,12 +181,12 @@ def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any
     )
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
+def _tokenizer(folder: Path, config: dict[str, Any], decoder: str) -> TokenizerSpec:
     extra = ["<im_patch>"] if config.get("mm_use_im_patch_token", True) else []
     extra += ["<im_start>", "<im_end>"] if config.get("mm_use_im_start_end", False) else []
     if first_file(folder, "tokenizer.model", "tokenizer.json") is None:
         raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
-    return read_tokenizer(folder, extra)
+    return replace(read_tokenizer(folder, extra), fast_decoding=decoder == "mistral")
 
 
 def _text_config(config: dict[str, Any], decoder: str) -> dict[str, Any]:

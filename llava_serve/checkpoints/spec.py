@@ -1,4 +1,4 @@
-"""One description of a checkpoint, whatever its format. Frozen, plain values: made without torch, read by both tiers."""
+"""One description of a checkpoint, whatever its format: frozen plain values, made without torch, read by both tiers."""
 
 from __future__ import annotations
 
@@ -67,12 +67,15 @@ class TokenizerSpec:
         added_tokens: tokens behind the vocabulary, in order of their ids (`<im_start>`, `<im_end>`, `<im_patch>`).
         image_token: its name in transformers' layout, where the whole prompt is tokenized as one string; None in the
             original's, where each chunk between images is tokenized by itself.
+        fast_decoding: an invalid run of byte tokens gives one U+FFFD per byte, as in the fast tokenizer that the
+            original takes for Mistral; else sentencepiece keeps the run's valid characters.
     """
 
     folder: Path
     kind: Literal["sentencepiece", "tokenizers"]
     added_tokens: tuple[str, ...] = ()
     image_token: str | None = None
+    fast_decoding: bool = False
 
 
 @dataclass(frozen=True, slots=True)

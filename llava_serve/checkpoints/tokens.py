@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as FastTokenizer
 
 from llava_serve.checkpoints.files import read_json
@@ -43,12 +45,11 @@ def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepi
         CheckpointError: damaged.
     """
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    except (RuntimeError, OSError) as error:
+        model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+        model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except (DecodeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"tokenizer.model in {folder} is damaged.") from error
-    if not dummy_prefix:
-        processor.override_normalizer_spec(add_dummy_prefix=False)
-    return processor
 
 
 def load_fast(folder: Path) -> FastTokenizer:
@@ -78,7 +79,9 @@ def _behind_vocabulary(folder: Path) -> list[str]:
     added: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
         added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
-    for token_id, token in read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items():
+    for token_id, token in (
+        read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items()
+    ):
         added[token["content"]] = int(token_id)
     behind = sorted((token_id, token) for token, token_id in added.items() if token_id >= size)
     if [token_id for token_id, _ in behind] != list(range(size, size + len(behind))):

@@ -22,7 +22,9 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder, "config.json")
     vision = config.get("vision_config") if config.get("model_type") == "clip" else config
     if not isinstance(vision, dict) or config.get("model_type") not in ("clip", "clip_vision_model"):
-        raise CheckpointError(f"The vision tower in {folder} is a {config.get('model_type')!r}; only CLIP is supported.")
+        raise CheckpointError(
+            f"The vision tower in {folder} is a {config.get('model_type')!r}; only CLIP is supported."
+        )
     return {**vision, "model_type": "clip_vision_model"}
 
 

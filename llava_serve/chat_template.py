@@ -1,0 +1,74 @@
+"""transformers' chat templates (Jinja), rendered to spans without letting a user's text become mark-up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llava_serve.conversation import ImageSlot, Span, Text, control_spans, merge_text
+from llava_serve.errors import RequestError
+from llava_serve.types import ImagePart, Message
+
+# Private-use characters stand for the texts while the template runs: what comes out between them is the template's.
+_MARK = "\ue000{}\ue001"
+_MARKED = re.compile("\ue000(\\d+)\ue001|<image>")
+
+
+def render_chat_template(
+    template: str, system: str | None, turns: Sequence[Message], special_tokens: dict[str, str]
+) -> list[Span]:
+    """Renders a conversation up to where the assistant's answer begins.
+
+    Args:
+        template: the Jinja text.
+        system: the system message, or None.
+        turns: the user's first and last.
+        special_tokens: `bos_token` and the like, which templates use by name.
+
+    Raises:
+        RequestError: the template refuses the conversation.
+    """
+    texts: list[str] = []
+
+    def marked(text: str) -> str:
+        core = text.strip()
+        texts.append(core)
+        # White space stays outside, so that a template which trims its texts still does.
+        left = text[: len(text) - len(text.lstrip())] if core else ""
+        right = text[len(text.rstrip()) :]
+        return left + _MARK.format(len(texts) - 1) + right
+
+    messages: list[dict[str, Any]] = []
+    if system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": marked(system)}]})
+    for turn in turns:
+        content = [
+            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": marked(part.text)}
+            for part in turn.parts
+        ]
+        messages.append({"role": turn.role, "content": content})
+    prompt = _run(template, messages, special_tokens)
+    spans: list[Span] = []
+    at = 0
+    for match in _MARKED.finditer(prompt):
+        spans += control_spans(prompt[at : match.start()])
+        spans.append(ImageSlot() if match[1] is None else Text(texts[int(match[1])]))
+        at = match.end()
+    return merge_text(spans + control_spans(prompt[at:]))
+
+
+def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
+    def refuse(message: str) -> None:
+        raise RequestError(f"The model's chat template refuses the conversation: {message}", "messages")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
+    except TemplateError as error:
+        raise RequestError("The model's chat template cannot render this conversation.", "messages") from error

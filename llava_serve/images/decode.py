@@ -1,0 +1,68 @@
+"""Encoded bytes to an RGB picture, within limits."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from llava_serve.config import ImageOptions
+from llava_serve.errors import InvalidImageError
+
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
+    """Decodes a picture: first frame, EXIF orientation applied, alpha dropped as the original drops it.
+
+    Args:
+        data: an encoded picture.
+        options: limits, looked at before any pixel is decoded.
+
+    Returns:
+        A picture in mode RGB.
+
+    Raises:
+        InvalidImageError: not a picture, damaged, or over a limit.
+    """
+    if not data:
+        raise InvalidImageError("The picture is empty.")
+    if len(data) > options.max_bytes:
+        raise InvalidImageError(f"The picture takes {len(data):,} bytes; at most {options.max_bytes:,} are accepted.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own limit is above ours, and its remarks are not for the caller
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except Exception as error:
+            raise InvalidImageError(
+                "The data is not a picture that can be read; PNG, JPEG, WebP, GIF, BMP, TIFF and PPM can."
+            ) from error
+        if image.width * image.height > options.max_pixels:
+            raise InvalidImageError(
+                f"The picture has {image.width} x {image.height} pixels; at most {options.max_pixels:,} are accepted."
+            )
+        try:
+            return to_rgb(image)
+        except Exception as error:  # Pillow raises a dozen kinds for damaged files
+            raise InvalidImageError("The picture is damaged or cut off.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Brings a picture to RGB as `convert("RGB")` does, but for 16-bit pictures, which it would saturate, and the
+    orientation that a camera noted."""
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I") or upright.mode == "F":
+        upright = _scale_to_8_bits(upright)
+    return upright.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        highest = 1.0 if values.max(initial=0) <= 1 else 255.0
+    else:
+        highest = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+    return Image.fromarray(np.clip(values * (255 / highest), 0, 255).round().astype(np.uint8))

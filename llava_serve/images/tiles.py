@@ -1,0 +1,164 @@
+"""RGB picture to uint8 tiles, and how many positions a picture takes. Pillow's resize, the original's arithmetic.
+
+Sources: `process_images`, `select_best_resolution`, `unpad_image` of the original; transformers' PIL image processors.
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from llava_serve.checkpoints.spec import ImageProcessing
+from llava_serve.errors import InvalidImageError
+
+Size = tuple[int, int]
+
+_MAX_CANVAS = 100_000_000
+"""Pixels of the largest picture that is made on the way: a thin strip, padded or enlarged, must not fill the memory."""
+
+
+def make_tiles(image: Image.Image, processing: ImageProcessing) -> NDArray[np.uint8]:
+    """Makes the tower's input.
+
+    Args:
+        image: in mode RGB.
+        processing: of the checkpoint.
+
+    Returns:
+        uint8 [tiles, height, width, 3], not normalised; one tile but for anyres, where the overview comes first.
+
+    Raises:
+        InvalidImageError: so thin that it would be blown up beyond measure.
+    """
+    if processing.aspect == "anyres":
+        views = _anyres_views(image, processing)
+    elif processing.aspect == "pad":
+        views = [_pad_to_square(image, processing)]
+    else:
+        views = [image]
+    return np.stack([np.asarray(_fit(view, processing)) for view in views])
+
+
+def num_features(size: Size, processing: ImageProcessing) -> int:
+    """Positions that a picture of (width, height) takes in the prompt."""
+    if processing.aspect != "anyres":
+        return processing.features_per_tile
+    columns, rows = tile_grid(size, processing)
+    if processing.merge == "flat":
+        return (1 + columns * rows) * processing.features_per_tile
+    top, bottom, left, right = kept_features(size, processing)
+    newline = 1 if processing.merge == "spatial_unpad" else 0
+    return processing.features_per_tile + (bottom - top) * (right - left + newline)
+
+
+def tile_grid(size: Size, processing: ImageProcessing) -> Size:
+    """(columns, rows) of anyres tiles for a picture of (width, height)."""
+    width, height = best_resolution(size, processing.grid_pinpoints)
+    return width // processing.crop_size[1], height // processing.crop_size[0]
+
+
+def kept_features(size: Size, processing: ImageProcessing) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of the features that lie on the picture, in the grid of all tiles; the rest is padding
+    (kept only where the merge is `spatial_unpad`)."""
+    columns, rows = tile_grid(size, processing)
+    grid_width, grid_height = columns * processing.grid_side, rows * processing.grid_side
+    if processing.merge != "spatial_unpad":
+        return 0, grid_height, 0, grid_width
+    width, height = size
+    if width / height > grid_width / grid_height:
+        padding = (grid_height - _truncate(height * (grid_width / width), processing)) // 2
+        return padding, grid_height - padding, 0, grid_width
+    padding = (grid_width - _truncate(width * (grid_height / height), processing)) // 2
+    return 0, grid_height, padding, grid_width - padding
+
+
+def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
+    """The canvas (width, height) that keeps most of a picture and wastes least; the first of equals.
+
+    The two layouts list the same canvases in another order, hence choose differently among equals.
+    """
+    width, height = size
+
+    def merit(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[0] / width, canvas[1] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - canvas[0] * canvas[1]
+
+    return max(pinpoints, key=merit)
+
+
+def digest(tiles: NDArray[np.uint8], size: Size, processing: ImageProcessing) -> str:
+    """Names a picture's tiles: equal digests mean equal features from the same tower."""
+    state = blake2b(tiles.tobytes(), digest_size=16)
+    state.update(repr((tiles.shape, size, processing)).encode())
+    return state.hexdigest()
+
+
+def _truncate(value: float, processing: ImageProcessing) -> int:
+    # transformers rounds away the error of the division first: 2 sizes of 200,000 differ.
+    return int(round(value, 7)) if processing.layout == "transformers" else int(value)
+
+
+def _anyres_views(image: Image.Image, processing: ImageProcessing) -> list[Image.Image]:
+    canvas_width, canvas_height = best_resolution(image.size, processing.grid_pinpoints)
+    scale_width, scale_height = canvas_width / image.width, canvas_height / image.height
+    if scale_width < scale_height:
+        new = canvas_width, min(math.ceil(image.height * scale_width), canvas_height)
+    else:
+        new = min(math.ceil(image.width * scale_height), canvas_width), canvas_height
+    canvas = Image.new("RGB", (canvas_width, canvas_height))
+    resample = (
+        Image.Resampling(processing.resample) if processing.layout == "transformers" else Image.Resampling.BICUBIC
+    )
+    canvas.paste(image.resize(new, resample), ((canvas_width - new[0]) // 2, (canvas_height - new[1]) // 2))
+    height, width = processing.crop_size
+    tiles = [
+        canvas.crop((left, top, left + width, top + height))
+        for top in range(0, canvas_height, height)
+        for left in range(0, canvas_width, width)
+    ]
+    side = processing.shortest_edge
+    overview = (side, side) if side else (width, height)
+    return [image.resize(overview, resample), *tiles]
+
+
+def _pad_to_square(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+    side = max(image.size)
+    _bound(image.size, (side, side))
+    red, green, blue = (int(channel * 255) for channel in processing.mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _fit(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+    """Resizes and crops to one tile, as CLIP's processor does."""
+    if processing.do_resize:
+        new = _resized(image.size, processing)
+        _bound(image.size, new)
+        image = image.resize(new, Image.Resampling(processing.resample))
+    if processing.do_center_crop:
+        height, width = processing.crop_size
+        top, left = (image.height - height) // 2, (image.width - width) // 2
+        image = image.crop((left, top, left + width, top + height))
+    if image.size != processing.crop_size[::-1]:
+        raise InvalidImageError(f"A picture of {image.width} x {image.height} does not fit this model's processor.")
+    return image
+
+
+def _resized(size: Size, processing: ImageProcessing) -> Size:
+    if processing.resize_to is not None:
+        return processing.resize_to[1], processing.resize_to[0]
+    edge = processing.shortest_edge
+    assert edge is not None
+    width, height = size
+    return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+
+
+def _bound(size: Size, canvas: Size) -> None:
+    if canvas[0] * canvas[1] > _MAX_CANVAS:
+        raise InvalidImageError(f"The picture of {size[0]} x {size[1]} pixels is too long and thin.")

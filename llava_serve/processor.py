@@ -1,0 +1,133 @@
+"""Messages and pictures to a `PreparedPrompt`: all that happens on a CPU before the model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_serve.chat_template import render_chat_template
+from llava_serve.checkpoints import CheckpointSpec
+from llava_serve.checkpoints.files import read_json
+from llava_serve.config import ImageOptions
+from llava_serve.conversation import (
+    Control,
+    Span,
+    chat_message,
+    control_spans,
+    prompt_text,
+    query_message,
+    render,
+    split_system,
+)
+from llava_serve.errors import InvalidImageError, PromptTooLongError
+from llava_serve.images.decode import decode_image
+from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
+from llava_serve.images.tiles import digest, make_tiles, num_features
+from llava_serve.templates import TEMPLATES
+from llava_serve.tokenizer import load_tokenizer
+from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt
+
+
+class Processor:
+    """Prepares prompts for one checkpoint. Holds no state between calls; safe to use from several threads."""
+
+    def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
+        self.spec = spec
+        self.options = options
+        self.tokenizer = load_tokenizer(spec.tokenizer)
+        self._special_tokens = _special_tokens(spec)
+
+    def prepare(self, messages: Sequence[Message], *, conv_mode: str | None = None) -> PreparedPrompt:
+        """Prepares a conversation. The pictures are encoded bytes or `data:` URLs: nothing else is read.
+
+        Args:
+            messages: system (optional, first), then user and assistant; the last is the user's.
+            conv_mode: overrides the checkpoint's template.
+
+        Raises:
+            RequestError: the conversation or a picture cannot be used; `PromptTooLongError` says got and limit.
+        """
+        return self._prepare([chat_message(message) for message in messages], conv_mode)
+
+    def prepare_query(
+        self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
+    ) -> PreparedPrompt:
+        """Prepares one query as the original's command line does: `<image-placeholder>` marks where an image goes, else
+        the images stand before the text. The sources are the caller's own: files are read and links followed.
+
+        Raises:
+            RequestError: as `prepare`.
+        """
+        parts = [ImagePart(read_local_source(source, self.options)) for source in images]
+        return self._prepare([query_message(query, parts)], conv_mode)
+
+    def _prepare(self, messages: Sequence[Message], conv_mode: str | None) -> PreparedPrompt:
+        system, turns = split_system(messages)
+        parts = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+        if len(parts) > self.options.max_per_request:
+            raise InvalidImageError(
+                f"The request has {len(parts)} pictures; at most {self.options.max_per_request} are accepted.",
+                "messages",
+            )
+        key = conv_mode or self.spec.conv_mode
+        spans = self._render(key, system, turns)
+        input_ids = self.tokenizer.encode(spans)
+        images = [decode_image(read_request_source(part.source, self.options), self.options) for part in parts]
+        sizes = tuple(image.size for image in images)
+        counts = [num_features(size, self.spec.image) for size in sizes]
+        token_ids, image_spans = _expand(input_ids, counts)
+        # Before any tile is made: a refused prompt costs no more than decoding.
+        if len(token_ids) >= self.spec.context_length:
+            raise PromptTooLongError(len(token_ids), self.spec.context_length - 1)
+        tiles = tuple(make_tiles(image, self.spec.image) for image in images)
+        stop_token_ids, stop = self._ends(key)
+        return PreparedPrompt(
+            token_ids=token_ids,
+            image_spans=image_spans,
+            tiles=tiles,
+            image_sizes=sizes,
+            digests=tuple(digest(*one, self.spec.image) for one in zip(tiles, sizes, strict=True)),
+            prompt=prompt_text(spans),
+            stop_token_ids=stop_token_ids,
+            stop=stop,
+        )
+
+    def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
+        if key == "chat_template" and self.spec.chat_template is not None:
+            return render_chat_template(self.spec.chat_template, system, turns, self._special_tokens)
+        return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
+
+    def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """How an answer ends in this template: by one token where the vocabulary has it, else by a stop string."""
+        end = TEMPLATES[key].end_of_answer if key in TEMPLATES else ""
+        if not end:
+            return (), ()
+        token_id = self.tokenizer.token_id(end) if isinstance(control_spans(end)[0], Control) else None
+        return ((), (end,)) if token_id is None else ((token_id,), ())
+
+
+def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np.int32], tuple[tuple[int, int], ...]]:
+    """One `IMAGE_TOKEN_ID` per image becomes as many as it has features."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for token_id in input_ids:
+        if token_id == IMAGE_TOKEN_ID:
+            count = counts[len(spans)]
+            spans.append((len(ids), len(ids) + count))
+            ids += [IMAGE_TOKEN_ID] * count
+        else:
+            ids.append(token_id)
+    assert len(spans) == len(counts)
+    return np.asarray(ids, dtype=np.int32), tuple(spans)
+
+
+def _special_tokens(spec: CheckpointSpec) -> dict[str, str]:
+    config = read_json(spec.tokenizer.folder, "tokenizer_config.json", optional=True)
+    tokens: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        if value is not None:
+            tokens[name] = value["content"] if isinstance(value, dict) else str(value)
+    return tokens

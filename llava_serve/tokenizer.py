@@ -1,0 +1,202 @@
+"""Text to ids and back, without torch. Sentencepiece chunk by chunk as the original does it, or a `tokenizer.json`."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from llava_serve.checkpoints.files import read_json
+from llava_serve.checkpoints.spec import TokenizerSpec
+from llava_serve.checkpoints.tokens import load_fast, load_sentencepiece
+from llava_serve.conversation import Control, ImageSlot, Span, Text, merge_text
+from llava_serve.types import IMAGE_TOKEN_ID
+
+
+class Tokenizer(ABC):
+    """What the rest needs of a tokenizer. Build one with `load_tokenizer`."""
+
+    size: int
+    """Tokens in the vocabulary, added ones included."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a control token by its name; None where the vocabulary has none."""
+
+    @abstractmethod
+    def token_text(self, token_id: int) -> str:
+        """A token by itself, as one shows it beside its log-probability."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control tokens give none, a character's missing bytes give U+FFFD."""
+
+    @abstractmethod
+    def _encode(self, spans: Sequence[Span]) -> list[int]:
+        """Ids of spans whose controls are all in the vocabulary."""
+
+    def encode(self, spans: Sequence[Span]) -> list[int]:
+        """Ids of a prompt, with one `IMAGE_TOKEN_ID` where each image goes.
+
+        Only `Control` and `ImageSlot` spans give control tokens and image slots; a `Text` that spells one does not.
+        """
+        known = [
+            Text(span.token) if isinstance(span, Control) and self.token_id(span.token) is None else span
+            for span in spans
+        ]
+        return self._encode(merge_text(known))
+
+
+def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    return SentencePieceTokenizer(spec) if spec.kind == "sentencepiece" else JsonTokenizer(spec)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """`tokenizer.model`, by the original's rules: each chunk between images begins with a dummy space; text behind a
+    control token inside a chunk does so only where `tokenizer_config.json` says `legacy`."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        config = read_json(spec.folder, "tokenizer_config.json", optional=True)
+        self._pieces = load_sentencepiece(spec.folder)
+        self._without_prefix = load_sentencepiece(spec.folder, dummy_prefix=False)
+        self._add_bos = bool(config.get("add_bos_token", True)) and self._pieces.bos_id() >= 0
+        self._legacy = bool(config.get("legacy", True))
+        self._fast_decoding = spec.fast_decoding
+        base = self._pieces.get_piece_size()
+        self.size = base + len(spec.added_tokens)
+        self._added = {token: base + i for i, token in enumerate(spec.added_tokens)}
+        self._silent = {i for i in range(base) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
+        # A user-defined piece such as <|im_end|> matches inside any text: a user's is cut so that it cannot.
+        marks = [piece for piece in map(self._pieces.id_to_piece, range(base)) if re.fullmatch(r"<\|.+\|>", piece)]
+        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        found = int(self._pieces.piece_to_id(token))
+        return None if found == self._pieces.unk_id() else found
+
+    def token_text(self, token_id: int) -> str:
+        if token_id >= self._pieces.get_piece_size():
+            return next(token for token, added in self._added.items() if added == token_id)
+        return str(self._pieces.id_to_piece(token_id)).replace("▁", " ")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        base = self._pieces.get_piece_size()
+        spoken = [int(i) for i in ids if i < base and i not in self._silent]
+        return self._decode_runs(spoken) if self._fast_decoding else str(self._pieces.decode(spoken))
+
+    def _decode_runs(self, ids: Sequence[int]) -> str:
+        text = ""
+        for is_byte, run in groupby(ids, self._pieces.is_byte):
+            pieces = [str(self._pieces.id_to_piece(i)) for i in run]
+            if is_byte:
+                data = bytes(int(piece[3:5], 16) for piece in pieces)  # <0x0A>
+                try:
+                    text += data.decode()
+                except UnicodeDecodeError:
+                    text += "\ufffd" * len(data)
+            else:
+                text += "".join(pieces).replace("▁", " ")
+        return text.removeprefix(" ")
+
+    def _encode(self, spans: Sequence[Span]) -> list[int]:
+        ids = [int(self._pieces.bos_id())] if self._add_bos else []
+        starts_chunk = True
+        for span in spans:
+            if isinstance(span, Text):
+                ids += self._encode_text(span.text, dummy_prefix=starts_chunk or self._legacy)
+            else:
+                found = IMAGE_TOKEN_ID if isinstance(span, ImageSlot) else self.token_id(span.token)
+                assert found is not None
+                ids.append(found)
+            starts_chunk = isinstance(span, ImageSlot)
+        return ids
+
+    def _encode_text(self, text: str, *, dummy_prefix: bool) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(_cut(self._marks, text)):
+            pieces = self._pieces if i == 0 and dummy_prefix else self._without_prefix
+            ids += pieces.encode(part)
+        return ids
+
+
+class JsonTokenizer(Tokenizer):
+    """`tokenizer.json`. In transformers' layout the prompt is encoded as one string, in the original's by chunks."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._tokenizer = load_fast(spec.folder)
+        if spec.added_tokens:
+            self._tokenizer.add_special_tokens(list(spec.added_tokens))
+        self.size = self._tokenizer.get_vocab_size()
+        self._image_token = spec.image_token
+        self._image_id = None if spec.image_token is None else self._tokenizer.token_to_id(spec.image_token)
+        marks = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+        config = read_json(spec.folder, "tokenizer_config.json", optional=True)
+        bos = config.get("bos_token")
+        self._bos = bos["content"] if isinstance(bos, dict) else bos
+
+    def token_id(self, token: str) -> int | None:
+        found = self._tokenizer.token_to_id(token)
+        return None if found is None else int(found)
+
+    def token_text(self, token_id: int) -> str:
+        piece = self._tokenizer.id_to_token(token_id)
+        return "" if piece is None else str(self._tokenizer.decode([token_id], skip_special_tokens=False) or piece)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def _encode(self, spans: Sequence[Span]) -> list[int]:
+        if self._image_token is None:
+            return self._encode_chunks(spans)
+        if any(isinstance(span, Text) and self._marks and self._marks.search(span.text) for span in spans):
+            return self._encode_apart(spans)
+        text = "".join(self._spelling(span) for span in spans)
+        starts_with_bos = bool(self._bos) and text.startswith(str(self._bos))
+        ids = self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids
+        return [IMAGE_TOKEN_ID if i == self._image_id else i for i in ids]
+
+    def _encode_chunks(self, spans: Sequence[Span]) -> list[int]:
+        ids: list[int] = []
+        for is_image, group in groupby(spans, lambda span: isinstance(span, ImageSlot)):
+            chunk = list(group)
+            ids += [IMAGE_TOKEN_ID] * len(chunk) if is_image else self._encode_apart(chunk, opening=not ids)
+        return ids
+
+    def _encode_apart(self, spans: Sequence[Span], *, opening: bool = True) -> list[int]:
+        """Encodes span by span: a text that spells a control token is cut inside its name, so that it stays text."""
+        ids: list[int] = self._tokenizer.encode("").ids if opening else []
+        for span in spans:
+            if isinstance(span, Text):
+                for part in _cut(self._marks, span.text):
+                    ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+            elif isinstance(span, ImageSlot):
+                ids.append(IMAGE_TOKEN_ID)
+            elif not (ids and span.token == self._bos and len(ids) == 1 and ids[0] == self.token_id(span.token)):
+                found = self.token_id(span.token)
+                assert found is not None
+                ids.append(found)
+        return ids
+
+    def _spelling(self, span: Span) -> str:
+        if isinstance(span, Text):
+            return span.text
+        return span.token if isinstance(span, Control) else str(self._image_token)
+
+
+def _cut(marks: re.Pattern[str] | None, text: str) -> Iterator[str]:
+    """Cuts a text behind the first character of each mark in it, so that no part holds a whole mark."""
+    start = 0
+    for match in marks.finditer(text) if marks else ():
+        yield text[start : match.start() + 1]
+        start = match.start() + 1
+    if start < len(text):
+        yield text[start:]
