@@ -109,8 +109,8 @@ def build(folder: Path, split: Split, scenes: int, processes: int = 2) -> Cache:
     jobs = [(str(path), split, i, min(i + _CHUNK, scenes)) for i in range(0, scenes, _CHUNK)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         parts = list(pool.imap(_draw_chunk, jobs))
-    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("kind", "colour", "box")}
-    np.savez(folder / "facts.npz", **fields)  # last, so that its presence says the cache is whole
+    kind, colour, box = (np.concatenate([getattr(part, name) for part in parts]) for name in ("kind", "colour", "box"))
+    np.savez(folder / "facts.npz", kind=kind, colour=colour, box=box)  # last: its presence says the cache is whole
     return Cache(folder)
 
 

@@ -90,7 +90,7 @@ def _paint(
 
 @functools.cache
 def _noise_bank() -> NDArray[np.int16]:
-    """Normal noise of standard deviation 64, [1024, 1024, 3]: drawing it anew per picture would take most of the time."""
+    """Normal noise of standard deviation 64, [1024, 1024, 3]: drawing it per picture would cost most of the time."""
     return (np.random.default_rng(20).standard_normal((1024, 1024, 3), dtype=np.float32) * 64).astype(np.int16)
 
 

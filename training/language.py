@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from training import targets
 from training.cache import RUNS, Cache, Facts
@@ -53,7 +53,7 @@ class LanguageTask:
         self.text = Text(settings.tokenizer)
         self.llava = Llava(self.text.vocabulary)
         self.head = nn.Linear(VISION_WIDTH, targets.OUTPUTS)
-        self.module = nn.ModuleDict({"llava": self.llava, "head": self.head})
+        self.module: nn.Module = nn.ModuleDict({"llava": self.llava, "head": self.head})
         self.llava.tower.post_layernorm.requires_grad_(False)
         self._initialise()
         self.cache = Cache(settings.cache / "train")
@@ -97,7 +97,7 @@ class LanguageTask:
             learned = batch.weights[:, 1:] > 0
             logits = self.llava.decoder.lm_head(hidden[:, :-1][learned]).float()
         labels, weights = batch.ids[:, 1:][learned], batch.weights[:, 1:][learned]
-        spoken = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+        spoken = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
         right = (logits.detach().argmax(-1) == labels).float().mean().item()
         dense, figures = targets.loss(seen, targets.targets(facts))
         return spoken + 0.05 * dense, {"spoken": spoken.item(), "tokens": right, "kind": figures["kind"]}
@@ -105,7 +105,8 @@ class LanguageTask:
     def _hidden(self, image: torch.Tensor, batch: Batch) -> torch.Tensor:
         embeddings = self.llava.decoder.model.embed_tokens(batch.ids.clamp(min=0))
         places = (batch.ids == IMAGE).unsqueeze(-1).expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(places, image.to(embeddings.dtype))
+        # The residual stream is kept in half as many bytes, too.
+        embeddings = embeddings.to(torch.bfloat16).masked_scatter(places, image.to(torch.bfloat16))
         hidden: torch.Tensor = self.llava.decoder.model(
             inputs_embeds=embeddings, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         ).last_hidden_state

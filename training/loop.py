@@ -1,7 +1,7 @@
 """The training loop of both stages: processes of one thread each, a schedule by the clock, and checkpoints that resume.
 
-Gradients are averaged over the processes in one flat buffer. The clock, not a step count, drives the learning rate, because
-the machine is shared: a run of N minutes ends after N minutes of training, however fast the machine was.
+Gradients are averaged over the processes in one flat buffer. The clock, not a step count, drives the learning rate,
+because the machine is shared: a run of N minutes ends after N minutes of training, however fast the machine was.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 _SAVE_EVERY = 120.0  # seconds
 _LOG_EVERY = 60.0
@@ -26,7 +26,7 @@ _EMA = 0.998
 
 
 class Task(Protocol):
-    """What a stage brings along: its module, learning rates by parameter, a loss per step, and a check of where it stands."""
+    """What a stage brings along: its module, learning rates, a loss per step, and a check of where it stands."""
 
     module: nn.Module
 
@@ -56,7 +56,7 @@ def train(make: Callable[[], Task], options: Options) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     rendezvous = options.folder / "rendezvous"
     rendezvous.unlink(missing_ok=True)
-    mp.spawn(_worker, args=(make, options, str(rendezvous.resolve())), nprocs=options.processes)
+    spawn(_worker, args=(make, options, str(rendezvous.resolve())), nprocs=options.processes)  # type: ignore[no-untyped-call]
 
 
 def _worker(rank: int, make: Callable[[], Task], options: Options, rendezvous: str) -> None:
@@ -154,7 +154,7 @@ class Trainer:
 
     def _put(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, values)
+            torch._foreach_copy_([p.detach() for p in self.parameters], values)
 
     def _log(self, title: str, figures: dict[str, float]) -> None:
         text = " ".join(f"{name} {value:.3f}" for name, value in figures.items())

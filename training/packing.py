@@ -1,8 +1,8 @@
 """Several questions about one picture in one sequence, none of which sees another.
 
-A sequence starts with what all share (system prompt and picture); each question with its answer is a block that attends to
-that start and to itself, with positions that go on from the start's end: exactly what it would be alone. Blocks are put
-into bins of equal size, see `training.attention`.
+A sequence starts with what all share (system prompt and picture); each question with its answer is a block that attends
+to that start and to itself, with positions that go on from the start's end: exactly what it would be alone. Blocks are
+put into bins of equal size, see `training.attention`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Batch:
 
 
 def packed(text: Text, questions: list[Question], system: str, two_turns: int) -> Sequence:
-    """Questions after the picture, a block each; the last `two_turns` blocks hold two questions, one after the other."""
+    """Questions after the picture, a block each; the last `two_turns` blocks hold two, one after the other."""
     ids = [*text.before_image(system), *[IMAGE] * _PATCHES]
     singles = len(questions) - 2 * two_turns
     turns = [[q] for q in questions[:singles]]

@@ -1,6 +1,6 @@
 """How questions are put: several phrasings of each kind, some of which training never uses.
 
-`{pic}` is one of several words for the picture, `{colour}` is colour or color; `{a}` names the shape that is asked about.
+`{pic}` is one of several words for the picture, `{colour}` is colour or color; `{a}` names the shape asked about.
 A phrasing that is held out uses words that training uses elsewhere, in an order that it never sees.
 """
 

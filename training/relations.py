@@ -1,7 +1,7 @@
 """What "left of" means here: decided once, for the questions and for the vision tower's targets.
 
-A shape is to the left of another if its centre is, by more than half of both sizes together. It is *not* if its centre is
-hardly further left. In between lies what one could argue about; there no question is asked.
+A shape is to the left of another if its centre is, by more than a quarter of both sizes together. It is *not* if its
+centre is hardly further left. In between lies what one could argue about; there no question is asked.
 """
 
 from __future__ import annotations

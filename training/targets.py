@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from training.cache import Facts
 from training.palette import COLOURS, KINDS
@@ -95,7 +95,7 @@ def targets(facts: Facts) -> Targets:
 def loss(outputs: torch.Tensor, wanted: Targets) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the head's outputs [b, 100, OUTPUTS], and the share right of each choice."""
     outputs = outputs.float()
-    total = F.binary_cross_entropy_with_logits(outputs[..., 0], wanted.foreground)
+    total = functional.binary_cross_entropy_with_logits(outputs[..., 0], wanted.foreground)
     inside = wanted.foreground[..., None]
     apart = (outputs[..., 1:4] - wanted.box) * inside
     total = total + 20 * apart.square().sum() / inside.sum().clamp(min=1)
@@ -108,6 +108,6 @@ def loss(outputs: torch.Tensor, wanted: Targets) -> tuple[torch.Tensor, dict[str
         if not known.any():
             continue
         logits, labels = logits[known], labels[known]
-        total = total + _WEIGHTS.get(name, _RELATION_WEIGHT) * F.cross_entropy(logits, labels)
+        total = total + _WEIGHTS.get(name, _RELATION_WEIGHT) * functional.cross_entropy(logits, labels)
         figures[name] = (logits.detach().argmax(1) == labels).float().mean().item()
     return total, figures

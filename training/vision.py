@@ -31,7 +31,7 @@ class VisionTask:
         # Its output is never used (LLaVA takes the layer before), so it would only gather weight decay.
         self.tower.post_layernorm.requires_grad_(False)
         self.head = nn.Linear(VISION_WIDTH, targets.OUTPUTS)
-        self.module = nn.ModuleDict({"tower": self.tower, "head": self.head})
+        self.module: nn.Module = nn.ModuleDict({"tower": self.tower, "head": self.head})
         self.cache = Cache(cache / "train")
         self.test = Cache(cache / "test")
 
