@@ -47,18 +47,16 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
         config: the parsed YAML.
         cpus: the CPUs that all replicas together must fit, counted at their most; None does not look.
     """
-    faults = list(unknown_keys(config, ServeDeploySchema, ""))
-    try:
-        ServeDeploySchema.model_validate(config)
-    except ValidationError as error:
-        faults += sentences(error, "")
-    if faults or not isinstance(config, Mapping):
+    if faults := list(unknown_keys(config, ServeDeploySchema, "")) or wrong_values(config, ServeDeploySchema, ""):
         return faults
+    assert isinstance(config, Mapping)
     for number, application in enumerate(config["applications"]):
         if application["import_path"] == IMPORT_PATH:
-            faults += check_application(application, f"applications[{number}]")
+            faults += check_application(application, f"applications[{number}].")
     if cpus is not None and not faults:
-        needed = sum(cpus_at_most(deployment) for deployment in deployments_of(config))
+        needed = sum(
+            cpus_at_most(each) for application in config["applications"] for each in deployments_of(application)
+        )
         if needed > cpus:
             faults.append(f"the replicas take up to {needed:g} CPUs, and there are {cpus:g}")
     return faults
@@ -66,17 +64,17 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
 
 def check_application(application: Mapping[str, Any], path: str) -> Iterator[str]:
     """What Ray cannot know: the application's arguments and the names of its deployments."""
-    try:
-        AppArgs.model_validate(application.get("args", {}))
-    except ValidationError as error:
-        yield from sentences(error, f"{path}.args.")
-    named = [deployment["name"] for deployment in application.get("deployments", [])]
+    arguments = application.get("args", {})
+    yield from list(unknown_keys(arguments, AppArgs, f"{path}args.")) or wrong_values(
+        arguments, AppArgs, f"{path}args."
+    )
+    named = [deployment["name"] for deployment in deployments_of(application)]
     for number, name in enumerate(named):
         if name not in DEPLOYMENTS:
-            yield unknown(f"{path}.deployments[{number}].name: {name}", name, DEPLOYMENTS)
+            yield unknown(f"{path}deployments[{number}].name: {name}", name, DEPLOYMENTS)
     for name in DEPLOYMENTS:
         if name not in named:
-            yield f"{path}.deployments: {name} is missing; Serve would give it one whole CPU"
+            yield f"{path}deployments: {name} is missing; Serve would give it one whole CPU"
 
 
 def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
@@ -108,33 +106,27 @@ def unknown(where: str, got: str, known: Iterable[str]) -> str:
     return f"{where}: unknown" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def sentences(error: ValidationError, path: str) -> Iterator[str]:
-    """One sentence per fault that pydantic found."""
-    for fault in error.errors():
-        where = path + ".".join(str(step) for step in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            yield unknown(where, str(fault["loc"][-1]), argument_names())
-        else:
-            yield f"{where}: {fault['msg']}"
+def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
+    """A sentence per value that the model refuses."""
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        return [f"{path}{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+    return []
 
 
-def argument_names() -> Iterator[str]:
-    """Every name that the application's arguments have, at any depth."""
-    for name, field in AppArgs.model_fields.items():
-        yield name
-        for model in models_of(field.annotation):
-            yield from model.model_fields
-
-
-def deployments_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """All deployments that the config names."""
-    for application in config["applications"]:
-        yield from application.get("deployments", [])
+def deployments_of(application: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The deployments that the config names in an application."""
+    return application.get("deployments") or []
 
 
 def cpus_at_most(deployment: Mapping[str, Any]) -> float:
     """The CPUs of all replicas that a deployment may come to have."""
-    replicas = (deployment.get("autoscaling_config") or {}).get("max_replicas", deployment.get("num_replicas", 1))
+    replicas = deployment.get("num_replicas", 1)
+    if scaling := deployment.get("autoscaling_config"):
+        replicas = scaling.get("max_replicas", 1)
+    elif replicas == "auto":
+        replicas = 100  # Serve's own bound
     return float(replicas) * float((deployment.get("ray_actor_options") or {}).get("num_cpus", 1))
 
 

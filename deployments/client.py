@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -11,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.aborts import AbortSender
 from deployments.deadline import until
 from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
 from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
@@ -32,6 +34,7 @@ class HandleBackend:
         self._model_name = model_name
         self._prepare = preprocessor.options(method_name="prepare")
         self._generate = model.options(method_name="generate", stream=True)
+        self._aborts = AbortSender(model)
         self._health = model.options(method_name="health")
 
     @property
@@ -49,14 +52,22 @@ class HandleBackend:
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
     ) -> AsyncGenerator[Chunk]:
         """Streams the answer from the model tier. Closing the generator ends the work there."""
-        async with call(self._generate, prepared, sampling, request_id, deadline) as response:
-            while True:
-                async with until(deadline):
-                    chunks: list[Chunk] | None = await anext(response, None)
-                if chunks is None:
-                    return
-                for chunk in chunks:
-                    yield chunk
+        call_id = f"{request_id}-{uuid.uuid4().hex}"  # callers may choose request ids, and choose the same
+        ended = False
+        try:
+            async with call(self._generate, prepared, sampling, call_id, deadline) as response:
+                while not ended:
+                    async with until(deadline):
+                        chunks: list[Chunk] | None = await anext(response, None)
+                    ended = chunks is None
+                    for chunk in chunks or ():
+                        yield chunk
+        except LlavaServeError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                self._aborts.send(call_id)
 
     async def check_health(self) -> None:
         """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""

@@ -50,7 +50,8 @@ class LocalServe:
 def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> Iterator[LocalServe]:
     """Runs an application while the block runs; then it drains and ends.
 
-    It touches no other Ray on the machine: it neither joins one nor ends one, and has a token of its own.
+    It neither joins nor ends another Ray on the machine, and lets in only who has its token: the environment's
+    `RAY_AUTH_TOKEN`, or else a new one.
 
     Args:
         config: a Serve config with one application; its port must be free.
@@ -63,7 +64,7 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
     host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
     demand_free_port(host, port)
     folder = Path(tempfile.mkdtemp(prefix="llava-serve-"))  # short: Ray's sockets lie in it
-    token = secrets.token_hex(32)
+    token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
     config_file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
     command = [sys.executable, "-m", "deployments.runner", str(config_file)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
+from deployments.aborts import AbortedCalls
 from deployments.coalesce import coalesce
 from deployments.deadline import check_deadline
 from deployments.metrics import ModelMetrics
@@ -27,12 +28,19 @@ class LlavaModel:
         from llava_serve.async_llm import AsyncLLM
 
         self._llm = AsyncLLM(model, engine)
+        self._aborted = AbortedCalls()
         self._metrics = ModelMetrics()
 
     async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, request_id: str, deadline: float
+        self, prepared: PreparedPrompt, sampling: SamplingParams, call_id: str, deadline: float
     ) -> AsyncGenerator[list[Chunk]]:
         """Streams the answer in lists: a message per token would cost more than the token.
+
+        Args:
+            prepared: from `ImagePreprocessor`.
+            sampling: how the answer is drawn.
+            call_id: of this call alone; `abort` knows it by that.
+            deadline: seconds since the epoch.
 
         Raises:
             PromptTooLongError: the prompt and `max_new_tokens` do not fit.
@@ -41,16 +49,26 @@ class LlavaModel:
             EngineDeadError: the engine's loop has ended.
         """
         check_deadline(deadline)
+        if call_id in self._aborted:
+            return
         start = time.perf_counter()
-        chunks = self._llm.generate(prepared, sampling, deadline=deadline, request_id=request_id)
+        chunks = self._llm.generate(prepared, sampling, deadline=deadline, request_id=call_id)
+        first = True
         async with aclosing(coalesce(chunks)) as groups:
-            first = True
             async for group in groups:
+                if call_id in self._aborted:
+                    return
                 if first:
                     self._metrics.first_chunk(time.perf_counter() - start)
                     first = False
                 self._metrics.produced(group)
                 yield group
+
+    async def abort(self, call_ids: Sequence[str]) -> None:
+        """Ends calls whose caller has left. Those of other replicas, and those that are over, are no error."""
+        self._aborted.add(call_ids)
+        for call_id in call_ids:
+            self._llm.abort(call_id)
 
     async def health(self) -> None:
         """Returns if an answer can be expected; raises `EngineDeadError` otherwise."""

@@ -1,0 +1,54 @@
+"""The second way to end an answer: Serve now and then loses a cancel that comes before its call has begun."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from ray.serve.handle import DeploymentHandle
+
+GATHER_S = 0.02
+REMEMBERED_S = 60.0
+"""How long a call may be on its way after its end was told: it is then not begun."""
+
+
+class AbortSender:
+    """Tells all model replicas which calls were left; the caller does not know which replica has them.
+
+    Args:
+        model: handle to `LlavaModel`.
+    """
+
+    def __init__(self, model: DeploymentHandle) -> None:
+        self._model = model
+        self._left: list[str] = []
+
+    def send(self, call_id: str) -> None:
+        """Returns at once. The ids of a burst go together: a broadcast costs a message per replica."""
+        if not self._left:
+            asyncio.get_running_loop().call_later(GATHER_S, self._flush)
+        self._left.append(call_id)
+
+    def _flush(self) -> None:
+        left, self._left = self._left, []
+        self._model.broadcast("abort", left)
+
+
+class AbortedCalls:
+    """The calls that a replica shall not work on, whether their abort came after them or before."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def add(self, call_ids: Sequence[str]) -> None:
+        """Remembers the calls for a while."""
+        now = time.monotonic()
+        for call_id, until in list(self._until.items()):  # in order of time
+            if until > now:
+                break
+            del self._until[call_id]
+        self._until.update(dict.fromkeys(call_ids, now + REMEMBERED_S))
+
+    def __contains__(self, call_id: str) -> bool:
+        return call_id in self._until
