@@ -7,7 +7,8 @@ import torch
 from training.model import Llava
 from training.prompts import EOS, SYSTEM, Text
 
-_AT_ONCE = 48
+# Few at once, and neighbours are of one kind: a batch takes as long as its longest answer.
+_AT_ONCE = 24
 
 
 @torch.no_grad()
@@ -26,8 +27,7 @@ def answers(llava: Llava, text: Text, images: torch.Tensor, questions: list[str]
 
 def _some(llava: Llava, text: Text, images: torch.Tensor, questions: list[str], most: int) -> list[list[int]]:
     embed = llava.decoder.model.embed_tokens
-    with torch.autocast("cpu", torch.bfloat16):
-        pictures = llava.image_embeddings(images).float()
+    pictures = llava.image_embeddings(images)
     before = embed(torch.tensor(text.before_image(SYSTEM)))
     rows = [
         torch.cat([before, picture, embed(torch.tensor(text.first_question(question)))])
@@ -39,13 +39,12 @@ def _some(llava: Llava, text: Text, images: torch.Tensor, questions: list[str], 
     for i, row in enumerate(rows):
         inputs[i, longest - len(row) :] = row
         mask[i, longest - len(row) :] = 1
-    with torch.autocast("cpu", torch.bfloat16):
-        ids = llava.decoder.generate(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            max_new_tokens=most,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
+    ids = llava.decoder.generate(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
     return [row[: row.index(EOS)] if EOS in row else row for row in ids.tolist()]
