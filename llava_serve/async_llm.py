@@ -1,0 +1,229 @@
+"""AsyncLLM: one engine on a thread of its own, one asynchronous stream per request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import torch
+
+from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.config import EngineOptions, ModelOptions
+from llava_serve.engine.build import build_engine
+from llava_serve.engine.engine import Engine, EngineStats
+from llava_serve.engine.sequence import EngineRequest, Output
+from llava_serve.engine.stream import ChunkStream
+from llava_serve.errors import EngineDeadError, LlavaServeError
+from llava_serve.tokenizer import load_tokenizer
+from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+
+_logger = logging.getLogger(__name__)
+_HEARTBEAT_S = 1.0
+_DEAD = "The engine has stopped."
+
+
+@dataclass(frozen=True, slots=True)
+class _Consumer:
+    """Where a request's outputs go. The queue belongs to the loop and is filled only there."""
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[Output | None]  # None: ended by `abort`
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: EngineRequest
+    consumer: _Consumer
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+class AsyncLLM:
+    """The engine for servers. The engine's thread owns all its state; callers send it messages.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+
+    def __init__(self, options: ModelOptions, engine: EngineOptions | None = None) -> None:
+        self._engine: Engine = build_engine(options, engine or EngineOptions())
+        self.spec: CheckpointSpec = self._engine.model.spec
+        self._tokenizer = load_tokenizer(self.spec.tokenizer)
+        self._inbox: queue.SimpleQueue[_Add | _Abort | _Close] = queue.SimpleQueue()
+        self._consumers: dict[str, _Consumer] = {}
+        self._stats = self._engine.stats
+        self._beat = time.monotonic()
+        self._dead = False
+        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model_name(self) -> str:
+        return self.spec.name
+
+    @property
+    def healthy(self) -> bool:
+        """The engine's loop is alive."""
+        return not self._dead and self._thread.is_alive()
+
+    def stats(self) -> EngineStats:
+        """Where the engine stood after its last turn, and how long ago that was."""
+        return dataclasses.replace(self._stats, heartbeat_age_s=time.monotonic() - self._beat)
+
+    async def generate(
+        self,
+        prepared: PreparedPrompt,
+        sampling: SamplingParams | None = None,
+        *,
+        deadline: float | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Chunk]:
+        """Streams the answer. Closing or cancelling ends the work at the engine's next turn.
+
+        Args:
+            deadline: seconds since the epoch.
+            priority: the higher goes first.
+
+        Raises:
+            RequestError: the prompt is too long, or the engine cannot do what is asked.
+            CapacityError: the queue is full.
+            DeadlineExceededError: the time was up before the answer was complete.
+            EngineDeadError: the engine's loop has ended.
+        """
+        request = self._engine.request(
+            request_id or uuid.uuid4().hex, prepared, sampling or SamplingParams(), deadline=deadline, priority=priority
+        )
+        self._engine.check_capacity(self._inbox.qsize())
+        consumer = _Consumer(asyncio.get_running_loop(), asyncio.Queue())
+        chunks = ChunkStream(self._tokenizer, request)
+        self._inbox.put(_Add(request, consumer))
+        try:
+            while not chunks.done:
+                if self._dead and consumer.outputs.empty():
+                    raise EngineDeadError(_DEAD)
+                output = await consumer.outputs.get()
+                if output is None:
+                    return
+                if output.error is not None:
+                    raise output.error
+                chunk = chunks.push(output)
+                if chunk is None:
+                    continue
+                if chunk.finish_reason is not None and output.finish_reason is None:
+                    self._inbox.put(_Abort(request.request_id, output.index))
+                yield chunk
+        finally:
+            if not chunks.done:
+                self._inbox.put(_Abort(request.request_id))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at the engine's next turn. Its stream, if someone still reads it, ends where it is."""
+        self._inbox.put(_Abort(request_id))
+
+    def close(self) -> None:
+        """Ends the engine's thread. Requests that are still open fail with `EngineDeadError`."""
+        self._inbox.put(_Close())
+        self._thread.join()
+
+    def _run(self, num_threads: int) -> None:
+        """The engine's thread."""
+        torch.set_num_threads(num_threads)
+        try:
+            while self._drain():
+                if self._engine.has_work:
+                    self._deliver(self._engine.step())
+                self._stats = self._engine.stats
+                self._beat = time.monotonic()
+        except Exception:
+            _logger.exception("The engine's loop has ended.")
+        finally:
+            self._dead = True
+            self._fail_all()
+
+    def _drain(self) -> bool:
+        """Handles all messages; waits for one while there is nothing to do. False once it is told to close."""
+        wait = not self._engine.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=wait, timeout=_HEARTBEAT_S)
+            except queue.Empty:
+                return True
+            wait = False
+            match message:
+                case _Add(request, consumer):
+                    self._add(request, consumer)
+                case _Abort(request_id, index):
+                    self._engine.abort(request_id, index)
+                    if index is None and (left := self._consumers.pop(request_id, None)) is not None:
+                        self._post({left.loop: [(left, None)]})
+                case _Close():
+                    return False
+
+    def _add(self, request: EngineRequest, consumer: _Consumer) -> None:
+        try:
+            self._engine.add(request)
+        except LlavaServeError as error:
+            self._post({consumer.loop: [(consumer, Output(request.request_id, 0, error=error))]})
+        else:
+            self._consumers[request.request_id] = consumer
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """Hands out what a step gave, with one wake-up per event loop."""
+        batches: _Batches = defaultdict(list)
+        for output in outputs:
+            consumer = self._consumers.get(output.request_id)
+            if consumer is not None:
+                batches[consumer.loop].append((consumer, output))
+        for request_id in {output.request_id for output in outputs if output.error or output.finish_reason}:
+            if not self._engine.has(request_id):
+                self._consumers.pop(request_id, None)
+        self._post(batches)
+
+    def _post(self, batches: _Batches) -> None:
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_fill, batch)
+            except RuntimeError:  # the loop is closed: nobody is left to answer
+                for _, output in batch:
+                    if output is not None:
+                        self._engine.abort(output.request_id)
+
+    def _fail_all(self) -> None:
+        """Tells everyone who waits, or comes too late, that the loop has ended."""
+        batches: _Batches = defaultdict(list)
+        for request_id, consumer in self._consumers.items():
+            batches[consumer.loop].append((consumer, Output(request_id, 0, error=EngineDeadError(_DEAD))))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if isinstance(message, _Add):
+                    failed = Output(message.request.request_id, 0, error=EngineDeadError(_DEAD))
+                    batches[message.consumer.loop].append((message.consumer, failed))
+        self._post(batches)
+
+
+_Batches = dict[asyncio.AbstractEventLoop, list[tuple[_Consumer, Output | None]]]
+
+
+def _fill(batch: list[tuple[_Consumer, Output | None]]) -> None:
+    for consumer, output in batch:
+        consumer.outputs.put_nowait(output)

@@ -1,0 +1,40 @@
+"""An engine from options: opens the checkpoint, chooses device and precision, loads the weights."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import EngineOptions, ModelOptions
+from llava_serve.engine.engine import Engine
+from llava_serve.llava import Llava
+
+
+def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
+    """Loads the model and sizes its cache.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+    device = torch.device(model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(engine.num_threads or available_cores())
+    spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+    dtype = resolve_dtype(model.dtype, device, spec.torch_dtype)
+    return Engine(Llava.load(spec, device, dtype, model.quantization), engine)
+
+
+def resolve_dtype(asked: str, device: torch.device, declared: str) -> torch.dtype:
+    """`auto` is float32 on a CPU, and on CUDA the checkpoint's own half precision, else bfloat16."""
+    if asked == "auto":
+        half = declared if declared in ("float16", "bfloat16") else "bfloat16"
+        asked = "float32" if device.type == "cpu" else half
+    dtype: torch.dtype = getattr(torch, asked)
+    return dtype
+
+
+def available_cores() -> int:
+    """Cores that this process may use; a Ray replica's OMP_NUM_THREADS says nothing about them."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,69 @@
+"""Which pictures' tower features are kept. Bookkeeping only: the runner holds the tensors.
+
+Features are those before the projector, under the picture's digest: the tower is the same for the engine's life.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class _Picture:
+    tiles: int
+    encoded: int = 0
+    users: int = 0
+
+
+class FeatureLedger:
+    """Progress, users and age of every picture that has features, or is waiting for them.
+
+    Args:
+        capacity: tiles that are kept beyond what the running requests need.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._pictures: dict[str, _Picture] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()  # without users, least recently used first
+        self._idle_tiles = 0
+        self._evicted: list[str] = []
+
+    def pin(self, digest: str, tiles: int) -> None:
+        """A request needs the picture: its features are kept until `unpin`."""
+        picture = self._pictures.setdefault(digest, _Picture(tiles))
+        picture.users += 1
+        if digest in self._idle:
+            del self._idle[digest]
+            self._idle_tiles -= picture.encoded
+
+    def unpin(self, digest: str) -> None:
+        """The request needs it no more. The least recently used pictures beyond the capacity are forgotten."""
+        picture = self._pictures[digest]
+        picture.users -= 1
+        if picture.users:
+            return
+        self._idle[digest] = None
+        self._idle_tiles += picture.encoded
+        while self._idle_tiles > self._capacity:
+            oldest, _ = self._idle.popitem(last=False)
+            self._idle_tiles -= self._pictures.pop(oldest).encoded
+            self._evicted.append(oldest)
+
+    def missing(self, digest: str) -> int:
+        """Tiles of a pinned picture that are not encoded yet."""
+        picture = self._pictures[digest]
+        return picture.tiles - picture.encoded
+
+    def encode(self, digest: str, most: int) -> range:
+        """Marks the next tiles, `most` at most, as encoded in this step, and returns which they are."""
+        picture = self._pictures[digest]
+        tiles = range(picture.encoded, min(picture.tiles, picture.encoded + most))
+        picture.encoded = tiles.stop
+        return tiles
+
+    def take_evicted(self) -> tuple[str, ...]:
+        """Pictures whose features are to be dropped; they are handed out once."""
+        evicted, self._evicted = tuple(self._evicted), []
+        return evicted

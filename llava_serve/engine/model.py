@@ -1,0 +1,37 @@
+"""What the engine needs of a model. `llava_serve.llava.Llava` is one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from llava_serve.checkpoints.spec import CheckpointSpec
+
+
+class VisionLanguageModel(Protocol):
+    """A vision tower, a projector, and a language model that is one of transformers' causal LMs."""
+
+    @property
+    def spec(self) -> CheckpointSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def language_model(self) -> Any: ...
+
+    def tower_features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """uint8 [tiles, height, width, 3] -> [tiles, features, channels], before the projector."""
+        ...
+
+    def image_embeddings(self, features: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """[tiles, features, channels] of one picture of (width, height) -> [span, hidden]."""
+        ...
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[tokens] -> [tokens, hidden]."""
+        ...

@@ -1,0 +1,125 @@
+"""Carries out a schedule on the device: tower, copies, one packed forward pass, logits where a token is drawn."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from llava_serve.engine.attention import IMPLEMENTATION, PackedStep, Span
+from llava_serve.engine.memory import KVMemory
+from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.engine.scheduler import Schedule, Segment, TileJob
+from llava_serve.engine.sequence import Sequence
+from llava_serve.types import IMAGE_TOKEN_ID
+
+
+class Runner:
+    """Owns every tensor of the engine: the KV memory and the pictures' features.
+
+    Args:
+        positions: of the KV memory.
+        block_size: positions per block of the extents.
+    """
+
+    def __init__(self, model: VisionLanguageModel, positions: int, block_size: int) -> None:
+        self._model = model
+        self._block_size = block_size
+        self._features: dict[str, torch.Tensor] = {}
+        self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
+        layers, kv_heads, head_dim = kv_shape(model)
+        self._memory = KVMemory(layers, kv_heads, positions, head_dim, model.dtype, model.device)
+        self._decoder = model.language_model.base_model
+        self._head = model.language_model.get_output_embeddings()
+        model.language_model.set_attn_implementation(IMPLEMENTATION)
+
+    @torch.inference_mode()
+    def run(self, schedule: Schedule) -> torch.Tensor:
+        """Does the step's work.
+
+        Returns:
+            logits [draws, vocabulary] of the segments that draw, in their order, in float32 or better.
+        """
+        for digest in schedule.evicted:
+            self._features.pop(digest, None)
+        self._encode(schedule.tile_jobs)
+        self._memory.copy(schedule.copies)
+        if not schedule.segments:
+            return torch.empty(0, 0)
+        spans = self._pack(schedule.segments)
+        step = PackedStep(self._memory, spans, self._model.dtype, self._model.device)
+        hidden = self._decoder(
+            inputs_embeds=self._embed(schedule.segments)[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            step=step,
+        ).last_hidden_state[0]
+        drawn = [
+            span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
+        ]
+        logits: torch.Tensor = self._head(hidden[torch.tensor(drawn, dtype=torch.long, device=hidden.device)])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what is kept for a sequence's prefill."""
+        for key in [key for key in self._embeddings if key[0] is sequence]:
+            del self._embeddings[key]
+
+    def _encode(self, jobs: tuple[TileJob, ...]) -> None:
+        """Runs the tower once over the tiles of all jobs."""
+        if not jobs:
+            return
+        tiles = torch.cat([torch.from_numpy(job.tiles) for job in jobs])
+        features = self._model.tower_features(tiles.to(self._model.device))
+        parts = torch.split_with_sizes(features, [len(job.tiles) for job in jobs])
+        for job, part in zip(jobs, parts, strict=True):
+            if job.first == 0:
+                self._features[job.digest] = part.new_empty((job.total, *part.shape[1:]))
+            self._features[job.digest][job.first : job.first + len(part)] = part
+
+    def _pack(self, segments: tuple[Segment, ...]) -> list[Span]:
+        lengths = [segment.end - segment.start for segment in segments]
+        rows = itertools.accumulate(lengths, initial=0)
+        spans = []
+        for segment, row, length in zip(segments, rows, lengths, strict=False):
+            extent = segment.sequence.extent
+            assert extent is not None, "a scheduled sequence has its place"
+            spans.append(Span(row, length, extent.start * self._block_size, segment.start))
+        return spans
+
+    def _embed(self, segments: tuple[Segment, ...]) -> torch.Tensor:
+        """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures."""
+        ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
+        tokens = torch.tensor(ids, device=self._model.device)
+        embeddings = self._model.embed(tokens.clamp(min=0))
+        row = 0
+        for segment in segments:
+            if IMAGE_TOKEN_ID in segment.sequence.token_ids[segment.start : segment.end]:
+                self._merge(embeddings[row : row + segment.end - segment.start], segment)
+            row += segment.end - segment.start
+        return embeddings
+
+    def _merge(self, embeddings: torch.Tensor, segment: Segment) -> None:
+        """Writes the pictures of a segment into its embeddings [tokens, hidden]."""
+        prompt = segment.sequence.request.prompt
+        for at, (start, end) in enumerate(prompt.image_spans):
+            first, last = max(start, segment.start), min(end, segment.end)
+            if first >= last:
+                continue
+            key = (segment.sequence, at)
+            if key not in self._embeddings:
+                features = self._features[prompt.digests[at]]
+                self._embeddings[key] = self._model.image_embeddings(features, prompt.image_sizes[at])
+            picture = self._embeddings[key]
+            embeddings[first - segment.start : last - segment.start] = picture[first - start : last - start]
+            if last == end:
+                del self._embeddings[key]
+
+
+def kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
+    """(layers, kv heads, head dim) of the language model's cache."""
+    config = model.language_model.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, kv_heads, head_dim

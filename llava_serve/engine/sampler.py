@@ -1,0 +1,113 @@
+"""Draws the next tokens of a batch, vectorised over its rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from llava_serve.engine.sequence import RawLogprob, Sequence
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing else: SplitMix64's finaliser over the three."""
+    state = seed & _MASK
+    for word in (choice, position):
+        state = (state + 0x9E3779B97F4A7C15 * (word + 1)) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[RawLogprob]:
+    """Draws one token per row.
+
+    Args:
+        logits: [rows, vocabulary] in float32 or float64; changed in place.
+        sequences: whose rows they are.
+
+    Returns:
+        The tokens. Log-probabilities are the model's own, before temperature and penalties; they are computed, with the
+        alternatives, only for requests that ask, and are 0 elsewhere.
+    """
+    logprobs = _logprobs(logits, sequences)
+    _penalize(logits, sequences)
+    tokens = logits.argmax(dim=-1).tolist()
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
+    if drawn:
+        for row, token in zip(drawn, _draw(logits[drawn], [sequences[row] for row in drawn]), strict=True):
+            tokens[row] = token
+    return [
+        RawLogprob(token, 0.0) if table is None else _entry(table, token, sequence.request.sampling.logprobs or 0)
+        for token, table, sequence in zip(tokens, logprobs, sequences, strict=True)
+    ]
+
+
+def _logprobs(logits: torch.Tensor, sequences: list[Sequence]) -> list[torch.Tensor | None]:
+    """Per row [vocabulary], where the request asks for them."""
+    asked = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
+    tables: list[torch.Tensor | None] = [None] * len(sequences)
+    if asked:
+        for row, table in zip(asked, logits[asked].log_softmax(dim=-1), strict=True):
+            tables[row] = table
+    return tables
+
+
+def _entry(table: torch.Tensor, token: int, count: int) -> RawLogprob:
+    best = table.topk(min(count, len(table)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return RawLogprob(token, float(table[token]), top)
+
+
+def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+    """Repetition over prompt and answer as transformers does; presence and frequency over the answer as OpenAI does."""
+    for row, sequence in enumerate(sequences):
+        sampling = sequence.request.sampling
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({token for token in sequence.token_ids if token >= 0}), device=logits.device)
+            score = logits[row, seen]
+            penalty = sampling.repetition_penalty
+            logits[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_output:
+            counts = Counter(sequence.token_ids[sequence.num_prompt :])
+            tokens = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+            logits[row, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+
+
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """Inverse transform sampling: the noise of a row is one number, whatever the batch and the device."""
+    samplings = [sequence.request.sampling for sequence in sequences]
+    logits = logits / _column([sampling.temperature for sampling in samplings], logits)
+    if any(sampling.top_k or sampling.top_p < 1 for sampling in samplings):
+        logits = _truncate(logits, [sampling.top_k for sampling in samplings], [s.top_p for s in samplings])
+    noise = [uniform(row.request.seed, row.index, row.num_output) for row in sequences]
+    mass = logits.softmax(dim=-1).cumsum(dim=-1)
+    target = _column(noise, logits) * mass[:, -1:]
+    tokens = torch.searchsorted(mass, target, right=True)[:, 0]
+    # rounding may put the target at the very end: the last token that has any mass is meant
+    last = (mass < mass[:, -1:]).sum(dim=-1)
+    result: list[int] = torch.minimum(tokens, last).tolist()
+    return result
+
+
+def _truncate(logits: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
+    """Keeps the `top_k` best (0: all), and of these the fewest that reach `top_p`; the others become -inf."""
+    vocabulary = logits.shape[-1]
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(vocabulary, device=logits.device)
+    keep = torch.tensor([[k or vocabulary] for k in top_k], device=logits.device)
+    values = values.masked_fill(ranks >= keep, float("-inf"))
+    before = values.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+    before[:, 0] = 0
+    limit = _column(top_p, logits)
+    values = values.masked_fill((before >= limit) & (limit < 1), float("-inf"))
+    return torch.empty_like(values).scatter_(-1, order, values)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    """[rows, 1], in the precision and on the device of `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

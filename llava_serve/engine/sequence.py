@@ -1,0 +1,143 @@
+"""A request inside the engine: what came in, how far it is, what goes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llava_serve.errors import LlavaServeError
+from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineRequest:
+    """What `Engine.add` takes.
+
+    Attributes:
+        request_id: unique among the requests in the engine.
+        deadline: seconds since the epoch; None waits for ever.
+        priority: the higher goes first; equals go in order of arrival.
+        seed: of the draw; the caller's, or one drawn for it.
+        max_new_tokens: the caller's, clamped to what the context holds.
+        stop_token_ids: ids that end the answer.
+    """
+
+    request_id: str
+    prompt: PreparedPrompt
+    sampling: SamplingParams
+    deadline: float | None
+    priority: int
+    seed: int
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RawLogprob:
+    """A produced token's log-probability and the best alternatives as (id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step gave one choice of a request.
+
+    Attributes:
+        index: of the choice.
+        finish_reason: set on the choice's last output, and only there.
+        error: the request has failed; no output of any of its choices follows.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[RawLogprob, ...] | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    error: LlavaServeError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """Blocks [start, start + size) of the cache, held by one sequence."""
+
+    start: int
+    size: int
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One row of work: a choice or a beam of a request.
+
+    Attributes:
+        index: of the choice.
+        token_ids: prompt and answer so far; an image's positions hold `IMAGE_TOKEN_ID`.
+        num_computed: leading positions whose keys and values are in the cache.
+        num_committed: leading positions that the prefix cache has been offered.
+        num_cached: positions of the prompt that the prefix cache gave, at the first admission.
+        extent: where its keys and values are; None while it waits.
+        block_hashes: of its full blocks, as far as they were needed.
+    """
+
+    request: EngineRequest
+    index: int
+    token_ids: list[int]
+    num_computed: int = 0
+    num_committed: int = 0
+    num_cached: int | None = None
+    extent: Extent | None = None
+    block_hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_prompt(self) -> int:
+        return self.request.prompt.num_tokens
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Positions that must be computed before the next token can be drawn."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_length(self) -> int:
+        """Positions that it may come to hold: the last token drawn needs none."""
+        return self.num_prompt + self.request.max_new_tokens - 1
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Rows that are admitted, preempted and advanced together: one for a choice, `num_beams` for a beam search.
+
+    Attributes:
+        arrival: its place in the order of arrival.
+        rows: all hold the prompt; while `prompted` is false only the first is computed, for all.
+        prompted: the rows have tokens of their own.
+        pins: digests of the pictures that its prefill still needs.
+    """
+
+    request: EngineRequest
+    arrival: int
+    rows: list[Sequence]
+    prompted: bool = False
+    pins: tuple[str, ...] = ()
+
+    @property
+    def active(self) -> list[Sequence]:
+        """The rows that are computed."""
+        return self.rows if self.prompted else self.rows[:1]
+
+    @property
+    def last_picture(self) -> int:
+        """Positions up to the end of the last picture."""
+        return max((end for _, end in self.request.prompt.image_spans), default=0)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The lower is served first and preempted last."""
+        return (-self.request.priority, self.arrival)

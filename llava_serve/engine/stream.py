@@ -1,0 +1,83 @@
+"""From the engine's ids to chunks of text: the one piece that `LLM` and `AsyncLLM` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llava_serve.detokenizer import Detokenizer
+from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob
+from llava_serve.tokenizer import Tokenizer
+from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPrompt, TokenLogprob
+
+
+class ChunkStream:
+    """Text of all choices of one request.
+
+    The template's stop strings count as ends of turn, so that `ignore_eos` turns them off; the request's own stay.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:
+        sampling = request.sampling
+        stop = sampling.stop if sampling.ignore_eos else (*sampling.stop, *request.prompt.stop)
+        self._tokenizer = tokenizer
+        self._open = {index: Detokenizer(tokenizer, stop) for index in range(sampling.n)}
+
+    @property
+    def done(self) -> bool:
+        """Every choice has ended."""
+        return not self._open
+
+    def push(self, output: Output) -> Chunk | None:
+        """The chunk of an output; None if its choice has ended before.
+
+        A chunk that ends where its output does not has met a stop string: the engine is to abort that choice.
+        """
+        detokenizer = self._open.get(output.index)
+        if detokenizer is None:
+            return None
+        text = detokenizer.push(output.token_ids, last=output.finish_reason is not None)
+        reason = "stop" if detokenizer.stopped else output.finish_reason
+        if reason is not None:
+            del self._open[output.index]
+        return Chunk(
+            index=output.index,
+            text=text,
+            token_ids=output.token_ids,
+            finish_reason=reason,
+            logprobs=None if output.logprobs is None else tuple(map(self._logprob, output.logprobs)),
+            num_prompt_tokens=output.num_prompt_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+        )
+
+    def _logprob(self, raw: RawLogprob) -> TokenLogprob:
+        text = self._tokenizer.token_text
+        top = tuple((token, text(token), logprob) for token, logprob in raw.top)
+        return TokenLogprob(raw.token_id, text(raw.token_id), raw.logprob, top)
+
+
+def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult:
+    """The whole answer from all chunks of all choices."""
+    by_choice: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        by_choice.setdefault(chunk.index, []).append(chunk)
+    outputs = tuple(_completion(index, by_choice[index]) for index in sorted(by_choice))
+    return GenerationResult(
+        prompt=prompt.prompt,
+        input_ids=prompt.input_ids,
+        num_prompt_tokens=prompt.num_tokens,
+        outputs=outputs,
+        num_cached_tokens=by_choice[0][-1].num_cached_tokens,
+    )
+
+
+def _completion(index: int, chunks: list[Chunk]) -> Completion:
+    reason = chunks[-1].finish_reason
+    assert reason is not None, "a choice's last chunk says why"
+    logprobs = [entry for chunk in chunks for entry in chunk.logprobs or ()]
+    return Completion(
+        index=index,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        finish_reason=reason,
+        logprobs=tuple(logprobs) if chunks[0].logprobs is not None else None,
+    )

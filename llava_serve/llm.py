@@ -1,0 +1,210 @@
+"""LLM: answers many prompts offline, batched by one engine, in the caller's thread."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.config import Dtype, EngineOptions, ImageOptions, ModelOptions
+from llava_serve.engine.build import build_engine
+from llava_serve.engine.engine import Engine
+from llava_serve.engine.stream import ChunkStream, collect
+from llava_serve.errors import RequestError
+from llava_serve.images.fetch import ImageSource, read_local_source
+from llava_serve.processor import Processor
+from llava_serve.types import Chunk, GenerationResult, ImagePart, Message, PreparedPrompt, SamplingParams, TextPart
+
+ChatMessage = Message | Mapping[str, Any]
+"""A `Message`, or OpenAI's dict; {"type": "image", "image": ...} holds a path, URL, bytes or PIL image."""
+
+
+class LLM:
+    """A model and its engine, driven in a loop until the answers are there. Not for several threads.
+
+    Args:
+        model: `builtin`, a folder, or a hub id in the local cache.
+        model_base, vision_tower, conv_mode, device, dtype, quantization: see `ModelOptions`.
+        engine, images: limits; None takes the defaults.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str = "builtin",
+        *,
+        model_base: str | None = None,
+        vision_tower: str | None = None,
+        conv_mode: str | None = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        quantization: Literal["8bit", "4bit"] | None = None,
+        engine: EngineOptions | None = None,
+        images: ImageOptions | None = None,
+    ) -> None:
+        options = ModelOptions(
+            model=model,
+            model_base=model_base,
+            vision_tower=vision_tower,
+            conv_mode=conv_mode,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+        )
+        self.engine: Engine = build_engine(options, engine or EngineOptions())
+        self.spec: CheckpointSpec = self.engine.model.spec
+        self.processor = Processor(self.spec, images or ImageOptions())
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        images: Sequence[ImageSource] | None = None,
+        sampling: SamplingParams | None = None,
+        conv_mode: str | None = None,
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str],
+        images: Sequence[Sequence[ImageSource]] | None = None,
+        sampling: SamplingParams | None = None,
+        conv_mode: str | None = None,
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        images: Sequence[Any] | None = None,
+        sampling: SamplingParams | None = None,
+        conv_mode: str | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answers one query, or a list of them batched by the engine.
+
+        Args:
+            prompts: `<image-placeholder>` marks where an image goes; without it, each image stands before the text.
+            images: a flat list for one query; a list of lists for a list of queries.
+
+        Raises:
+            RequestError: an input is not acceptable; nothing has been generated.
+        """
+        if isinstance(prompts, str):
+            return self.run([self.processor.prepare_query(prompts, images or (), conv_mode=conv_mode)], sampling)[0]
+        each = images if images is not None else [()] * len(prompts)
+        prepared = [
+            self.processor.prepare_query(prompt, pictures, conv_mode=conv_mode)
+            for prompt, pictures in zip(prompts, each, strict=True)
+        ]
+        return self.run(prepared, sampling)
+
+    @overload
+    def chat(
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams | None = None, conv_mode: str | None = None
+    ) -> GenerationResult: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[ChatMessage]],
+        sampling: SamplingParams | None = None,
+        conv_mode: str | None = None,
+    ) -> list[GenerationResult]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling: SamplingParams | None = None,
+        conv_mode: str | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answers a conversation, or a list of them batched by the engine.
+
+        Raises:
+            RequestError: a message is not acceptable; nothing has been generated.
+        """
+        single = not messages or isinstance(messages[0], Message | Mapping)
+        conversations = [messages] if single else messages
+        prepared = [
+            self.processor.prepare(
+                [as_message(message, self.processor.options) for message in conversation], conv_mode=conv_mode
+            )
+            for conversation in conversations
+        ]
+        results = self.run(prepared, sampling)
+        return results[0] if single else results
+
+    def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Answers a prepared prompt chunk by chunk. Closing the iterator ends the work."""
+        request = self.engine.request(uuid.uuid4().hex, prepared, sampling or SamplingParams())
+        chunks = ChunkStream(self.processor.tokenizer, request)
+        self.engine.add(request)
+        try:
+            while not chunks.done:
+                yield from self._advance({request.request_id: chunks}).get(request.request_id, ())
+        finally:
+            self.engine.abort(request.request_id)
+
+    def run(self, prepared: Iterable[PreparedPrompt], sampling: SamplingParams | None = None) -> list[GenerationResult]:
+        """Answers prepared prompts, batched by the engine, in their order."""
+        sampling = sampling or SamplingParams()
+        requests = [self.engine.request(uuid.uuid4().hex, prompt, sampling) for prompt in prepared]
+        answers = {request.request_id: list[Chunk]() for request in requests}
+        streams: dict[str, ChunkStream] = {}
+        queue = iter(requests)
+        coming = next(queue, None)
+        try:
+            while coming is not None or self.engine.has_work:
+                while coming is not None and self.engine.has_room:
+                    streams[coming.request_id] = ChunkStream(self.processor.tokenizer, coming)
+                    self.engine.add(coming)
+                    coming = next(queue, None)
+                for request_id, chunks in self._advance(streams).items():
+                    answers[request_id] += chunks
+        finally:
+            for request in requests:
+                self.engine.abort(request.request_id)
+        return [collect(request.prompt, answers[request.request_id]) for request in requests]
+
+    def _advance(self, streams: Mapping[str, ChunkStream]) -> dict[str, list[Chunk]]:
+        """One step of the engine, as new chunks by request."""
+        new: dict[str, list[Chunk]] = {}
+        for output in self.engine.step():
+            chunk = streams[output.request_id].push(output)
+            if chunk is None:
+                continue
+            if chunk.finish_reason is not None and output.finish_reason is None:
+                self.engine.abort(output.request_id, output.index)
+            new.setdefault(output.request_id, []).append(chunk)
+        return new
+
+
+def as_message(message: ChatMessage, options: ImageOptions) -> Message:
+    """Reads OpenAI's form of a message; pictures are read where they are.
+
+    Raises:
+        RequestError: a role or part is not known; a picture cannot be read.
+    """
+    if isinstance(message, Message):
+        return message
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise RequestError(f"A message's role is system, user or assistant; got {role}.", "messages")
+    if isinstance(content, str):
+        return Message(role, (TextPart(content),))
+    if not isinstance(content, Sequence):
+        raise RequestError("A message's content is a text or a list of parts.", "messages")
+    return Message(role, tuple(_part(part, options) for part in content))
+
+
+def _part(part: Mapping[str, Any], options: ImageOptions) -> TextPart | ImagePart:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return TextPart(text)
+        case {"type": "image_url", "image_url": {"url": source}} | {"type": "image_url", "image_url": source}:
+            return ImagePart(read_local_source(source, options))
+        case {"type": "image", "image": source}:
+            return ImagePart(read_local_source(source, options))
+    raise RequestError("A part of a message is a text, an image_url or an image.", "messages")
