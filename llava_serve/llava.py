@@ -1,0 +1,206 @@
+"""LLaVA: a vision tower, a projector and a language model; all but the glue is transformers'."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers.activations import ACT2FN
+
+from llava_serve.checkpoints import CheckpointSpec
+from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
+from llava_serve.errors import CheckpointError
+from llava_serve.images.tiles import kept_features, tile_grid
+from llava_serve.placing import Quantization, place_tensors, quantize_layers
+from llava_serve.tokenizer import load_tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Llava(nn.Module):
+    """The model in memory. Build one with `Llava.load`.
+
+    Attributes:
+        spec: what was loaded.
+        vision_tower: CLIP, without the layers behind the selected one.
+        projector: tower features to the language model's width.
+        image_newline: [hidden], ends a row of features in `spatial_unpad`; None elsewhere.
+        language_model: transformers' causal language model.
+    """
+
+    def __init__(self, spec: CheckpointSpec, text_config: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        vision = CLIPVisionConfig(**{**spec.vision_config, "num_hidden_layers": selected_layers(spec)})
+        self.vision_tower = CLIPVisionModel(vision)
+        self.language_model = AutoModelForCausalLM.from_config(text_config)
+        if spec.layout == "original" and hasattr(self.language_model.base_model, "rotary_emb"):
+            self.language_model.base_model.rotary_emb = HalfRotary(self.language_model.base_model.rotary_emb)
+        hidden = text_config.hidden_size
+        self.projector = make_projector(spec, vision.hidden_size, hidden)
+        has_newline = spec.image.aspect == "anyres" and spec.image.merge == "spatial_unpad"
+        self.image_newline = nn.Parameter(torch.empty(hidden)) if has_newline else None
+
+    @classmethod
+    def load(
+        cls,
+        spec: CheckpointSpec,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        quantization: Quantization | None = None,
+    ) -> Llava:
+        """Loads a checkpoint, tensor by tensor to its place.
+
+        Args:
+            spec: of the checkpoint.
+            device: where the model runs.
+            dtype: of all weights, but for quantized layers.
+            quantization: of the language model's linear layers, its head apart.
+
+        Raises:
+            CheckpointError: a tensor is missing, surplus, or of the wrong shape; a file is missing or damaged.
+        """
+        tensors = stored_tensors(spec)
+        tensors = {name: t for name, t in tensors.items() if not _is_behind_selected(name, spec)}
+        text_config = _text_config(spec, tensors)
+        with init_empty_weights(include_buffers=False):
+            model = cls(spec, text_config)
+        if quantization is not None:
+            quantize_layers(model.language_model, quantization, dtype)
+        place_tensors(model, tensors, torch.device(device), dtype)
+        model.eval().requires_grad_(False)
+        _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = next(self.vision_tower.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not quantized."""
+        dtype: torch.dtype = next(self.vision_tower.parameters()).dtype
+        return dtype
+
+    @torch.inference_mode()
+    def tower_features(self, tiles: Tensor) -> Tensor:
+        """Runs the vision tower, up to the projector.
+
+        Args:
+            tiles: uint8 [tiles, height, width, 3].
+
+        Returns:
+            [tiles, features, vision hidden].
+        """
+        image = self.spec.image
+        mean = torch.tensor(image.mean, device=self.device)
+        std = torch.tensor(image.std, device=self.device)
+        pixels = (tiles.to(self.device, non_blocking=True).float() / 255 - mean) / std
+        hidden: Tensor = self.vision_tower(pixels.permute(0, 3, 1, 2).to(self.dtype)).last_hidden_state
+        return hidden[:, 1:] if self.spec.select_feature == "patch" else hidden
+
+    @torch.inference_mode()
+    def image_embeddings(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Projects and joins one picture's features.
+
+        Args:
+            features: [tiles, features, vision hidden] of the picture's tiles, the overview first.
+            image_size: (width, height) before tiling.
+
+        Returns:
+            [positions, hidden], as many as `num_features` says.
+        """
+        projected: Tensor = self.projector(features)
+        image = self.spec.image
+        if image.aspect != "anyres" or image.merge == "flat":
+            return projected.flatten(0, 1)
+        columns, rows = tile_grid(image_size, image)
+        side = image.grid_side
+        # [rows of tiles, columns, side, side, hidden] -> [all rows, all columns, hidden]
+        grid = (
+            projected[1:].view(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+        )
+        if self.image_newline is not None:
+            top, bottom, left, right = kept_features(image_size, image)
+            grid = grid[top:bottom, left:right]
+            grid = torch.cat([grid, self.image_newline.expand(grid.shape[0], 1, -1)], dim=1)
+        return torch.cat([projected[0], grid.flatten(0, 1)])
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [positions, hidden] of token ids [positions]."""
+        embeddings: Tensor = self.language_model.get_input_embeddings()(ids.to(self.device))
+        return embeddings
+
+
+class HalfRotary(nn.Module):
+    """Rotary tables rounded to half precision. The original builds its model in float16, tables included: whatever the
+    weights' precision is now, the logits are its own only with them."""
+
+    def __init__(self, exact: nn.Module) -> None:
+        super().__init__()
+        self.exact = exact
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [batch, positions, head width], in x's precision."""
+        cos, sin = self.exact(x, position_ids)
+        return cos.half().to(x.dtype), sin.half().to(x.dtype)
+
+
+def make_projector(spec: CheckpointSpec, vision_hidden: int, hidden: int) -> nn.Sequential:
+    """The projector of a type: `linear`, `mlpNx_gelu` (N linear layers with the activation between), `identity`."""
+    if spec.projector_type == "identity":
+        if vision_hidden != hidden:
+            raise CheckpointError(f"An identity projector cannot join widths {vision_hidden} and {hidden}.")
+        return nn.Sequential(nn.Identity())
+    depth = re.fullmatch(r"mlp(\d+)x_gelu", spec.projector_type)
+    layers: list[nn.Module] = [nn.Linear(vision_hidden, hidden, bias=spec.projector_bias)]
+    for _ in range(int(depth[1]) - 1 if depth else 0):
+        layers += [ACT2FN[spec.projector_act], nn.Linear(hidden, hidden, bias=spec.projector_bias)]
+    return nn.Sequential(*layers)
+
+
+def selected_layers(spec: CheckpointSpec) -> int:
+    """How many of the tower's layers run, so that its last hidden state is the selected one.
+
+    Raises:
+        CheckpointError: the tower has no such layer.
+    """
+    layers = int(spec.vision_config.get("num_hidden_layers", 12))
+    selected = spec.select_layer if spec.select_layer >= 0 else layers + 1 + spec.select_layer
+    if not 1 <= selected <= layers:
+        raise CheckpointError(f"config.json selects layer {spec.select_layer} of a vision tower with {layers} layers.")
+    return selected
+
+
+def _is_behind_selected(name: str, spec: CheckpointSpec) -> bool:
+    layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
+    return layer is not None and selected_layers(spec) <= int(layer[1]) < int(spec.vision_config["num_hidden_layers"])
+
+
+def _text_config(spec: CheckpointSpec, tensors: dict[str, StoredTensor]) -> Any:
+    """The language model's config, its vocabulary as the original sizes it: no longer than the tokenizer's."""
+    settings = dict(spec.text_config)
+    stored = next((t for n, t in tensors.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    if stored is not None:
+        vocab_size = stored.shape[0]
+        if spec.layout == "original":
+            tokenizer = load_tokenizer(spec.tokenizer)
+            vocab_size = min(vocab_size, tokenizer.size)
+            if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= vocab_size:
+                raise CheckpointError(
+                    f"{stored.file.name} has embeddings for {vocab_size} tokens, not for <im_start> and <im_end>, "
+                    "which config.json uses."
+                )
+        settings["vocab_size"] = vocab_size
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError("config.json describes a language model that transformers does not accept.") from error
