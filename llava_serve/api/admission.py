@@ -1,0 +1,53 @@
+"""Who is let in now: a bounded house and a bounded body, both decided before any picture is touched."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llava_serve.errors import BodyTooLargeError, CapacityError
+
+
+class Admission:
+    """Counts the requests with a body that are in the house, from arrival to the last byte of the answer.
+
+    Args:
+        app: what lies behind.
+        max_queue: requests in the house; one more raises `CapacityError`.
+        max_body_bytes: of a request; more raises `BodyTooLargeError`, whatever its header had declared.
+    """
+
+    def __init__(self, app: ASGIApp, max_queue: int, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_queue = max_queue
+        self._max_body_bytes = max_body_bytes
+        self._inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._inside >= self._max_queue:
+            raise CapacityError("The server is full; try again later.")
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal():
+            self._demand_fit(int(declared))
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            self._demand_fit(received)
+            return message
+
+        self._inside += 1
+        try:
+            await self._app(scope, receive_counted, send)
+        finally:
+            self._inside -= 1
+
+    def _demand_fit(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            limit = self._max_body_bytes / (1 << 20)
+            raise BodyTooLargeError(f"The request is larger than {limit:.3g} MiB, which is the most this server takes.")

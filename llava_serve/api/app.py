@@ -1,0 +1,106 @@
+"""The web app: OpenAI's chat API, health, and a page to try it, over any `Backend`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from llava_serve.api.access import AccessGate
+from llava_serve.api.admission import Admission
+from llava_serve.api.answers import Answer, Model, ModelList
+from llava_serve.api.backend import Backend
+from llava_serve.api.chat import ChatAnswer
+from llava_serve.api.describe import CHAT_DESCRIPTION, DescribedApp
+from llava_serve.api.errors import openai_error
+from llava_serve.api.front import FrontDoor
+from llava_serve.api.messages import parse_request
+from llava_serve.config import ApiOptions
+from llava_serve.errors import DeadlineExceededError, UnknownModelError
+
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_POLICY = (
+    "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Health(Answer):
+    """The answer of `/health`."""
+
+    status: str
+    model: str
+
+
+def create_app(backend: Backend, options: ApiOptions) -> FastAPI:
+    """Makes the web app; it runs under uvicorn and as a Ray Serve ingress.
+
+    Args:
+        backend: what prepares prompts and generates chunks.
+        options: access and limits.
+    """
+    app = DescribedApp(title="llava-serve", version="1", docs_url=None, redoc_url=None)
+    model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
+    page = _PAGE.read_text(encoding="utf-8")
+
+    def demand_model(name: str) -> None:
+        if name != model.id:
+            raise UnknownModelError(f"There is no model '{name[:100]}' here; this server has '{model.id}'.", "model")
+
+    @app.post("/v1/chat/completions", summary="Answer a conversation about pictures", openapi_extra=CHAT_DESCRIPTION)
+    async def chat_completions(request: Request) -> Response:
+        asked = parse_request(await _body(request, options.default_timeout_s))
+        demand_model(asked.model)
+        seconds = min(asked.timeout or options.default_timeout_s, options.max_timeout_s)
+        return ChatAnswer(backend, asked, request.state.request_id, request.state.arrived + seconds)
+
+    @app.get("/v1/models", summary="The models that can be asked")
+    async def models() -> ModelList:
+        return ModelList(object="list", data=[model])
+
+    @app.get("/v1/models/{name:path}", summary="One of them")
+    async def one_model(name: str) -> Model:
+        demand_model(name)
+        return model
+
+    @app.get("/health", summary="Whether an answer can be expected")
+    async def health() -> Health:
+        await backend.check_health()
+        return Health(status="ok", model=model.id)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
+
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    # The last one added is the first one met.
+    app.add_middleware(Admission, max_queue=options.max_queue, max_body_bytes=options.max_body_bytes)
+    if options.api_keys:
+        app.add_middleware(AccessGate, keys=options.api_keys)
+    app.add_middleware(FrontDoor)
+    return app
+
+
+async def _body(request: Request, timeout_s: float) -> bytes:
+    """A client that trickles its body must not keep its place in the house for ever."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.body()
+    except TimeoutError:
+        raise DeadlineExceededError("The request's body did not arrive in time.") from None
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What the router says (no such path, no such method) in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    message = {
+        404: f"There is nothing at {request.method} {request.url.path[:200]}.",
+        405: f"{request.method} is not possible at {request.url.path[:200]}.",
+    }.get(error.status_code, "The request cannot be served.")
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    body = openai_error(message, "invalid_request_error", code)
+    return JSONResponse(body, error.status_code, error.headers)

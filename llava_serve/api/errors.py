@@ -1,0 +1,86 @@
+"""The one table from an error's class to what the wire says: OpenAI's error body and a status."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from llava_serve.errors import (
+    AccessError,
+    BodyTooLargeError,
+    CapacityError,
+    CheckpointError,
+    DeadlineExceededError,
+    EngineDeadError,
+    InvalidImageError,
+    LlavaServeError,
+    PromptTooLongError,
+    RequestError,
+    UnknownModelError,
+    UnsupportedParameterError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WireError:
+    """How a class of errors looks to a client: the HTTP status, and OpenAI's `type` and `code`."""
+
+    status: int
+    type: str
+    code: str
+
+
+INTERNAL = WireError(500, "server_error", "internal_error")
+
+WIRE_ERRORS: dict[type[BaseException], WireError] = {
+    RequestError: WireError(400, "invalid_request_error", "invalid_value"),
+    InvalidImageError: WireError(400, "invalid_request_error", "invalid_image"),
+    PromptTooLongError: WireError(400, "invalid_request_error", "context_length_exceeded"),
+    UnsupportedParameterError: WireError(400, "invalid_request_error", "unsupported_parameter"),
+    BodyTooLargeError: WireError(413, "invalid_request_error", "request_too_large"),
+    UnknownModelError: WireError(404, "invalid_request_error", "model_not_found"),
+    AccessError: WireError(401, "invalid_request_error", "invalid_api_key"),
+    CapacityError: WireError(429, "rate_limit_error", "rate_limit_exceeded"),
+    DeadlineExceededError: WireError(504, "timeout_error", "deadline_exceeded"),
+    EngineDeadError: WireError(503, "server_error", "service_unavailable"),
+    # Raised while a model loads, for its operator: the message names files, so no client sees it.
+    CheckpointError: INTERNAL,
+    LlavaServeError: INTERNAL,
+}
+
+
+def wire_error(error: BaseException) -> WireError:
+    """The entry of the error's own class or of its nearest parent; whatever nobody foresaw is internal."""
+    return next((WIRE_ERRORS[cls] for cls in type(error).__mro__ if cls in WIRE_ERRORS), INTERNAL)
+
+
+def error_body(error: BaseException, request_id: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object. An internal error tells the request's id and no more."""
+    wire = wire_error(error)
+    if wire is not INTERNAL and isinstance(error, LlavaServeError):
+        return openai_error(error.message, wire.type, wire.code, error.param)
+    about = f" The request's id is {request_id}." if request_id else ""
+    return openai_error(f"The server failed on this request.{about}", wire.type, wire.code)
+
+
+def openai_error(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """The error object in OpenAI's exact shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:
+    """The whole answer to a request that failed before its first byte."""
+    return JSONResponse(error_body(error, request_id), wire_error(error).status, _headers(error))
+
+
+def _headers(error: BaseException) -> dict[str, str]:
+    if isinstance(error, CapacityError):
+        return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, AccessError):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, DeadlineExceededError):
+        # The official client would retry a 504, though the caller has waited as long as it wanted to.
+        return {"x-should-retry": "false"}
+    return {}

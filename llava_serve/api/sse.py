@@ -1,0 +1,67 @@
+"""Server-sent events over ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.types import Send
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_S = 15.0
+"""Silence after which a comment is sent: proxies end connections that say nothing, often after 30 or 60 s."""
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+def event(data: bytes) -> bytes:
+    """One event; `data` is JSON on one line."""
+    return b"data: " + data + b"\n\n"
+
+
+class EventSender:
+    """Writes an event stream to a client, with comments where it falls silent.
+
+    Args:
+        send: of the ASGI request.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._last = 0.0
+
+    async def start(self) -> None:
+        """From here on the status is 200."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+
+    async def write(self, data: bytes) -> None:
+        """Sends bytes that are one or more whole events."""
+        self._last = asyncio.get_running_loop().time()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """Nothing comes after it."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Sends comments on silence while the block runs."""
+        beat = asyncio.create_task(self._beat())
+        try:
+            yield
+        finally:
+            beat.cancel()
+
+    async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._last = loop.time()
+        while True:
+            await asyncio.sleep(self._last + KEEP_ALIVE_S - loop.time())
+            if loop.time() - self._last >= KEEP_ALIVE_S:
+                await self.write(KEEP_ALIVE)
