@@ -78,8 +78,6 @@ class Cache:
 
     def batch(self, index: NDArray[np.int64], mirror: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], Facts]:
         """Pixels [n, 160, 160, 3] and facts of these scenes, those of `mirror` [n] seen in a mirror."""
-        order = np.argsort(index)  # ascending reads are kinder to the disk
-        index, mirror = index[order], mirror[order]
         pixels, found = self.pixels[index], self.facts[index]
         pixels[mirror] = pixels[mirror][:, :, ::-1]
         flipped = found.mirrored()

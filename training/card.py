@@ -16,7 +16,7 @@ from training.cache import RUNS, facts, scene_at
 from training.drawing import CLEAN, TRAIN, render
 from training.evaluate import Answerer, library_answerer, normalised, training_answerer
 from training.export import BUILTIN
-from training.questions import WEIGHTS, ask
+from training.questions import WEIGHTS, Question, ask
 from training.scenes import Scene, Shape
 
 _DEMO = Scene(
@@ -53,7 +53,7 @@ def scenes_sheet(answerer: Answerer, first: int = 40) -> Image.Image:
         scene = scene_at("test", first + cell)
         picture = render(scene, TRAIN)
         rng = np.random.default_rng([77, cell])
-        asked = []
+        asked: list[Question] = []
         while len(asked) < 2:
             question = ask(facts([scene]), 0, kinds[(cell * 2 + len(asked) + int(rng.integers(3))) % len(kinds)], rng)
             if question is not None:

@@ -33,7 +33,10 @@ _QUESTION_FIRST_EVERY = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things are, scenes per process and step, questions per scene, peak learning rates of decoder and tower."""
+    """Where things are, and per process and step: scenes with questions, questions on each, scenes for the tower alone.
+
+    Then the peak learning rates of decoder and tower, and the weight of stage 1's loss.
+    """
 
     cache: Path
     tokenizer: Path
@@ -41,8 +44,10 @@ class Settings:
     init_from: Path | None
     batch: int = 8
     questions: int = 16
+    seen_only: int = 16
     rate: float = 1e-3
-    tower_rate: float = 2e-4
+    tower_rate: float = 5e-4
+    dense: float = 0.2
 
 
 class LanguageTask:
@@ -76,13 +81,15 @@ class LanguageTask:
     def loss(self, step: int, rank: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = np.random.default_rng([12, step, rank])
         question_first = step % _QUESTION_FIRST_EVERY == _QUESTION_FIRST_EVERY - 1
-        scenes = self.settings.batch * (2 if question_first else 1)
+        asked = self.settings.batch * (2 if question_first else 1)
+        scenes = asked + self.settings.seen_only
         index = rng.integers(len(self.cache), size=scenes)
         pixels, facts = self.cache.batch(index, rng.random(scenes) < 0.5)
+        of_asked = facts[np.arange(asked)]
         if question_first:
-            batch = collate(sequences_question_first(self.text, facts, rng))
+            batch = collate(sequences_question_first(self.text, of_asked, rng))
         else:
-            batch = collate(sequences(self.text, facts, self.settings.questions, rng))
+            batch = collate(sequences(self.text, of_asked, self.settings.questions, rng))
         return self._loss(pixels, facts, batch)
 
     def _loss(
@@ -92,7 +99,7 @@ class LanguageTask:
         with torch.autocast("cpu", torch.bfloat16):
             features = patch_features(self.llava.tower, images)
             seen = self.head(features)
-            hidden = self._hidden(self.llava.projector(features), batch)
+            hidden = self._hidden(self.llava.projector(features[: len(batch.ids)]), batch)
             # Position i predicts token i + 1: only where that token is to be learned is the vocabulary computed.
             learned = batch.weights[:, 1:] > 0
             logits = self.llava.decoder.lm_head(hidden[:, :-1][learned]).float()
@@ -100,7 +107,12 @@ class LanguageTask:
         spoken = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
         right = (logits.detach().argmax(-1) == labels).float().mean().item()
         dense, figures = targets.loss(seen, targets.targets(facts))
-        return spoken + 0.05 * dense, {"spoken": spoken.item(), "tokens": right, "kind": figures["kind"]}
+        return spoken + self.settings.dense * dense, {
+            "spoken": spoken.item(),
+            "tokens": right,
+            "kind": figures["kind"],
+            "all": figures["all"],
+        }
 
     def _hidden(self, image: torch.Tensor, batch: Batch) -> torch.Tensor:
         embeddings = self.llava.decoder.model.embed_tokens(batch.ids.clamp(min=0))
@@ -135,8 +147,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=100)
     parser.add_argument("--batch", type=int, default=Settings.batch, help="scenes per process and step")
     parser.add_argument("--questions", type=int, default=Settings.questions, help="questions per scene")
+    parser.add_argument("--seen-only", type=int, default=Settings.seen_only, help="scenes for the tower alone")
     parser.add_argument("--rate", type=float, default=Settings.rate)
     parser.add_argument("--tower-rate", type=float, default=Settings.tower_rate)
+    parser.add_argument("--dense", type=float, default=Settings.dense, help="weight of stage 1's loss")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=RUNS / "cache")
     parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizer.model")
@@ -144,7 +158,9 @@ def main() -> None:
     parser.add_argument("--init-from", type=Path, help="a shipped model's folder to start from")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     o = parser.parse_args()
-    settings = Settings(o.cache, o.tokenizer, o.vision, o.init_from, o.batch, o.questions, o.rate, o.tower_rate)
+    settings = Settings(
+        o.cache, o.tokenizer, o.vision, o.init_from, o.batch, o.questions, o.seen_only, o.rate, o.tower_rate, o.dense
+    )
     train(partial(LanguageTask, settings), Options(o.folder, o.minutes, o.processes))
 
 
