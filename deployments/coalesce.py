@@ -1,4 +1,4 @@
-"""Groups a stream by what is ready."""
+"""Groups a stream: each message between replicas costs more than a token does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import AsyncGenerator
 
 from llava_serve.types import Chunk
 
+GATHER_S = 0.02
+"""Between two groups of one stream: too short to be seen by a reader, and several steps of a fast model."""
 
-async def coalesce(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[list[Chunk]]:
-    """Yields lists that are never empty: all that came since the last one was taken, at once if anything is there.
 
-    Nothing is held back: the first chunk leaves alone, and groups grow only while the receiver is busy.
+async def coalesce(chunks: AsyncGenerator[Chunk], gather_s: float = GATHER_S) -> AsyncGenerator[list[Chunk]]:
+    """Yields lists that are never empty. The first chunk leaves at once, and so does the end of the stream.
+
     Closing it closes `chunks`.
     """
     ready: list[Chunk] = []
@@ -32,6 +34,7 @@ async def coalesce(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[list[Chunk]]
                 group = ready[:]
                 ready.clear()
                 yield group
+                await asyncio.wait((task,), timeout=gather_s)
         await task
     finally:
         task.cancel()

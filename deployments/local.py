@@ -97,7 +97,8 @@ def read_config(path: Path, *, port: int | None = None, model: str | None = None
     if port is not None:
         config.setdefault("http_options", {})["port"] = port
     if model is not None:
-        config["applications"][0].setdefault("args", {})["model"] = model
+        folder = Path(model)
+        config["applications"][0].setdefault("args", {})["model"] = str(folder.resolve()) if folder.is_dir() else model
     return config
 
 

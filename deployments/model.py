@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -80,8 +81,8 @@ class LlavaModel:
             raise EngineDeadError("The model's engine has stopped; its replica is being replaced.")
 
     async def stats(self) -> Mapping[str, object]:
-        """The engine's counts: running and waiting sequences, blocks, cache hits."""
-        return self._llm.stats()
+        """Where the engine stands: the fields of `EngineStats`."""
+        return dataclasses.asdict(self._llm.stats())
 
     def __del__(self) -> None:
         if hasattr(self, "_llm"):

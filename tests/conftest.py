@@ -1,0 +1,83 @@
+"""What tests share: one real Serve application on a Ray of its own, and the official client to ask it."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Ray reads them when it is first imported: this process joins the application's Ray as another job.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILTIN = ROOT / "llava_serve" / "builtin"
+CONFIG = ROOT / "serve_config.yaml"
+DEMO_IMAGE = BUILTIN / "demo.png"
+DEMO_QUESTION = "What colour is the circle?"
+DEMO_ANSWER = "red"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say so where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Any]:
+    """The application of the real `serve_config.yaml` on a Ray of two CPUs; only the port differs."""
+    from deployments.local import free_port, local_serve, read_config
+
+    with local_serve(read_config(CONFIG, port=free_port()), num_cpus=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def ray_job(served: Any) -> Iterator[None]:
+    """Makes this process a Ray job on the application's cluster."""
+    import ray
+
+    ray.init(address=served.ray_address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def engine_stats(ray_job: None) -> Callable[[], dict[str, Any]]:
+    """Asks the model replica where its engine stands."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle("LlavaModel", "llava")
+    return lambda: handle.stats.remote().result(timeout_s=30)
+
+
+@pytest.fixture
+def client(served: Any) -> Iterator[Any]:
+    """The official client; without retries, so that nothing is glossed over."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as openai:
+        yield openai
+
+
+def data_url(image: bytes, kind: str = "png") -> str:
+    """A picture as it stands in a request."""
+    return f"data:image/{kind};base64," + base64.b64encode(image).decode()
+
+
+def question(text: str, *images: bytes) -> list[dict[str, Any]]:
+    """OpenAI messages: the pictures, then the text."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -1,0 +1,101 @@
+"""A client that leaves ends its work: the engine is empty soon after, whenever and however it left."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import DEMO_IMAGE, DEMO_QUESTION, question
+from openai import APIConnectionError, APITimeoutError, AsyncOpenAI
+
+Stats = Callable[[], dict[str, Any]]
+EMPTY_WITHIN_S = 10.0
+"""A bound for a busy machine; what it takes is measured by `benchmarks/serve_clients.py`."""
+
+
+def long_answer(client: AsyncOpenAI, *, stream: bool, **fields: Any) -> Any:
+    """Asks for more tokens than anyone waits for."""
+    return client.chat.completions.create(
+        model="builtin",
+        messages=question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()),
+        max_tokens=400,
+        stream=stream,
+        extra_body={"ignore_eos": True},
+        **fields,
+    )
+
+
+async def read_until_it_is_left(client: AsyncOpenAI, patience_s: float, *, stream: bool, **fields: Any) -> None:
+    try:
+        async with asyncio.timeout(patience_s):
+            answer = await long_answer(client, stream=stream, **fields)
+            if stream:
+                async for _ in answer:
+                    pass
+    except (TimeoutError, APIConnectionError, APITimeoutError):
+        pass
+
+
+async def burst(url: str, clients: int) -> None:
+    """All at once; each leaves at a moment of its own, half of them from a stream."""
+    draw = random.Random(clients)
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        patience = [draw.uniform(0, 0.4) for _ in range(clients)]
+        await asyncio.gather(*(read_until_it_is_left(client, s, stream=n % 2 == 0) for n, s in enumerate(patience)))
+
+
+def wait_until_busy(stats: Stats) -> None:
+    deadline = time.monotonic() + 60
+    while not stats()["running"]:
+        assert time.monotonic() < deadline, "the engine never began"
+        time.sleep(0.02)
+
+
+def wait_until_empty(stats: Stats) -> dict[str, Any]:
+    deadline = time.monotonic() + EMPTY_WITHIN_S
+    while True:
+        now = stats()
+        if now["running"] == now["waiting"] == 0 and now["free_blocks"] == now["total_blocks"]:
+            return now
+        assert time.monotonic() < deadline, f"the engine still works for clients that left: {now}"
+        time.sleep(0.05)
+
+
+def assert_idle(stats: Stats) -> None:
+    """No step is computed for anyone."""
+    before = wait_until_empty(stats)["generated_tokens"]
+    time.sleep(0.5)
+    assert stats()["generated_tokens"] == before
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "unstreamed"])
+async def test_a_client_that_leaves_frees_the_engine(served: Any, engine_stats: Stats, stream: bool) -> None:
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        task = asyncio.create_task(read_until_it_is_left(client, 60, stream=stream))
+        await asyncio.to_thread(wait_until_busy, engine_stats)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await asyncio.to_thread(assert_idle, engine_stats)
+
+
+async def test_a_client_cannot_hide_that_it_left(served: Any, engine_stats: Stats) -> None:
+    hidden = {"x-request-disconnect-disabled": "?1"}
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        await read_until_it_is_left(client, 1.0, stream=False, extra_headers=hidden)
+    await asyncio.to_thread(assert_idle, engine_stats)
+
+
+async def test_a_burst_of_clients_that_leave_leaves_nothing(served: Any, engine_stats: Stats) -> None:
+    await burst(served.url, 40)
+    await asyncio.to_thread(assert_idle, engine_stats)
+
+
+@pytest.mark.slow
+async def test_bursts_of_a_hundred_ten_times_in_a_row_leave_nothing(served: Any, engine_stats: Stats) -> None:
+    for _ in range(10):
+        await burst(served.url, 100)
+        await asyncio.to_thread(assert_idle, engine_stats)

@@ -1,0 +1,83 @@
+"""The commands that start an application of their own: the demo, and a stop that cuts no answer."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import CONFIG, DEMO_IMAGE, DEMO_QUESTION, question
+from openai import OpenAI
+
+from deployments.local import LocalServeError, free_port, local_serve, read_config
+
+pytestmark = pytest.mark.slow
+
+
+def test_answers_on_their_way_are_finished() -> None:
+    config = read_config(CONFIG, port=free_port())
+    pieces: list[str] = []
+    finish: list[str | None] = []
+    begun = threading.Event()
+
+    def read(url: str) -> None:
+        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for chunk in client.chat.completions.create(
+                model="builtin",
+                messages=question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()),
+                max_tokens=400,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            ):
+                begun.set()
+                pieces.append(chunk.choices[0].delta.content or "")
+                finish.append(chunk.choices[0].finish_reason)
+
+    with local_serve(config, num_cpus=2) as running:
+        readers = [threading.Thread(target=read, args=(running.url,)) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        assert begun.wait(60)
+    for reader in readers:
+        reader.join(60)
+    assert finish.count("length") == len(readers)
+
+
+def test_the_demo_prints_the_right_answer() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.demo"], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Answer:" in done.stdout
+    assert "tokens/s" in done.stdout
+
+
+def test_a_wrong_answer_fails_the_demo() -> None:
+    command = [sys.executable, "-m", "deployments.demo", "--answer", "no such word"]
+    assert subprocess.run(command, capture_output=True, check=False, timeout=280).returncode == 1
+
+
+def test_serve_ends_in_order_at_an_interrupt() -> None:
+    command = [sys.executable, "-m", "deployments.serve", "--config", str(CONFIG), "--port", str(free_port())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Serving on"):
+            break
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in child.name() for child in below)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive
+
+
+def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    config = read_config(CONFIG, port=free_port(), model=str(tmp_path))
+    with pytest.raises(LocalServeError, match=r"CheckpointError: .*config\.json"), local_serve(config, num_cpus=2):
+        pass
