@@ -1,0 +1,35 @@
+"""LLaVA, a model that answers questions about pictures, as a library, a command, and an application on Ray Serve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llava_serve.types import Chunk, Completion, GenerationResult, Message, PreparedPrompt, SamplingParams
+
+if TYPE_CHECKING:
+    from llava_serve.async_llm import AsyncLLM
+    from llava_serve.llm import LLM
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Chunk",
+    "Completion",
+    "GenerationResult",
+    "Message",
+    "PreparedPrompt",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The two engines import torch, which takes seconds: the command line and the CPU tier do without.
+    if name == "LLM":
+        from llava_serve.llm import LLM
+
+        return LLM
+    if name == "AsyncLLM":
+        from llava_serve.async_llm import AsyncLLM
+
+        return AsyncLLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
