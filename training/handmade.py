@@ -38,7 +38,8 @@ _PICTURES = """
 400x400 lightgray: blue triangle 90 100 90, red triangle 300 90 90, black triangle 200 300 110
 360x240 white: orange square 80 120 70, purple=darkviolet square 260 120 80
 240x360 white: yellow circle 120 80 90, black circle 120 260 100
-640x480 white: red circle 90 90 90, blue circle 540 110 100, green heart 320 230 90, yellow=gold star 150 370 130, black square 500 370 90
+640x480 white: red circle 90 90 90, blue circle 540 110 100, green heart 320 230 90, \
+yellow=gold star 150 370 130, black square 500 370 90
 500x400 lavender: red heart 100 110 100, blue cross 380 110 100, purple star 110 300 120, orange circle 370 300 110
 448x336 #404048: white square 90 90 80, red square 350 90 80, cyan cross 110 250 90, pink triangle 330 250 90
 256x256 white: green star 128 128 150
