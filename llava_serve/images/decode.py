@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
@@ -35,6 +35,8 @@ def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's own limit is above ours, and its remarks are not for the caller
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise InvalidImageError(f"The picture has more than {options.max_pixels:,} pixels.") from error
         except Exception as error:
             raise InvalidImageError(
                 "The data is not a picture that can be read; PNG, JPEG, WebP, GIF, BMP, TIFF and PPM can."
