@@ -142,7 +142,7 @@ class PreparedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A produced token, its log-probability (natural), and the best alternatives, best first, as (id, text, logprob)."""
+    """A produced token, its natural log-probability, and the best alternatives, best first, as (id, text, logprob)."""
 
     token_id: int
     text: str
@@ -152,7 +152,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer. `token_ids` includes the end token where one was produced; `text` is stripped as the original does."""
+    """One answer. `token_ids` includes the end token where one was produced; `text` is stripped as the original's."""
 
     index: int
     text: str
