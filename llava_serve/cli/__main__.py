@@ -1,0 +1,7 @@
+"""`python -m llava_serve.cli`."""
+
+import sys
+
+from llava_serve.cli import main
+
+sys.exit(main())

@@ -1,0 +1,55 @@
+"""`llava-serve ask`: one question, one answer, printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from llava_serve.cli import options as flags
+from llava_serve.errors import RequestError
+
+if TYPE_CHECKING:
+    from llava_serve.types import GenerationResult
+
+
+def add_to(commands: flags.Commands) -> None:
+    """Declares the command."""
+    parser = commands.add_parser("ask", help="answer one question", description="Answers one question about pictures.")
+    parser.add_argument("question", nargs="?", help="<image-placeholder> in it marks where a picture goes")
+    parser.add_argument("--query", help="another way to give the question")
+    flags.add_image_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_sampling_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON, at the end")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Loads the model and answers."""
+    if (options.question is None) == (options.query is None):
+        raise RequestError("Give one question, as 'llava-serve ask --image FILE \"What is this?\"'.")
+    question = options.question if options.query is None else options.query
+    sampling, pictures = flags.sampling(options), flags.pictures(options)
+    llm = flags.load_llm(options)
+    if options.json:
+        print(_as_json(llm.spec.name, llm.generate(question, pictures, sampling)))
+        return 0
+    for chunk in llm.stream(llm.processor.prepare_query(question, pictures), sampling):
+        print(chunk.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _as_json(model: str, result: GenerationResult) -> str:
+    return json.dumps(
+        {
+            "model": model,
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "token_ids": result.token_ids,
+            "prompt": result.prompt,
+            "num_prompt_tokens": result.num_prompt_tokens,
+        },
+        ensure_ascii=False,
+    )

@@ -1,0 +1,68 @@
+"""`llava-serve chat`: a conversation about the pictures given."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from llava_serve.cli import options as flags
+from llava_serve.errors import RequestError
+
+if TYPE_CHECKING:
+    from llava_serve.llm import LLM
+    from llava_serve.types import Message, SamplingParams
+
+
+def add_to(commands: flags.Commands) -> None:
+    """Declares the command."""
+    parser = commands.add_parser(
+        "chat", help="talk about pictures", description="Talks about pictures. An empty line or Ctrl-D ends it."
+    )
+    flags.add_image_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_sampling_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Reads questions from standard input until it ends."""
+    from llava_serve.types import ImagePart, Message, TextPart
+
+    sampling = flags.sampling(options)
+    pictures = [ImagePart(picture) for picture in flags.pictures(options)]
+    llm = flags.load_llm(options)
+    history: tuple[Message, ...] = ()
+    for question in _questions():
+        # The pictures belong to the first turn; the template repeats them with the history.
+        parts = (*(pictures if not history else ()), TextPart(question))
+        asked = (*history, Message("user", parts))
+        try:
+            answer = _answer(llm, asked, sampling)
+        except RequestError as error:
+            print(error, file=sys.stderr)
+            continue
+        history = (*asked, Message("assistant", (TextPart(answer),)))
+    return 0
+
+
+def _questions() -> Iterator[str]:
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` its line editing)
+    with suppress(EOFError):
+        while question := input("> ").strip():
+            yield question
+
+
+def _answer(llm: LLM, messages: tuple[Message, ...], sampling: SamplingParams) -> str:
+    """Prints the answer as it comes; Ctrl-C cuts it short, and the conversation goes on with what was said."""
+    texts: list[str] = []
+    prepared = llm.processor.prepare(messages)
+    with suppress(KeyboardInterrupt):
+        for chunk in llm.stream(prepared, sampling):
+            texts.append(chunk.text)
+            print(chunk.text, end="", flush=True)
+    print()
+    return "".join(texts)

@@ -1,0 +1,99 @@
+"""`llava-serve inspect`: what a checkpoint is, by what its files say. No weights are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from llava_serve.cli import options as flags
+
+if TYPE_CHECKING:
+    from llava_serve.checkpoints import CheckpointSpec, ImageProcessing
+
+_EXAMPLES = ((640, 480), (480, 640), (1000, 1000), (1920, 1080))
+"""Pictures (width, height) whose price in tokens is told."""
+
+_RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "Hamming"}
+
+
+def add_to(commands: flags.Commands) -> None:
+    """Declares the command."""
+    parser = commands.add_parser(
+        "inspect", help="tell what a checkpoint is", description="Tells what a checkpoint is without loading it."
+    )
+    parser.add_argument("path", nargs="?", default="builtin", help="builtin (the default), a folder, or a hub id")
+    parser.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
+    parser.add_argument("--vision-tower", metavar="PATH", help="instead of the checkpoint's own")
+    parser.add_argument("--conv-mode", help="prompt template, instead of the detected one")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints one screen."""
+    from llava_serve.checkpoints import open_checkpoint
+
+    spec = open_checkpoint(options.path, options.model_base, options.vision_tower, options.conv_mode)
+    for name, value in _describe(spec):
+        print(f"{name:<15} {value}")
+    return 0
+
+
+def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
+    text, vision = _Decoder(spec.text_config), spec.vision_config
+    yield "name", spec.name
+    yield "folder", str(spec.path)
+    yield "layout", {"original": "the original LLaVA's", "transformers": "transformers'"}[spec.layout]
+    if spec.adapter is not None:
+        what = {"lora": "LoRA weights", "projector": "only the projector"}[spec.adapter]
+        yield "holds", f"{what}; the rest is in {spec.base}"
+    yield "language model", f"{text.family}: {text.layers} layers of {text.width}, {text.heads}"
+    yield "vocabulary", f"{spec.vocab_size} tokens ({spec.tokenizer.kind})"
+    yield "context", f"{spec.context_length} tokens"
+    yield "dtype", f"{spec.torch_dtype} in the files"
+    tower = f"{vision['model_type']}: {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
+    yield "vision tower", f"{tower}, {vision['image_size']} px in patches of {vision['patch_size']}"
+    yield "", f"weights {_tower_weights(spec)}"
+    kept = "without" if spec.select_feature == "patch" else "with"
+    yield "features", f"of layer {spec.select_layer}, {kept} the class token"
+    yield "projector", f"{spec.projector_type} ({vision['hidden_size']} to {text.width})"
+    yield "pictures", _pictures(spec.image)
+    yield "tokens", _tokens(spec.image)
+    yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
+
+
+class _Decoder:
+    """The sizes of a language model; MPT has its own names for them."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.family = config["model_type"]
+        self.layers = config.get("num_hidden_layers") or config["n_layers"]
+        self.width = config.get("hidden_size") or config["d_model"]
+        heads = config.get("num_attention_heads") or config["n_heads"]
+        shared = config.get("num_key_value_heads") or heads
+        self.heads = f"{heads} heads" + (f" ({shared} for keys and values)" if shared != heads else "")
+
+
+def _tower_weights(spec: CheckpointSpec) -> str:
+    if spec.tower_in_checkpoint:
+        return "in the checkpoint"
+    return f"from {spec.tower}"
+
+
+def _pictures(image: ImageProcessing) -> str:
+    height, width = image.crop_size
+    how = {
+        "square": f"the centre, {width} x {height}",
+        "pad": f"padded to a square, then {width} x {height}",
+        "anyres": f"an overview and a grid of tiles, each {width} x {height}",
+    }[image.aspect]
+    canvases = ", ".join(f"{width} x {height}" for width, height in image.grid_pinpoints)
+    return f"{how} ({_RESAMPLE[image.resample]})" + (f"; grids of {canvases}" if canvases else "")
+
+
+def _tokens(image: ImageProcessing) -> str:
+    from llava_serve.images.tiles import num_features
+
+    if image.aspect != "anyres":
+        return f"{image.features_per_tile} per picture"
+    return ", ".join(f"{num_features(size, image)} for {size[0]} x {size[1]}" for size in _EXAMPLES)

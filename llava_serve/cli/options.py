@@ -1,0 +1,91 @@
+"""Flags that several commands share, and what the library takes for them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_serve.config import ModelOptions
+    from llava_serve.llm import LLM
+    from llava_serve.types import SamplingParams
+
+Commands = Any
+"""What `add_subparsers` returns; argparse has no public name for it."""
+
+_DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+_TEMPERATURE = 0.2
+"""The original's; beam search goes without."""
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs. A flag that is not given is None, so that the library's default holds."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", "--model-path", help="builtin (the default), a folder, or a hub id in the local cache"
+    )
+    group.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
+    group.add_argument("--vision-tower", metavar="PATH", help="instead of the checkpoint's own")
+    group.add_argument("--conv-mode", help="prompt template, instead of the detected one")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit")
+    bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit")
+    group.add_argument("--device", help="auto (the default), cpu, cuda, cuda:1")
+    group.add_argument("--dtype", choices=_DTYPES, help="auto is float32 on a CPU, else the checkpoint's own")
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Which pictures."""
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a file or URL; repeatable")
+    parser.add_argument("--image-file", metavar="FILES", help="files or URLs with --sep between them")
+    parser.add_argument("--sep", default=",", help="between the names in --image-file")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How the answer is drawn. The spellings with underscores are the original's."""
+    group = parser.add_argument_group("answer")
+    group.add_argument("--temperature", type=float, help=f"0 is greedy; {_TEMPERATURE} by default")
+    group.add_argument("--top-p", "--top_p", type=float)
+    group.add_argument("--num-beams", "--num_beams", type=int, help="above 1 is beam search, at temperature 0")
+    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int)
+    group.add_argument("--seed", type=int)
+
+
+def model_options(options: argparse.Namespace) -> ModelOptions:
+    """The library's form of the model flags."""
+    from llava_serve.config import ModelOptions
+
+    return ModelOptions(**_given(options, *ModelOptions.model_fields))
+
+
+def load_llm(options: argparse.Namespace) -> LLM:
+    """Loads the model that the flags name."""
+    from llava_serve.llm import LLM
+
+    return LLM(**model_options(options).model_dump())
+
+
+def pictures(options: argparse.Namespace) -> list[bytes]:
+    """The pictures, in the flags' order. To be read before a model is loaded, so that a wrong name costs nothing.
+
+    Raises:
+        InvalidImageError: one cannot be read or fetched.
+    """
+    from llava_serve.config import ImageOptions
+    from llava_serve.images.fetch import read_local_source
+
+    more = options.image_file.split(options.sep) if options.image_file else []
+    return [read_local_source(name.strip(), ImageOptions()) for name in (*options.image, *more)]
+
+
+def sampling(options: argparse.Namespace) -> SamplingParams:
+    """The library's form of the sampling flags."""
+    from llava_serve.types import SamplingParams
+
+    given = _given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+    given.setdefault("temperature", _TEMPERATURE if given.get("num_beams", 1) == 1 else 0.0)
+    return SamplingParams(**given)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
