@@ -49,8 +49,7 @@ ONE_TURN = {
     "chatml_direct": CHATML.format("Answer the questions."),
     "mistral_direct": CHATML.format("Answer the questions."),
     "mpt": CHATML.format(
-        "A conversation between a user and an LLM-based AI assistant. "
-        "The assistant gives helpful and honest answers."
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
     ),
     "plain": "<image>\nQ?\n",
     "v0_plain": "<image>\nQ?\n",
