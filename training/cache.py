@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from training.scenes import MAX_SHAPES, Scene, Split, draw_scene
 RUNS = Path(__file__).parent / "runs"
 # The first word of every generator's seed: no split ever draws from another's stream.
 STREAMS: dict[Split, int] = {"train": 1, "test": 2, "held-out": 3}
+_SMALL_STREAM = 4
 _CHUNK = 500
 
 
@@ -37,6 +40,14 @@ class Facts:
 
     def __getitem__(self, index: NDArray[np.int64]) -> Facts:
         return Facts(self.kind[index], self.colour[index], self.box[index])
+
+    def joined(self, other: Facts) -> Facts:
+        """These scenes and then the others."""
+        return Facts(
+            np.concatenate([self.kind, other.kind]),
+            np.concatenate([self.colour, other.colour]),
+            np.concatenate([self.box, other.box]),
+        )
 
     def mirrored(self) -> Facts:
         """The same scenes with left and right exchanged."""
@@ -65,6 +76,12 @@ def scene_at(split: Split, index: int) -> Scene:
     return draw_scene(np.random.default_rng([STREAMS[split], index]), split)
 
 
+def small_scene_at(index: int) -> Scene:
+    """Scene number `index` of those that train the tower further: three to five small shapes, on no tiny picture."""
+    rng = np.random.default_rng([_SMALL_STREAM, index])
+    return draw_scene(rng, "train", sides=(120, 480), count=int(rng.integers(3, 6)), small=True)
+
+
 class Cache:
     """The drawn scenes of a folder, opened for reading: `pixels` uint8 [n, 160, 160, 3] and their `facts`."""
 
@@ -84,17 +101,17 @@ class Cache:
         return pixels, Facts(found.kind, found.colour, np.where(mirror[:, None, None], flipped.box, found.box))
 
 
-def _draw_chunk(job: tuple[str, Split, int, int]) -> Facts:
-    path, split, start, stop = job
-    scenes = [scene_at(split, i) for i in range(start, stop)]
+def _draw_chunk(job: tuple[str, Callable[[int], Scene], int, int]) -> Facts:
+    path, draw, start, stop = job
+    scenes = [draw(i) for i in range(start, stop)]
     pixels = np.load(path, mmap_mode="r+")
     for i, scene in enumerate(scenes, start):
         pixels[i] = to_tile(render(scene))
     return facts(scenes)
 
 
-def build(folder: Path, split: Split, scenes: int, processes: int = 2) -> Cache:
-    """Draws the first scenes of a split into a folder, unless they are there already."""
+def build(folder: Path, draw: Callable[[int], Scene], scenes: int, processes: int = 2) -> Cache:
+    """Draws scenes 0, 1, 2 ... into a folder, unless they are there already."""
     if (folder / "facts.npz").exists():
         cache = Cache(folder)
         if len(cache) == scenes:
@@ -104,7 +121,7 @@ def build(folder: Path, split: Split, scenes: int, processes: int = 2) -> Cache:
     path = folder / "pixels.npy"
     shape = (scenes, IMAGE_SIZE, IMAGE_SIZE, 3)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-    jobs = [(str(path), split, i, min(i + _CHUNK, scenes)) for i in range(0, scenes, _CHUNK)]
+    jobs = [(str(path), draw, i, min(i + _CHUNK, scenes)) for i in range(0, scenes, _CHUNK)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         parts = list(pool.imap(_draw_chunk, jobs))
     kind, colour, box = (np.concatenate([getattr(part, name) for part in parts]) for name in ("kind", "colour", "box"))
@@ -116,10 +133,12 @@ def main() -> None:
     """Draws the caches of both training stages and of their monitoring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=100_000)
+    parser.add_argument("--small-scenes", type=int, default=30_000)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    build(RUNS / "cache" / "train", "train", options.scenes, options.processes)
-    build(RUNS / "cache" / "test", "test", 1000, options.processes)
+    build(RUNS / "cache" / "train", partial(scene_at, "train"), options.scenes, options.processes)
+    build(RUNS / "cache" / "small", small_scene_at, options.small_scenes, options.processes)
+    build(RUNS / "cache" / "test", partial(scene_at, "test"), 1000, options.processes)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -44,7 +45,7 @@ class Settings:
     init_from: Path | None
     batch: int = 8
     questions: int = 16
-    seen_only: int = 16
+    seen_only: int = 8
     rate: float = 1e-3
     tower_rate: float = 5e-4
     dense: float = 0.2
@@ -62,6 +63,7 @@ class LanguageTask:
         self.llava.tower.post_layernorm.requires_grad_(False)
         self._initialise()
         self.cache = Cache(settings.cache / "train")
+        self.small = Cache(settings.cache / "small")
         self.test = Cache(settings.cache / "test")
 
     def _initialise(self) -> None:
@@ -82,19 +84,15 @@ class LanguageTask:
         rng = np.random.default_rng([12, step, rank])
         question_first = step % _QUESTION_FIRST_EVERY == _QUESTION_FIRST_EVERY - 1
         asked = self.settings.batch * (2 if question_first else 1)
-        scenes = asked + self.settings.seen_only
-        index = rng.integers(len(self.cache), size=scenes)
-        pixels, facts = self.cache.batch(index, rng.random(scenes) < 0.5)
-        of_asked = facts[np.arange(asked)]
+        pixels, facts = _draw(self.cache, asked, rng)
         if question_first:
-            batch = collate(sequences_question_first(self.text, of_asked, rng))
+            batch = collate(sequences_question_first(self.text, facts, rng))
         else:
-            batch = collate(sequences(self.text, of_asked, self.settings.questions, rng))
-        return self._loss(pixels, facts, batch)
+            batch = collate(sequences(self.text, facts, self.settings.questions, rng))
+        more_pixels, more_facts = _draw(self.small, self.settings.seen_only, rng)
+        return self._loss(np.concatenate([pixels, more_pixels]), facts.joined(more_facts), batch)
 
-    def _loss(
-        self, pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], facts: Facts, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def _loss(self, pixels: NDArray[np.uint8], facts: Facts, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         images = normalise(torch.from_numpy(pixels))
         with torch.autocast("cpu", torch.bfloat16):
             features = patch_features(self.llava.tower, images)
@@ -135,6 +133,10 @@ class LanguageTask:
             right.setdefault(question.kind, []).append(float(answer == question.answer))
         figures = {kind: sum(values) / len(values) for kind, values in right.items()}
         return {"overall": sum(figures.values()) / len(figures), **figures}
+
+
+def _draw(cache: Cache, count: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Facts]:
+    return cache.batch(rng.integers(len(cache), size=count), rng.random(count) < 0.5)
 
 
 def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 _SAVE_EVERY = 120.0  # seconds
 _LOG_EVERY = 60.0
-_WARM_UP = 300  # steps
+_WARM_UP = 150  # steps
 _EMA = 0.998
 
 

@@ -17,6 +17,7 @@ _COUNTS = (0.14, 0.2, 0.22, 0.22, 0.22)
 # The longest side of a shape's box, as a share of the picture's shorter side, by number of shapes.
 _LARGEST = (0.75, 0.52, 0.44, 0.38, 0.34)
 SMALLEST = 1 / 6
+_SMALL = 0.26
 _CONTRAST = 80.0
 
 
@@ -49,11 +50,13 @@ def draw_scene(
     *,
     sides: tuple[int, int] | None = None,
     count: int | None = None,
+    small: bool = False,
 ) -> Scene:
     """One random scene.
 
     `train` and `test` never hold a held-out combination of colour and kind; `held-out` scenes hold at least one.
-    `sides` fixes the range of the picture's sides in pixels (drawn log-uniformly, up to 2:1), `count` the shapes.
+    `sides` fixes the range of the picture's sides in pixels (drawn log-uniformly, up to 2:1), `count` the shapes, and
+    `small` leaves only shapes little larger than the smallest.
     """
     width, height = _sides(rng, sides)
     while True:
@@ -61,7 +64,7 @@ def draw_scene(
         names = _names(n, rng, split)
         background = _background(rng)
         colours = [_visible(colour, background, rng) for colour, _ in names]
-        boxes = _place(n, width, height, rng)
+        boxes = _place(n, width, height, _SMALL if small else _LARGEST[n - 1], rng)
         if boxes is not None and all(c is not None for c in colours):
             break
     shapes = tuple(
@@ -139,10 +142,11 @@ def _visible(colour: str, background: tuple[RGB, RGB], rng: np.random.Generator)
     return None
 
 
-def _place(n: int, width: int, height: int, rng: np.random.Generator) -> list[tuple[float, float, float]] | None:
+def _place(
+    n: int, width: int, height: int, largest: float, rng: np.random.Generator
+) -> list[tuple[float, float, float]] | None:
     """Boxes (x, y, size) that do not touch each other or the border, or None when there was no room."""
     shorter = min(width, height)
-    largest = min(_LARGEST[n - 1], 0.96)
     sizes = shorter * (SMALLEST + (largest - SMALLEST) * rng.random(n) ** 1.3)
     if rng.random() < 0.25:
         sizes[:] = sizes[0]
