@@ -12,18 +12,23 @@ BUILTIN = Path(__file__).parent.parent / "builtin"
 _USEFUL = ("*.json", "*.model", "*.jinja", "*.safetensors", "*.bin")
 
 
-def find_folder(name: str, what: str, beside: Path | None = None) -> Path:
-    """The folder that `name` means: `builtin`, a folder (as it stands, or beside another), or a hub id.
+def find_folder(name: str, what: str, *parents: Path) -> Path:
+    """The folder that `name` means: `builtin`, a folder, or a hub id.
+
+    Args:
+        name: what someone wrote.
+        what: it is for, in the message of an error.
+        parents: where a relative name may begin, first match wins; none is the working directory alone.
 
     Raises:
         CheckpointError: there is none, and the hub neither has it in its cache nor can be reached.
     """
     if name == "builtin":
         return BUILTIN
-    places = ([beside / name] if beside else []) + [Path(name).expanduser()]
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
+    for parent in parents or (Path(),):
+        folder = parent / Path(name).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"There is no folder {name!r} for the {what}.")
     return _from_hub(name, what)

@@ -107,7 +107,7 @@ def _base_folder(folder: Path, adapter: Adapter | None, base: str | None) -> Pat
         wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
         hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
         raise CheckpointError(f"{folder.name} holds only a {kind}; name the model it adds to with model_base{hint}.")
-    base_folder = find_folder(base, "base model", beside=folder.parent)
+    base_folder = find_folder(base, "base model", Path(), folder.parent)
     if not weight_files(base_folder):
         raise CheckpointError(f"The base model {base_folder.name} holds no weights.")
     return base_folder
@@ -149,7 +149,7 @@ def _tower_folder(folder: Path, config: dict[str, Any], override: str | None) ->
     name = config.get("mm_vision_tower") or config.get("vision_tower")
     if not name:
         raise CheckpointError("config.json lacks mm_vision_tower; name one with vision_tower.")
-    return find_folder(str(name), "vision tower", beside=folder)
+    return find_folder(str(name), "vision tower", folder, Path())
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
