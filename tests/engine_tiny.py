@@ -26,6 +26,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class TinyImage:
+    features_per_tile: int = FEATURES
+
+
+@dataclasses.dataclass(frozen=True)
 class TinySpec:
     """What the engine reads of a `CheckpointSpec`."""
 
@@ -35,6 +40,8 @@ class TinySpec:
     adapter: None = None
     context_length: int = CONTEXT
     eos_token_ids: tuple[int, ...] = (2,)
+    image: TinyImage = TinyImage()
+    vision_config: dict[str, int] = dataclasses.field(default_factory=lambda: {"hidden_size": HIDDEN})
 
 
 class TinyModel:

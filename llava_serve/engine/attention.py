@@ -80,9 +80,7 @@ class PackedStep:
             first = 0 if window is None else max(0, span.start + 1 - window)
             rows = slice(span.row, span.row + span.length)
             reach = slice(span.base + first, span.base + end)
-            mask = self._mask(index, span, first, window)
-            if slopes is not None:
-                mask = self._with_bias(mask, slopes, first, end)
+            mask = self._mask(index, span, first, window) if slopes is None else self._bias(index, span, slopes)
             out[:, :, rows] = scaled_dot_product_attention(
                 query[:, :, rows],
                 keys[None, :, reach],
@@ -100,19 +98,29 @@ class PackedStep:
         if span.length == 1 or (span.start == 0 and (window is None or end <= window)):
             return None
         if (index, window) not in self._masks:
-            queries = torch.arange(span.start, end, device=self.positions.device)[:, None]
-            keys = torch.arange(first, end, device=self.positions.device)[None]
-            hidden = keys > queries
-            if window is not None:
-                hidden |= keys <= queries - window
-            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
-            self._masks[index, window] = mask.masked_fill_(hidden, float("-inf"))
+            self._masks[index, window] = self._hide(span, first, window).to(self._dtype)
         return self._masks[index, window]
 
-    def _with_bias(self, mask: torch.Tensor | None, slopes: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """ALiBi by key position: per query it differs from the distance by a constant, which softmax does not see."""
-        bias = slopes[:, None, None] * torch.arange(first + 1 - end, 1, device=slopes.device)
-        return (bias if mask is None else bias + mask).to(self._dtype)[None]
+    def _bias(self, index: int, span: Span, slopes: torch.Tensor) -> torch.Tensor:
+        """ALiBi and causality, float32 [1, heads, length, keys].
+
+        The bias goes by key position: it differs from that by distance by a constant per query, which softmax ignores.
+        """
+        if (index, None) not in self._masks:
+            distances = torch.arange(1 - span.start - span.length, 1, device=slopes.device)
+            bias = slopes[:, None, None] * distances + self._hide(span, 0, None)
+            self._masks[index, None] = bias[None].to(torch.promote_types(self._dtype, torch.float32))
+        return self._masks[index, None]
+
+    def _hide(self, span: Span, first: int, window: int | None) -> torch.Tensor:
+        """float32 [length, keys from `first`]: 0 where a query sees a key, -inf elsewhere."""
+        end = span.start + span.length
+        queries = torch.arange(span.start, end, device=self.positions.device)[:, None]
+        keys = torch.arange(first, end, device=self.positions.device)[None]
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def attend(

@@ -6,7 +6,10 @@ import random
 import time
 from dataclasses import dataclass
 
+import torch
+
 from llava_serve.config import EngineOptions
+from llava_serve.engine.beam import BeamSearch, Hypothesis
 from llava_serve.engine.features import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.memory import KVMemory
@@ -15,7 +18,13 @@ from llava_serve.engine.runner import Runner, kv_shape
 from llava_serve.engine.sampler import sample
 from llava_serve.engine.scheduler import Budget, Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Output, RawLogprob, Sequence
-from llava_serve.errors import CapacityError, DeadlineExceededError, PromptTooLongError, RequestError
+from llava_serve.errors import (
+    CapacityError,
+    DeadlineExceededError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedParameterError,
+)
 from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
 
 
@@ -61,9 +70,12 @@ class Engine:
             prefix_caching=options.prefix_caching,
             salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}".encode(),
         )
-        self._scheduler = Scheduler(self._kv, FeatureLedger(64), options.max_num_seqs)
+        per_tile = spec.image.features_per_tile * int(spec.vision_config["hidden_size"]) * model.dtype.itemsize
+        features = FeatureLedger(options.feature_cache_bytes // per_tile)
+        self._scheduler = Scheduler(self._kv, features, options.max_num_seqs)
         self._runner = Runner(model, self._num_blocks * options.block_size, options.block_size)
         self._groups: dict[str, list[Group]] = {}
+        self._searches: dict[Group, BeamSearch] = {}
         self._arrivals = 0
         self._steps = self._cached = self._computed = self._generated = 0
 
@@ -107,6 +119,8 @@ class Engine:
         """
         if sampling.num_beams > self._options.max_num_seqs:
             raise RequestError(f"num_beams must be at most {self._options.max_num_seqs} here.", "num_beams")
+        if sampling.num_beams > 1 and sampling.logprobs is not None:
+            raise UnsupportedParameterError("logprobs cannot be given with num_beams above 1.", "logprobs")
         memory = self._num_blocks // sampling.num_beams * self._options.block_size
         limit = min(self.model.spec.context_length, memory)
         if prompt.num_tokens >= limit:
@@ -143,6 +157,8 @@ class Engine:
         for index in range(request.sampling.n):
             rows = [Sequence(request, index, list(tokens)) for _ in range(request.sampling.num_beams)]
             groups.append(Group(request, self._arrivals, rows))
+            if len(rows) > 1:
+                self._searches[groups[-1]] = BeamSearch(groups[-1])
             self._arrivals += 1
         self._groups[request.request_id] = groups
         for group in groups:
@@ -158,15 +174,15 @@ class Engine:
         """The request has not ended."""
         return request_id in self._groups
 
+    @torch.inference_mode()
     def step(self) -> list[Output]:
         """Advances every live sequence by a token, and waiting prompts within the budget."""
         outputs = self._expire()
         schedule = self._scheduler.schedule(self._budget())
         logits = self._runner.run(schedule)
         self._record(schedule)
-        drawn = [segment.sequence for segment in schedule.segments if segment.draws]
-        if drawn:
-            outputs += [self._append(row, token) for row, token in zip(drawn, sample(logits, drawn), strict=True)]
+        rows = [segment.sequence for segment in schedule.segments if segment.draws]
+        outputs += self._draw(rows, logits)
         self._steps += 1
         return outputs
 
@@ -196,33 +212,68 @@ class Engine:
             if group.pins and all(row.num_computed >= group.last_picture for row in group.active):
                 self._scheduler.prefilled(group)
 
+    def _draw(self, rows: list[Sequence], logits: torch.Tensor) -> list[Output]:
+        """Gives each row its next token, of logits [rows, vocabulary]; beams move as one."""
+        beams: dict[str, list[int]] = {}
+        single = []
+        for at, row in enumerate(rows):
+            if row.request.sampling.num_beams > 1:
+                beams.setdefault(row.request.request_id, []).append(at)
+            else:
+                single.append(at)
+        outputs: list[Output] = []
+        for request_id, places in beams.items():
+            outputs += self._advance_beams(self._groups[request_id][0], logits[places])
+        if single:
+            drawn = sample(logits[single] if beams else logits, [rows[at] for at in single])
+            outputs += [self._append(rows[at], token) for at, token in zip(single, drawn, strict=True)]
+        return outputs
+
     def _append(self, row: Sequence, token: RawLogprob) -> Output:
         """Gives a row its next token and ends it where that was its last."""
         request = row.request
         row.token_ids.append(token.token_id)
-        self._generated += 1
         reason: FinishReason | None = None
         if token.token_id in request.stop_token_ids:
             reason = "stop"
         elif row.num_output >= request.max_new_tokens:
             reason = "length"
-        if row.num_output == 1:
-            self._cached += row.num_cached or 0
+        logprobs = None if request.sampling.logprobs is None else (token,)
+        return self._output(row, (token.token_id,), reason, logprobs)
+
+    def _advance_beams(self, group: Group, logits: torch.Tensor) -> list[Output]:
+        """One step of a beam search; its answer comes as a whole, at its end."""
+        search = self._searches[group]
+        result = search.advance(logits)
+        if isinstance(result, Hypothesis):
+            return [self._output(group.rows[0], result.token_ids, "stop" if result.ended else "length", None)]
+        for extension in result:
+            if extension.row != extension.parent:
+                self._kv.fork(group.rows[extension.parent], group.rows[extension.row])
+        for extension in result:
+            group.rows[extension.row].token_ids.append(extension.token)
+        group.prompted = True
+        return []
+
+    def _output(
+        self,
+        row: Sequence,
+        token_ids: tuple[int, ...],
+        reason: FinishReason | None,
+        logprobs: tuple[RawLogprob, ...] | None,
+    ) -> Output:
+        """Counts and wraps what a choice gave, and ends it where there is a reason."""
+        cached = row.num_cached or 0
+        self._generated += len(token_ids)
         if reason is not None:
-            self.abort(request.request_id, row.index)
-        return Output(
-            request.request_id,
-            row.index,
-            (token.token_id,),
-            reason,
-            None if request.sampling.logprobs is None else (token,),
-            row.num_prompt,
-            row.num_cached or 0,
-        )
+            self._cached += cached
+            self.abort(row.request.request_id, row.index)
+        return Output(row.request.request_id, row.index, token_ids, reason, logprobs, row.num_prompt, cached)
 
     def _end(self, group: Group) -> None:
         """Takes a group out of the engine, with all that it holds."""
         self._scheduler.remove(group)
+        self._searches.pop(group, None)
         for row in group.rows:
             self._runner.forget(row)
         groups = self._groups[group.request.request_id]

@@ -110,18 +110,33 @@ class KVCache:
         self._claim(sequence)
         return True
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Makes a beam's row hold what another of its group holds. Only what differs is copied."""
+        assert parent.extent is not None, "only running rows fork"
+        assert child.extent is not None, "only running rows fork"
+        assert child.extent.size >= parent.extent.size, "rows of a group are as long as each other"
+        same = min(child.num_computed, child.num_prompt)
+        while same < child.num_computed and parent.token_ids[same] == child.token_ids[same]:
+            same += 1
+        if parent.num_computed > same:
+            source, target = parent.extent.start * self.block_size, child.extent.start * self.block_size
+            self._copies.append(Copy(source + same, target + same, parent.num_computed - same))
+        child.token_ids[:] = parent.token_ids
+        child.num_computed = parent.num_computed
+
     def commit(self, sequence: Sequence) -> None:
         """Enters the full blocks that have been computed since the last time into the prefix cache."""
         if not self._caching or sequence.num_computed - sequence.num_committed < self.block_size:
             return
         assert sequence.extent is not None, "only a running sequence computes"
-        for at in range(sequence.num_committed // self.block_size, sequence.num_computed // self.block_size):
+        full = min(sequence.num_computed, sequence.num_fixed) // self.block_size
+        for at in range(sequence.num_committed // self.block_size, full):
             key, block = self._hash(sequence, at), sequence.extent.start + at
             if key not in self._index:
                 self._index[key] = block
                 self._hash_of[block] = key
                 self.counts[block] += 1
-        sequence.num_committed = sequence.num_computed // self.block_size * self.block_size
+        sequence.num_committed = full * self.block_size
 
     def release(self, sequence: Sequence) -> None:
         """Takes the extent back; the prefix cache keeps what it holds of it. The sequence is as if never computed."""
@@ -136,7 +151,7 @@ class KVCache:
         """Key of the first full block of the prompt that the prefix cache has not; None if it has them all."""
         if not self._caching:
             return None
-        for at in range((len(sequence.token_ids) - 1) // self.block_size):
+        for at in range(self._reusable(sequence)):
             if (key := self._hash(sequence, at)) not in self._index:
                 return key
         return None
@@ -146,7 +161,7 @@ class KVCache:
         if not self._caching:
             return ()
         first = sequence.num_committed // self.block_size
-        return [self._hash(sequence, at) for at in range(first, len(sequence.token_ids) // self.block_size)]
+        return [self._hash(sequence, at) for at in range(first, sequence.num_fixed // self.block_size)]
 
     def take_copies(self) -> tuple[Copy, ...]:
         """The copies that must be made before the next write, in order; they are handed out once."""
@@ -161,11 +176,15 @@ class KVCache:
         end = sequence.extent.start + sequence.extent.size
         self._claims[end] = max(0, self._blocks(sequence.max_length) - sequence.extent.size)
 
+    def _reusable(self, sequence: Sequence) -> int:
+        """Blocks that a prefix hit may give; one position at least is left to compute."""
+        return min(sequence.num_fixed, len(sequence.token_ids) - 1) // self.block_size
+
     def _match(self, sequence: Sequence) -> list[int]:
-        """Blocks with the sequence's prefix; one position at least is left to compute."""
+        """Blocks of the cache with the sequence's prefix."""
         hits: list[int] = []
         if self._caching:
-            for at in range((len(sequence.token_ids) - 1) // self.block_size):
+            for at in range(self._reusable(sequence)):
                 block = self._index.get(self._hash(sequence, at))
                 if block is None:
                     break

@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from llava_serve.engine.attention import IMPLEMENTATION, PackedStep, Span
+from llava_serve.engine.attention import PackedStep, Span
+from llava_serve.engine.decoder import Decoder
 from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.model import VisionLanguageModel
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
@@ -29,11 +30,8 @@ class Runner:
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
         layers, kv_heads, head_dim = kv_shape(model)
         self._memory = KVMemory(layers, kv_heads, positions, head_dim, model.dtype, model.device)
-        self._decoder = model.language_model.base_model
-        self._head = model.language_model.get_output_embeddings()
-        model.language_model.set_attn_implementation(IMPLEMENTATION)
+        self._decoder = Decoder(model.language_model)
 
-    @torch.inference_mode()
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Does the step's work.
 
@@ -48,17 +46,11 @@ class Runner:
             return torch.empty(0, 0)
         spans = self._pack(schedule.segments)
         step = PackedStep(self._memory, spans, self._model.dtype, self._model.device)
-        hidden = self._decoder(
-            inputs_embeds=self._embed(schedule.segments)[None],
-            position_ids=step.positions[None],
-            use_cache=False,
-            step=step,
-        ).last_hidden_state[0]
+        hidden = self._decoder.forward(self._embed(schedule.segments), step)
         drawn = [
             span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
         ]
-        logits: torch.Tensor = self._head(hidden[torch.tensor(drawn, dtype=torch.long, device=hidden.device)])
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self._decoder.logits(hidden[torch.tensor(drawn, dtype=torch.long, device=hidden.device)])
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence's prefill."""

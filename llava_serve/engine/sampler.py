@@ -34,7 +34,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[RawLogprob]:
         alternatives, only for requests that ask, and are 0 elsewhere.
     """
     logprobs = _logprobs(logits, sequences)
-    _penalize(logits, sequences)
+    penalize(logits, sequences)
     tokens = logits.argmax(dim=-1).tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
     if drawn:
@@ -62,8 +62,11 @@ def _entry(table: torch.Tensor, token: int, count: int) -> RawLogprob:
     return RawLogprob(token, float(table[token]), top)
 
 
-def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
-    """Repetition over prompt and answer as transformers does; presence and frequency over the answer as OpenAI does."""
+def penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+    """Lowers the scores of tokens that were there: changes `logits` [rows, vocabulary] in place.
+
+    Repetition counts prompt and answer, as transformers does; presence and frequency the answer, as OpenAI does.
+    """
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sampling.repetition_penalty != 1:

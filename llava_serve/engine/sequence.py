@@ -105,6 +105,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_fixed(self) -> int:
+        """Leading positions whose tokens will never change: a beam's answer may."""
+        return self.num_prompt if self.request.sampling.num_beams > 1 else len(self.token_ids)
+
+    @property
     def max_length(self) -> int:
         """Positions that it may come to hold: the last token drawn needs none."""
         return self.num_prompt + self.request.max_new_tokens - 1

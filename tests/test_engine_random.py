@@ -1,0 +1,124 @@
+"""Batched equals alone, whatever the schedule: random arrivals, budgets, preemption, prefix hits and aborts, in float64.
+
+After every step each block's count equals its holders, free plus held is the total; every request ends exactly once.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+
+import pytest
+import torch
+from engine_tiny import TinyModel, engine, picture, prompt, run
+
+from llava_serve.engine.engine import Engine
+from llava_serve.types import PreparedPrompt, SamplingParams
+
+QUICK, MANY = 10, 100
+COLOURS = ((10, 20, 30), (200, 90, 30), (0, 0, 250))
+
+torch.set_num_threads(1)
+
+
+@functools.cache
+def model(kind: str) -> TinyModel:
+    return TinyModel(kind)
+
+
+def make_prompt(rng: random.Random) -> PreparedPrompt:
+    """Prompts that often begin alike."""
+    start = [1, *range(3, 3 + rng.choice((0, 5, 8, 21)))]
+    parts: list[object] = [start]
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
+        parts += [picture(rng.choice(COLOURS), rng.choice((1, 2, 3))), [rng.randrange(3, 90) for _ in range(3)]]
+    return prompt(*parts, [rng.randrange(3, 90) for _ in range(rng.choice((1, 2, 9)))])  # type: ignore[arg-type]
+
+
+def make_sampling(rng: random.Random) -> SamplingParams:
+    count = rng.choice((1, 3, 8, 20))
+    match rng.randrange(6):
+        case 0:
+            return SamplingParams(temperature=0, num_beams=rng.choice((2, 3)), max_new_tokens=count)
+        case 1:
+            return SamplingParams(temperature=0.8, seed=rng.randrange(99), n=rng.choice((1, 2)), max_new_tokens=count)
+        case 2:
+            return SamplingParams(temperature=1, top_p=0.8, top_k=30, seed=rng.randrange(99), max_new_tokens=count)
+        case 3:
+            penalties = {"presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
+            return SamplingParams(temperature=0, max_new_tokens=count, **penalties)
+        case _:
+            return SamplingParams(temperature=0, max_new_tokens=count)
+
+
+def check_blocks(subject: Engine) -> None:
+    """Every count is the number of holders; nothing is lost and nothing is counted twice."""
+    kv, scheduler = subject._kv, subject._scheduler
+    held = Counter(kv.cached_blocks)
+    for group in scheduler.running:
+        for row in group.rows:
+            assert row.extent is not None
+            held.update(range(row.extent.start, row.extent.start + row.extent.size))
+    assert all(row.extent is None for group in scheduler.waiting for row in group.rows)
+    assert kv.counts == [held[block] for block in range(kv.num_blocks)]
+    assert kv.num_free == sum(count == 0 for count in kv.counts)
+
+
+def check_schedule(kind: str, seed: int) -> None:
+    rng = random.Random(f"{kind}{seed}")
+    requests = [(make_prompt(rng), make_sampling(rng)) for _ in range(rng.randrange(3, 9))]
+    fresh = {"prefix_caching": False, "max_batch_tokens": 512}
+    expected = [run(engine(model(kind), **fresh), request)[0] for request in requests]
+
+    block_size = rng.choice((1, 4, 8))
+    largest = max(  # blocks of the request that needs the most: the cache holds it, and not much else
+        sampling.num_beams * -(-(one.num_tokens + sampling.max_new_tokens) // block_size) for one, sampling in requests
+    )
+    subject = engine(
+        model(kind),
+        blocks=int(largest * rng.choice((1, 1.2, 1.5, 2, 8))),
+        block_size=block_size,
+        max_num_seqs=rng.choice((3, 4, 16)),
+        max_batch_tokens=rng.choice((16, 24, 100)),
+        max_batch_tiles=rng.choice((1, 2, 8)),
+        feature_cache_bytes=rng.choice((0, 1 << 20)),
+        prefix_caching=rng.random() < 0.8,
+    )
+    coming = {f"r{at}": request for at, request in enumerate(requests)}
+    aborted: set[str] = set()
+    answers: dict[str, dict[int, list[int]]] = {name: {} for name in coming}
+    ended: Counter[tuple[str, int]] = Counter()
+    while coming or subject.has_work:
+        while coming and (rng.random() < 0.4 or not subject.has_work):
+            name = next(iter(coming))
+            subject.add(subject.request(name, *coming.pop(name), priority=rng.choice((0, 0, 1))))
+        if rng.random() < 0.03 and (live := [name for name in answers if subject.has(name)]):
+            aborted.add(name := rng.choice(live))
+            subject.abort(name)
+        for output in subject.step():
+            assert output.error is None
+            assert output.request_id not in aborted
+            assert not ended[output.request_id, output.index]
+            answers[output.request_id].setdefault(output.index, []).extend(output.token_ids)
+            ended[output.request_id, output.index] += output.finish_reason is not None
+        check_blocks(subject)
+    for name, (_, sampling), whole in zip(answers, requests, expected, strict=True):
+        if name not in aborted:
+            assert [answers[name][index] for index in range(sampling.n)] == whole
+            assert all(ended[name, index] == 1 for index in range(sampling.n))
+    assert not subject._runner._embeddings
+    assert subject.stats.free_blocks == subject.stats.total_blocks
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
+@pytest.mark.parametrize("seed", range(QUICK))
+def test_batched_equals_alone(kind: str, seed: int) -> None:
+    check_schedule(kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
+@pytest.mark.parametrize("seed", range(QUICK, MANY))
+def test_batched_equals_alone_many(kind: str, seed: int) -> None:
+    check_schedule(kind, seed)
