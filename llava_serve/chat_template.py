@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_serve.conversation import ImageSlot, Span, Text, control_spans, merge_text
@@ -62,11 +64,23 @@ def render_chat_template(
     return merge_text(spans + control_spans(prompt[at:]))
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; the published LLaVA-1.5 template has it. Nothing is
+    rendered for it."""
+
+    tags = {"generation"}  # noqa: RUF012, as the base class has it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
     def refuse(message: str) -> None:
         raise RequestError(f"The model's chat template refuses the conversation: {message}", "messages")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = refuse
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special_tokens)

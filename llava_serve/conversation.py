@@ -64,16 +64,21 @@ def merge_text(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def query_message(query: str, images: Sequence[ImagePart]) -> Message:
+def query_message(query: str, images: Sequence[ImagePart], *, line_breaks: bool = True) -> Message:
     """A query as the original takes it: `<image-placeholder>` marks where each image goes; without one, the images
     stand before the text, each on its own line.
+
+    Args:
+        query: the text.
+        images: in order.
+        line_breaks: end the line behind each image that stands before the text; a chat template does so itself.
 
     Raises:
         RequestError: placeholders and images differ in number.
     """
     pieces = query.split(IMAGE_PLACEHOLDER)
     if len(pieces) == 1:
-        before = [part for image in images for part in (image, TextPart("\n"))]
+        before = [part for image in images for part in (image, TextPart("\n"))] if line_breaks else images
         return Message("user", (*before, TextPart(query)))
     if len(pieces) - 1 != len(images):
         raise RequestError(f"The query has {len(pieces) - 1} image placeholders for {len(images)} images.")

@@ -49,7 +49,9 @@ class Processor:
         Raises:
             RequestError: the conversation or a picture cannot be used; `PromptTooLongError` says got and limit.
         """
-        return self._prepare([chat_message(message) for message in messages], conv_mode)
+        key = conv_mode or self.spec.conv_mode
+        own_breaks = self._is_chat_template(key)
+        return self._prepare(messages if own_breaks else [chat_message(message) for message in messages], key)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -60,10 +62,11 @@ class Processor:
         Raises:
             RequestError: as `prepare`.
         """
+        key = conv_mode or self.spec.conv_mode
         parts = [ImagePart(read_local_source(source, self.options)) for source in images]
-        return self._prepare([query_message(query, parts)], conv_mode)
+        return self._prepare([query_message(query, parts, line_breaks=not self._is_chat_template(key))], key)
 
-    def _prepare(self, messages: Sequence[Message], conv_mode: str | None) -> PreparedPrompt:
+    def _prepare(self, messages: Sequence[Message], key: str) -> PreparedPrompt:
         system, turns = split_system(messages)
         parts = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
         if len(parts) > self.options.max_per_request:
@@ -71,7 +74,6 @@ class Processor:
                 f"The request has {len(parts)} pictures; at most {self.options.max_per_request} are accepted.",
                 "messages",
             )
-        key = conv_mode or self.spec.conv_mode
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
         images = [decode_image(read_request_source(part.source, self.options), self.options) for part in parts]
@@ -95,9 +97,14 @@ class Processor:
         )
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
-        if key == "chat_template" and self.spec.chat_template is not None:
+        if self._is_chat_template(key):
+            assert self.spec.chat_template is not None
             return render_chat_template(self.spec.chat_template, system, turns, self._special_tokens)
         return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
+
+    def _is_chat_template(self, key: str) -> bool:
+        """Whether the checkpoint's own template renders: it sets the line breaks around images itself."""
+        return key == "chat_template" and self.spec.chat_template is not None
 
     def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """How an answer ends in this template: by one token where the vocabulary has it, else by a stop string."""
