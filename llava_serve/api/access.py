@@ -32,8 +32,9 @@ class AccessGate:
         scheme, _, given = authorization.partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise AccessError("This server wants a key: send it as 'Authorization: Bearer KEY'.")
+        sent = given.strip().encode("latin-1")  # the bytes as they came
         # All keys are compared, whichever fits: the time tells nothing.
-        fits = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        fits = [hmac.compare_digest(sent, key) for key in self._keys]
         if not any(fits):
             raise AccessError("The key is not one that this server accepts.")
 

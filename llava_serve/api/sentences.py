@@ -23,6 +23,7 @@ _RULES = {
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
+    "string_too_short": "must not be empty",
     "too_short": "must not be empty",
     "too_long": "must have {max_length} items or fewer",
 }
@@ -37,11 +38,16 @@ def sentence(error: ValidationError) -> tuple[str, str | None]:
     if not path:
         return "The request's body must be a JSON object.", None
     rule = _RULES.get(fault["type"], "has a value that is not allowed")
-    context: dict[str, Any] = fault.get("ctx", {})
-    return f"'{path}' {rule.format(**context)}.", path
+    bounds = {name: _plain(value) for name, value in fault.get("ctx", {}).items()}
+    return f"'{path}' {rule.format(**bounds)}.", path
 
 
 def field_path(location: Sequence[int | str]) -> str:
     """`messages[0].content[1].text`, as OpenAI names fields."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
     return "".join(steps).removeprefix(".")
+
+
+def _plain(bound: Any) -> Any:
+    """0, where the validator says 0.0."""
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound

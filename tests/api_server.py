@@ -1,0 +1,99 @@
+"""The web app on a real socket, and a backend whose pace and failures a test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import uvicorn
+from starlette.types import ASGIApp
+
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Runs an app under uvicorn on a free port; gives its URL."""
+    door = socket.socket()
+    door.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        door.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:
+    """Returns as soon as the condition holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.005)
+
+
+@dataclass
+class PacedBackend:
+    """Says `words`, one chunk each, `pace_s` apart.
+
+    Attributes:
+        prepare_s: how long a prompt takes.
+        fail_at: raise `failure` instead of the chunk with this number; -1 raises it while preparing.
+        working: requests on which work goes on.
+        seen: what was prepared and how it was to be drawn.
+    """
+
+    words: Sequence[str] = ("A ", "red ", "circle.")
+    pace_s: float = 0.0
+    prepare_s: float = 0.0
+    fail_at: int | None = None
+    failure: Exception | None = None
+    model_name: str = "paced"
+    working: int = 0
+    seen: list[tuple[Sequence[Message], str | None]] = field(default_factory=list)
+    drawn: list[SamplingParams] = field(default_factory=list)
+    deadlines: list[float] = field(default_factory=list)
+
+    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        self.working += 1
+        try:
+            self.seen.append((messages, conv_mode))
+            self.deadlines.append(deadline)
+            await asyncio.sleep(self.prepare_s)
+            self._fail(-1)
+            return PreparedPrompt(np.arange(7, dtype=np.int32), image_spans=((1, 4),))
+        finally:
+            self.working -= 1
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        self.working += 1
+        try:
+            self.drawn.append(sampling)
+            for number, word in enumerate(self.words):
+                await asyncio.sleep(self.pace_s)
+                self._fail(number)
+                last = number == len(self.words) - 1
+                for index in range(sampling.n):
+                    yield Chunk(index, word, (number,), "stop" if last else None, num_prompt_tokens=7)
+        finally:
+            self.working -= 1
+
+    async def check_health(self) -> None:
+        self._fail(-1)
+
+    def _fail(self, now: int) -> None:
+        if self.failure is not None and self.fail_at == now:
+            raise self.failure
