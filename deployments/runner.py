@@ -64,12 +64,11 @@ def _wait_until_running(stop: threading.Event) -> str | None:
     """Returns None when all replicas run, else why they do not."""
     while not stop.wait(0.2):
         application = serve.status().applications.get(APPLICATION)
-        if application is None or application.status not in (
-            ApplicationStatus.RUNNING,
-            ApplicationStatus.DEPLOY_FAILED,
-        ):
-            continue
-        return application.message if application.status == ApplicationStatus.DEPLOY_FAILED else None
+        if application is not None and application.status == ApplicationStatus.RUNNING:
+            return None
+        if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
+            causes = [deployment.message for deployment in application.deployments.values() if deployment.message]
+            return "\n".join([application.message, *causes])
     return "It was told to stop before it ran."
 
 

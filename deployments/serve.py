@@ -24,16 +24,15 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{options.config}: {fault}" for fault in faults), file=sys.stderr)
         return 1
 
-    interrupted = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print("Starting Ray and the replicas ...", flush=True)
     try:
         with local_serve(config) as running:
-            print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})")
-            token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={running.ray_token}"
-            print(f"For other Ray jobs: RAY_ADDRESS={running.ray_address} {token}", flush=True)
             try:
-                interrupted.wait()
+                token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={running.ray_token}"
+                print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})")
+                print(f"For other Ray jobs: RAY_ADDRESS={running.ray_address} {token}", flush=True)
+                threading.Event().wait()
             except KeyboardInterrupt:
                 print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
     except LocalServeError as error:

@@ -49,12 +49,8 @@ def test_http_equals_python_and_the_command_line(client: Any) -> None:
     image = DEMO_IMAGE.read_bytes()
     llm = LLM("builtin", device="cpu")
     greedy = SamplingParams(temperature=0, max_new_tokens=40)
-    try:
-        for text in QUESTIONS:
-            [message] = question(text, image)
-            assert llm.chat([message], sampling=greedy).text == answer(client, text, image)
-    finally:
-        llm.close()
+    for text in QUESTIONS:
+        assert llm.chat(question(text, image), sampling=greedy).text == answer(client, text, image)
     command = [sys.executable, "-m", "llava_serve.cli", "ask", "--image", str(DEMO_IMAGE), "--temperature", "0"]
     done = subprocess.run([*command, DEMO_QUESTION], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == answer(client, DEMO_QUESTION, image)

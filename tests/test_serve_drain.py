@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +79,11 @@ def test_serve_ends_in_order_at_an_interrupt() -> None:
     assert not alive
 
 
-def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_told_with_the_log(tmp_path: Path) -> None:
     config = read_config(CONFIG, port=free_port(), model=str(tmp_path))
-    with pytest.raises(LocalServeError, match=r"CheckpointError: .*config\.json"), local_serve(config, num_cpus=2):
+    with pytest.raises(LocalServeError) as failure, local_serve(config, num_cpus=2):
         pass
+    reason, log = str(failure.value).split("\nLog: ")
+    assert re.search(r"CheckpointError: .*config\.json", reason)
+    assert "CheckpointError" in Path(log).read_text()
+    shutil.rmtree(Path(log).parent)
