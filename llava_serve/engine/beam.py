@@ -1,0 +1,108 @@
+"""Beam search over the rows of one group, as transformers does it with length penalty 1 and no early stopping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llava_serve.engine.sampler import penalize
+from llava_serve.engine.sequence import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A finished answer. `score` is the sum of its log-probabilities over its length; `ended` by an end token."""
+
+    score: float
+    token_ids: tuple[int, ...]
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """Row `row` becomes what row `parent` was, continued by `token`."""
+
+    row: int
+    parent: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    parent: int
+    token: int
+    total: float
+
+
+class BeamSearch:
+    """The search of one group: its open rows' sums, and the best hypotheses so far."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._width = group.request.sampling.num_beams
+        self._totals = [0.0]
+        self._finished: list[Hypothesis] = []
+
+    def advance(self, logits: torch.Tensor) -> list[Extension] | Hypothesis:
+        """One step of the search.
+
+        Args:
+            logits: [active rows, vocabulary], float32 or float64.
+
+        Returns:
+            What the `num_beams` rows become, or the best hypothesis where the search has ended.
+        """
+        request = self._group.request
+        candidates = self._candidates(logits)
+        length = self._group.rows[0].num_output + 1
+        open_: list[_Candidate] = []
+        for rank, candidate in enumerate(candidates):
+            if candidate.token not in request.stop_token_ids:
+                open_.append(candidate)
+            elif rank < self._width:
+                self._finish(candidate, length, ended=True)
+            if len(open_) == self._width:
+                break
+        if length >= request.max_new_tokens:
+            for candidate in open_:
+                self._finish(candidate, length, ended=False)
+            return self._finished[0]
+        if len(self._finished) == self._width and self._finished[-1].score >= candidates[0].total / length:
+            return self._finished[0]  # transformers' rule: no row that is still open can be expected to win
+        return self._place(open_)
+
+    def _place(self, candidates: list[_Candidate]) -> list[Extension]:
+        """Chooses which row holds which candidate, so that as few as possible are copied."""
+        parents = {candidate.parent for candidate in candidates}
+        spare = [row for row in range(self._width) if row not in parents]
+        extensions: list[Extension] = []
+        totals = [0.0] * self._width
+        for candidate in candidates:
+            row = candidate.parent if candidate.parent in parents else spare.pop()
+            parents.discard(row)
+            totals[row] = candidate.total
+            extensions.append(Extension(row, candidate.parent, candidate.token))
+        self._totals = totals
+        return extensions
+
+    def _candidates(self, logits: torch.Tensor) -> list[_Candidate]:
+        """The best continuations of all rows, best first; enough that `num_beams` of them are no end tokens."""
+        vocabulary = logits.shape[-1]
+        scores = logits.log_softmax(dim=-1)
+        penalize(scores, self._group.active)
+        totals = scores + torch.tensor(self._totals, dtype=scores.dtype, device=scores.device)[:, None]
+        count = min(max(2, 1 + len(self._group.request.stop_token_ids)) * self._width, totals.numel())
+        best = totals.flatten().topk(count)
+        return [
+            _Candidate(at // vocabulary, at % vocabulary, total)
+            for at, total in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _finish(self, candidate: _Candidate, length: int, *, ended: bool) -> None:
+        """Enters a hypothesis, if it is among the `num_beams` best."""
+        row = self._group.rows[candidate.parent]
+        answer = (*row.token_ids[row.num_prompt :], candidate.token)
+        self._finished.append(Hypothesis(candidate.total / length, answer, ended))
+        self._finished.sort(key=lambda hypothesis: -hypothesis.score)
+        del self._finished[self._width :]

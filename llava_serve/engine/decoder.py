@@ -1,0 +1,80 @@
+"""Puts the engine's attention into a transformers language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MptForCausalLM
+from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
+
+from llava_serve.engine.attention import IMPLEMENTATION, PackedStep
+
+
+class Decoder:
+    """A causal language model over packed steps.
+
+    Llama, Mistral and Qwen2 find the attention through transformers' `AttentionInterface`, and the step among the
+    arguments of their call. MPT looks for neither: its attention modules are replaced.
+
+    Args:
+        language_model: one of transformers' causal LMs; its attention is changed for good.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        self._decoder = language_model.base_model
+        self._head = language_model.get_output_embeddings()
+        self._replaced: list[_MptAttention] = []
+        self._extra: dict[str, torch.Tensor] = {}
+        if isinstance(language_model, MptForCausalLM):
+            for block in self._decoder.blocks:
+                if isinstance(block.attn, MptAttention):
+                    block.attn = _MptAttention(block.attn)
+                self._replaced.append(block.attn)
+            # a mask of four dimensions is passed on as it is: it spares the [tokens, tokens] that nobody reads
+            self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
+        else:
+            language_model.set_attn_implementation(IMPLEMENTATION)
+
+    def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor:
+        """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
+        for module in self._replaced:
+            module.step = step
+        output = self._decoder(
+            inputs_embeds=embeddings[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            step=step,
+            **self._extra,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, vocabulary] in float32, or float64 where the model is, of hidden states [tokens, hidden]."""
+        logits: torch.Tensor = self._head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _MptAttention(nn.Module):
+    """MPT's attention over the engine's memory, with the weights of the module that it replaces."""
+
+    step: PackedStep
+
+    def __init__(self, original: MptAttention) -> None:
+        super().__init__()
+        self.Wqkv, self.out_proj = original.Wqkv, original.out_proj
+        self._heads, self._layer = original.n_heads, original.layer_idx
+        self._scale, self._clip = original.softmax_scale, original.clip_qkv
+        # the last two columns are -slope and 0
+        self._slopes = -build_mpt_alibi_tensor(self._heads, 2, device=self.Wqkv.weight.device)[:, 0, 0]
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """[1, tokens, hidden] -> the same; the bias and mask that MPT made are not used."""
+        packed = self.Wqkv(hidden_states)
+        if self._clip:
+            packed = packed.clamp(min=-self._clip, max=self._clip)
+        query, key, value = packed.unflatten(-1, (3, self._heads, -1)).permute(2, 0, 3, 1, 4)
+        out = self.step.attend(self._layer, query, key, value, self._scale, slopes=self._slopes)
+        return self.out_proj(out.flatten(2)), None
