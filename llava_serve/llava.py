@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from llava_serve.checkpoints import CheckpointSpec
@@ -43,8 +43,7 @@ class Llava(nn.Module):
             self.language_model.base_model.rotary_emb = HalfRotary(self.language_model.base_model.rotary_emb)
         hidden = text_config.hidden_size
         self.projector = make_projector(spec, vision.hidden_size, hidden)
-        has_newline = spec.image.aspect == "anyres" and spec.image.merge == "spatial_unpad"
-        self.image_newline = nn.Parameter(torch.empty(hidden)) if has_newline else None
+        self.image_newline = nn.Parameter(torch.empty(hidden)) if _ends_rows(spec) else None
 
     @classmethod
     def load(
@@ -66,13 +65,13 @@ class Llava(nn.Module):
             CheckpointError: a tensor is missing, surplus, or of the wrong shape; a file is missing or damaged.
         """
         tensors = stored_tensors(spec)
-        tensors = {name: t for name, t in tensors.items() if not _is_behind_selected(name, spec)}
-        text_config = _text_config(spec, tensors)
+        tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
+        tensors, text_config = _fit_vocabulary(spec, tensors)
         with init_empty_weights(include_buffers=False):
             model = cls(spec, text_config)
         if quantization is not None:
             quantize_layers(model.language_model, quantization, dtype)
-        place_tensors(model, tensors, torch.device(device), dtype)
+        place_tensors(model, tensors, spec, torch.device(device), dtype)
         model.eval().requires_grad_(False)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return model
@@ -158,7 +157,9 @@ def make_projector(spec: CheckpointSpec, vision_hidden: int, hidden: int) -> nn.
     """The projector of a type: `linear`, `mlpNx_gelu` (N linear layers with the activation between), `identity`."""
     if spec.projector_type == "identity":
         if vision_hidden != hidden:
-            raise CheckpointError(f"An identity projector cannot join widths {vision_hidden} and {hidden}.")
+            raise CheckpointError(
+                f"config.json names an identity projector, which cannot join widths {vision_hidden} and {hidden}."
+            )
         return nn.Sequential(nn.Identity())
     depth = re.fullmatch(r"mlp(\d+)x_gelu", spec.projector_type)
     layers: list[nn.Module] = [nn.Linear(vision_hidden, hidden, bias=spec.projector_bias)]
@@ -173,34 +174,64 @@ def selected_layers(spec: CheckpointSpec) -> int:
     Raises:
         CheckpointError: the tower has no such layer.
     """
-    layers = int(spec.vision_config.get("num_hidden_layers", 12))
+    layers = int(spec.vision_config["num_hidden_layers"])
     selected = spec.select_layer if spec.select_layer >= 0 else layers + 1 + spec.select_layer
     if not 1 <= selected <= layers:
-        raise CheckpointError(f"config.json selects layer {spec.select_layer} of a vision tower with {layers} layers.")
+        raise CheckpointError(
+            f"config.json selects layer {spec.select_layer} of a vision tower with {layers} layers; name the tower "
+            "that it was trained with."
+        )
     return selected
 
 
-def _is_behind_selected(name: str, spec: CheckpointSpec) -> bool:
+def _ends_rows(spec: CheckpointSpec) -> bool:
+    """Whether a learned feature ends each row of a picture's features."""
+    return spec.image.aspect == "anyres" and spec.image.merge == "spatial_unpad"
+
+
+def _is_unused(name: str, spec: CheckpointSpec) -> bool:
+    """Tensors that a checkpoint rightly holds, though no answer depends on them: the tower's layers behind the selected
+    one, and a row's end where pictures are not tiled."""
+    if name == "image_newline":
+        return spec.image.merge == "spatial_unpad" and not _ends_rows(spec)
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
     return layer is not None and selected_layers(spec) <= int(layer[1]) < int(spec.vision_config["num_hidden_layers"])
 
 
-def _text_config(spec: CheckpointSpec, tensors: dict[str, StoredTensor]) -> Any:
-    """The language model's config, its vocabulary as the original sizes it: no longer than the tokenizer's."""
+def _fit_vocabulary(
+    spec: CheckpointSpec, tensors: dict[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], PreTrainedConfig]:
+    """The language model's config, and its tensors without the rows that the original would cut off: those behind the
+    tokenizer's vocabulary. transformers keeps such rows."""
     settings = dict(spec.text_config)
-    stored = next((t for n, t in tensors.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    if stored is not None:
-        vocab_size = stored.shape[0]
-        if spec.layout == "original":
-            tokenizer = load_tokenizer(spec.tokenizer)
-            vocab_size = min(vocab_size, tokenizer.size)
-            if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= vocab_size:
-                raise CheckpointError(
-                    f"{stored.file.name} has embeddings for {vocab_size} tokens, not for <im_start> and <im_end>, "
-                    "which config.json uses."
-                )
-        settings["vocab_size"] = vocab_size
+    tables = {name: t for name, t in tensors.items() if name.endswith(_VOCABULARY)}
+    embeddings = next((t for name, t in tables.items() if not name.endswith("lm_head.weight")), None)
+    if spec.layout == "original" and embeddings is not None:
+        tokenizer = load_tokenizer(spec.tokenizer)
+        rows = embeddings.shape[0]
+        if spec.adapter is None and rows != settings.get("vocab_size", rows):
+            raise CheckpointError(
+                f"{embeddings.name} in {embeddings.file} has {rows} rows, but config.json has a vocab_size of "
+                f"{settings['vocab_size']}: correct config.json, or take the weights that belong to it."
+            )
+        if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= rows:
+            raise CheckpointError(
+                f"{embeddings.name} in {embeddings.file} has {rows} rows: none for <im_start> and <im_end>, which "
+                "config.json uses (mm_use_im_start_end). Take the weights that were saved with them."
+            )
+        settings["vocab_size"] = min(rows, tokenizer.size)
+        cut = {
+            name: t.first_rows(settings["vocab_size"])
+            for name, t in tables.items()
+            if t.shape[0] > settings["vocab_size"]
+        }
+        tensors = {**tensors, **cut}
     try:
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError("config.json describes a language model that transformers does not accept.") from error
+        raise CheckpointError(
+            f"config.json in {spec.path} describes a language model that transformers does not accept; correct it."
+        ) from error
+
+
+_VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")

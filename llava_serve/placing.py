@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from llava_serve.checkpoints.names import stored_name
+from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor
 from llava_serve.errors import CheckpointError
 
@@ -16,7 +19,9 @@ _LISTED = 8
 """Names that an error message lists."""
 
 
-def place_tensors(model: nn.Module, stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype) -> None:
+def place_tensors(
+    model: nn.Module, stored: dict[str, StoredTensor], spec: CheckpointSpec, device: torch.device, dtype: torch.dtype
+) -> None:
     """Fills every parameter of a model from its stored tensor, and nothing else.
 
     Never holds more than one tensor beside the model: what a process needs to load is what the model takes.
@@ -26,11 +31,10 @@ def place_tensors(model: nn.Module, stored: dict[str, StoredTensor], device: tor
     """
     tied = _tied_names(model)
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
-    _check_names(wanted.keys(), stored, tied)
+    _check_names(wanted.keys(), stored, tied, spec)
     for name, parameter in wanted.items():
-        value = _read(name, stored[name], tuple(parameter.shape))
-        module = model.get_submodule(name.rpartition(".")[0])
-        _set(module, name.rpartition(".")[2], value, device, dtype)
+        path, _, last = name.rpartition(".")
+        _set(model.get_submodule(path), last, _read(stored[name], tuple(parameter.shape)), device, dtype)
     for module in model.modules():  # tables such as the rotary frequencies: computed, not stored
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
@@ -40,10 +44,16 @@ def place_tensors(model: nn.Module, stored: dict[str, StoredTensor], device: tor
 
 
 def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of a language model, its head apart, by bitsandbytes' in 8 or 4 bits.
+    """Replaces the linear layers of a language model, its head apart, by bitsandbytes' in 8 or 4 bits. They are filled,
+    and quantized on the way, by `place_tensors`.
+
+    Args:
+        language_model: built without memory.
+        quantization: 8 bits (LLM.int8) or 4 bits (NF4, its scales quantized once more), as the original has them.
+        dtype: in which the layers compute.
 
     Raises:
-        CheckpointError: bitsandbytes is not installed.
+        CheckpointError: bitsandbytes is not installed, or cannot compute in this precision.
     """
     try:
         import bitsandbytes  # noqa: F401
@@ -51,19 +61,19 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     except ImportError as error:
         raise CheckpointError(
-            "8-bit and 4-bit loading need bitsandbytes: pip install llava-serve[quantization]."
+            "8-bit and 4-bit loading need bitsandbytes; install it: pip install llava-serve[quantization]."
         ) from error
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if quantization == "8bit"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-        )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError("8-bit and 4-bit layers compute in float32, bfloat16 or float16; choose one with dtype.")
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"
     )
-    replace_with_bnb_linear(language_model, modules_to_not_convert=["lm_head"], quantization_config=config)
+    replace_with_bnb_linear(
+        language_model,
+        modules_to_not_convert=["lm_head"],
+        quantization_config=eight if quantization == "8bit" else four,
+    )
 
 
 def _tied_names(model: nn.Module) -> set[str]:
@@ -74,29 +84,43 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {f"language_model.{name}" for name in language_model.all_tied_weights_keys}
 
 
-def _check_names(wanted: Any, stored: dict[str, StoredTensor], tied: set[str]) -> None:
+def _check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: set[str], spec: CheckpointSpec) -> None:
     missing = sorted(set(wanted) - stored.keys())
     surplus = sorted(stored.keys() - set(wanted) - tied)
-    if missing or surplus:
-        files = ", ".join(sorted({stored[name].file.name for name in surplus}))
-        parts = [f"{len(missing)} tensors are missing: {_some(missing)}"] if missing else []
-        parts += (
-            [f"{len(surplus)} tensors have no place in the model: {_some(surplus)} (in {files})"] if surplus else []
-        )
-        raise CheckpointError(f"The checkpoint does not fit its config.json. {'; '.join(parts)}.")
+    if not missing and not surplus:
+        return
+    parts: list[str] = []
+    if missing:
+        parts.append(f"missing are {_some([stored_name(name, spec) for name in missing])}")
+    if surplus:
+        parts.append(f"without a place are {_some([_described(stored[name]) for name in surplus])}")
+    advice = "Download it again, or correct its config.json."
+    if spec.adapter is not None:
+        advice = f"Name the base that it was trained on with model_base; {spec.base} is another, or incomplete."
+    raise CheckpointError(f"The tensors of {spec.path} do not fit its config.json: {'; '.join(parts)}. {advice}")
+
+
+def _described(stored: StoredTensor) -> str:
+    return f"{stored.name} (in {stored.file.name})"
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _read(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
-    value = stored.read()
-    if name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")) and stored.shape[0] > shape[0]:
-        value = value[: shape[0]]  # rows behind the tokenizer's vocabulary
-    if tuple(value.shape) != shape:
-        raise CheckpointError(f"{name} in {stored.file.name} is {tuple(value.shape)}; config.json asks for {shape}.")
-    return value if stored.delta is None else stored.delta.add_to(value)
+def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{stored.name} in {stored.file} is {stored.shape}, but config.json asks for {shape}: correct config.json, "
+            "or take the weights that belong to it."
+        )
+    value = stored.value()
+    if not value.is_floating_point():
+        raise CheckpointError(
+            f"{stored.name} in {stored.file} holds {value.dtype}: the weights are quantized already. Take the original "
+            "ones; quantization is done while loading."
+        )
+    return value
 
 
 def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -106,6 +130,5 @@ def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtyp
         setattr(module, name, nn.Parameter(placed, requires_grad=False))
         return
     # bitsandbytes' parameters quantize themselves when they are moved to their device.
-    kept = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}
-    half = torch.float16 if "has_fp16_weights" in kept else dtype
-    setattr(module, name, type(old)(value.to(half), requires_grad=False, **kept).to(device))
+    settings = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}
+    setattr(module, name, type(old)(value.to(dtype), requires_grad=False, **settings).to(device))

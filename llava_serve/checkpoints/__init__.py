@@ -33,8 +33,19 @@ def open_checkpoint(
     """
     folder = find_folder(model, "model")
     config = read_json(folder, "config.json")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"config.json in {folder} has a quantization_config: the weights are quantized already. Take the original "
+            "ones; quantization is done while loading."
+        )
     reader = read_original if is_original(config) else read_hf
-    spec = reader(folder, config, model_base, vision_tower)
+    try:
+        spec = reader(folder, config, model_base, vision_tower)
+    except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
+        raise CheckpointError(
+            f"config.json in {folder}, or another .json file of the checkpoint, holds a value that makes no sense "
+            f"({error}); compare it with the published one."
+        ) from error
     if conv_mode is not None:
         if conv_mode not in TEMPLATES:
             raise CheckpointError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.")

@@ -6,56 +6,57 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.decoder import refuse_unsupported_text
 from llava_serve.checkpoints.files import checkpoint_name, read_json, weight_files
 from llava_serve.checkpoints.original import token_ids
-from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.checkpoints.tokens import has_token, read_tokenizer
-from llava_serve.checkpoints.tower import image_processing
+from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
+from llava_serve.checkpoints.tokens import has_token, load_fast, read_tokenizer
+from llava_serve.checkpoints.tower import clip_config, image_processing
 from llava_serve.errors import CheckpointError
 from llava_serve.templates import choose_template
 
-_KNOWN = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT"}
-_TEXT_MODELS = ("llama", "mistral")
+_SUPPORTED = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}
+_RELATIVES = {
+    "llava_onevision": "LLaVA-OneVision",
+    "llava_next_video": "LLaVA-NeXT-Video",
+    "video_llava": "Video-LLaVA",
+    "vipllava": "VipLLaVA",
+}
+# transformers' own defaults, which files may leave out.
+_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16} | {
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_IMAGE_TOKEN_ID = 32000
 
 
 def read_hf(folder: Path, config: dict[str, Any], base: str | None, tower: str | None) -> CheckpointSpec:
     """Reads it; arguments and errors as `read_original`."""
     kind = str(config.get("model_type"))
-    if kind not in _KNOWN:
-        raise CheckpointError(
-            f"config.json describes a {kind!r}; of transformers' models, {', '.join(_KNOWN)} are known."
-        )
+    _refuse_relatives(kind, folder)
     if base is not None or tower is not None:
-        raise CheckpointError("A checkpoint in transformers' layout takes neither model_base nor vision_tower.")
-    text = {"model_type": "llama", **(config.get("text_config") or {})}
-    if (
-        text["model_type"] not in _TEXT_MODELS
-        or text.get("rope_scaling", {})
-        or "llama-3" in str(text.get("_name_or_path")).lower()
-    ):
         raise CheckpointError(
-            f"The text model {text['model_type']!r} of this {_KNOWN[kind]} is not supported yet; "
-            f"{' and '.join(_TEXT_MODELS)} are."
+            f"{folder.name} is in transformers' layout, which holds the whole model; leave model_base and vision_tower "
+            "out."
         )
-    vision = {"model_type": "clip_vision_model", **(config.get("vision_config") or {})}
-    if vision["model_type"] != "clip_vision_model":
-        raise CheckpointError(f"The vision tower is a {vision['model_type']!r}; only CLIP is supported.")
+    text = _text_config(config, kind)
+    vision = _vision_config(config)
     if not weight_files(folder):
-        raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin.")
-    select_layer = config.get("vision_feature_layer", -2)
-    if not isinstance(select_layer, int):
-        raise CheckpointError("config.json selects several layers in vision_feature_layer; one is supported.")
-    keeps_class_token = config.get("vision_feature_select_strategy", "default") == "full"
-    image_token = _image_token(folder, config)
-    tokenizer = read_tokenizer(folder, [], image_token)
-    chat_template = _chat_template(folder)
+        raise CheckpointError(
+            f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin; copy them there."
+        )
+    tokenizer = _tokenizer(folder, config)
     name = checkpoint_name(folder)
+    chat_template = _chat_template(folder)
     conv_mode, reason = choose_template(
         name, text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
     )
     if chat_template:
         conv_mode, reason = "chat_template", "the checkpoint carries a chat template"
     generation = read_json(folder, "generation_config.json", optional=True)
+    keeps_class_token = config.get("vision_feature_select_strategy", "default") == "full"
     return CheckpointSpec(
         name=name,
         path=folder,
@@ -65,13 +66,13 @@ def read_hf(folder: Path, config: dict[str, Any], base: str | None, tower: str |
         tower=None,
         tower_in_checkpoint=True,
         tokenizer=tokenizer,
-        image=_processing(folder, config, vision, keeps_class_token),
-        text_config=_with_defaults(text),
+        image=_image_processing(folder, config, vision, keeps_class_token),
+        text_config=text,
         vision_config=vision,
         projector_type="mlp2x_gelu",
         projector_bias=bool(config.get("multimodal_projector_bias", True)),
         projector_act=str(config.get("projector_hidden_act", "gelu")),
-        select_layer=select_layer,
+        select_layer=_select_layer(config),
         select_feature="cls_patch" if keeps_class_token else "patch",
         mm_use_im_start_end=False,
         context_length=int(text.get("max_position_embeddings", 32768 if text["model_type"] == "mistral" else 2048)),
@@ -79,42 +80,95 @@ def read_hf(folder: Path, config: dict[str, Any], base: str | None, tower: str |
         conv_mode=conv_mode,
         conv_reason=reason,
         chat_template=chat_template,
-        torch_dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("torch_dtype") or "float16"),
+        torch_dtype=_dtype(config),
     )
 
 
-def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
-    # The hub's files leave out what equals transformers' defaults; both tiers need the vocabulary's size.
-    kept = {key: value for key, value in text.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
-    return {"vocab_size": 32000, **kept}
+def _refuse_relatives(kind: str, folder: Path) -> None:
+    if kind not in _SUPPORTED:
+        named = f"a {_RELATIVES[kind]} model" if kind in _RELATIVES else f"a model of type {kind!r}"
+        raise CheckpointError(
+            f"config.json in {folder} describes {named}, which is not supported; of transformers' models "
+            f"{' and '.join(_SUPPORTED.values())} are."
+        )
 
 
-def _processing(folder: Path, config: dict[str, Any], vision: dict[str, Any], keeps_class_token: bool) -> Any:
-    settings = read_json(folder, "preprocessor_config.json", optional=True)
-    if not settings:
-        settings = read_json(folder, "processor_config.json").get("image_processor") or {}
-    anyres = config["model_type"] == "llava_next"
-    if anyres and keeps_class_token:
-        raise CheckpointError("config.json keeps the class token (`full`) with a grid of tiles: it cannot.")
-    # transformers writes pinpoints as (height, width), the original as (width, height).
-    pinpoints = settings.get("image_grid_pinpoints") or config.get("image_grid_pinpoints") or []
-    if anyres and config.get("image_grid_pinpoints") not in (None, pinpoints):
-        raise CheckpointError("image_grid_pinpoints of config.json and of the image processor differ.")
+def _text_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    text = {"model_type": "llama", "vocab_size": 32000, **(config.get("text_config") or {})}
+    if text["model_type"] == "mpt":
+        raise CheckpointError(f"config.json: a {_SUPPORTED[kind]} on MPT is known in the original's layout only.")
+    refuse_unsupported_text(text, _SUPPORTED[kind])
+    # transformers ties the head to the embeddings by the outer config; LLaVA-1.5's takes the inner one's word over.
+    inner = kind == "llava" and bool(text.get("tie_word_embeddings"))
+    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) or inner
+    return {key: value for key, value in text.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
+
+
+def _vision_config(config: dict[str, Any]) -> dict[str, Any]:
+    vision = config.get("vision_config") or _VISION
+    kind = vision.get("model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        raise CheckpointError(f"config.json: the vision tower is a {kind!r}, which is not supported yet; CLIP is.")
+    return clip_config(vision)
+
+
+def _select_layer(config: dict[str, Any]) -> int:
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise CheckpointError(f"config.json selects the layers {layer} (vision_feature_layer); only one is supported.")
+    return layer
+
+
+def _image_processing(
+    folder: Path, config: dict[str, Any], vision: dict[str, Any], keeps_class_token: bool
+) -> ImageProcessing:
+    settings = read_json(folder, "processor_config.json", optional=True).get("image_processor")
+    settings = settings or read_json(folder, "preprocessor_config.json")
+    if config["model_type"] == "llava":
+        return image_processing(
+            settings,
+            vision,
+            layout="transformers",
+            aspect="pad" if settings.get("do_pad") else "square",
+            merge="flat",
+            grid_pinpoints=(),
+            keeps_class_token=keeps_class_token,
+        )
+    if keeps_class_token:
+        raise CheckpointError(
+            "config.json keeps the class token (vision_feature_select_strategy is full) beside a grid of tiles; "
+            "transformers cannot join them either."
+        )
+    pinpoints = config.get("image_grid_pinpoints") or _PINPOINTS
+    if pinpoints != (settings.get("image_grid_pinpoints") or _PINPOINTS):
+        raise CheckpointError(
+            "image_grid_pinpoints of config.json and of preprocessor_config.json differ; correct the one that is wrong."
+        )
     return image_processing(
         settings,
         vision,
         layout="transformers",
-        aspect="anyres" if anyres else ("pad" if settings.get("do_pad") else "square"),
-        merge="spatial_unpad" if anyres else "flat",
-        grid_pinpoints=tuple((int(width), int(height)) for height, width in pinpoints) if anyres else (),
-        keeps_class_token=keeps_class_token,
+        aspect="anyres",
+        merge="spatial_unpad",
+        grid_pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),  # (height, width) in the file
+        keeps_class_token=False,
     )
 
 
-def _image_token(folder: Path, config: dict[str, Any]) -> str:
+def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
     processor = read_json(folder, "processor_config.json", optional=True)
-    tokenizer = read_json(folder, "tokenizer_config.json", optional=True)
-    return str(processor.get("image_token") or tokenizer.get("image_token") or "<image>")
+    settings = read_json(folder, "tokenizer_config.json", optional=True)
+    image_token = str(processor.get("image_token") or settings.get("image_token") or "<image>")
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"tokenizer.json is missing in {folder}; save it there with transformers' AutoTokenizer.")
+    found = load_fast(folder).token_to_id(image_token)
+    wanted = config.get("image_token_index", config.get("image_token_id", _IMAGE_TOKEN_ID))
+    if found != wanted:
+        raise CheckpointError(
+            f"tokenizer.json in {folder} has {image_token} as {'no token' if found is None else f'token {found}'}, "
+            f"config.json as {wanted} (image_token_index): take the tokenizer that belongs to the model."
+        )
+    return read_tokenizer(folder, [], image_token)
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -125,3 +179,8 @@ def _chat_template(folder: Path) -> str | None:
         if isinstance(template, str) and re.search(r"\S", template):
             return template
     return None
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    declared = (part.get(key) for part in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype"))
+    return str(next((one for one in declared if one), "float16"))

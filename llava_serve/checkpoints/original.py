@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from llava_serve.checkpoints.decoder import refuse_unsupported_text
 from llava_serve.checkpoints.files import checkpoint_name, find_folder, first_file, read_json, weight_files
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
 from llava_serve.checkpoints.tokens import has_token, read_tokenizer
@@ -42,6 +43,8 @@ def read_original(folder: Path, config: dict[str, Any], base: str | None, tower:
     base_folder = _base_folder(folder, adapter, base)
     _refuse_unsupported(config)
     decoder = _decoder(config)
+    text = _text_config(config, decoder)
+    refuse_unsupported_text(text, "LLaVA")
     tower_folder = _tower_folder(folder, config, tower)
     vision = read_vision_config(tower_folder)
     image = _image_processing(config, tower_folder, vision)
@@ -66,7 +69,7 @@ def read_original(folder: Path, config: dict[str, Any], base: str | None, tower:
         tower_in_checkpoint=bool(config.get("unfreeze_mm_vision_tower", False)) and tower is None,
         tokenizer=tokenizer,
         image=image,
-        text_config=_text_config(config, decoder),
+        text_config=text,
         vision_config=vision,
         projector_type=config.get("mm_projector_type", "linear"),
         projector_bias=True,
@@ -109,13 +112,18 @@ def _base_folder(folder: Path, adapter: Adapter | None, base: str | None) -> Pat
         raise CheckpointError(f"{folder.name} holds only a {kind}; name the model it adds to with model_base{hint}.")
     base_folder = find_folder(base, "base model", Path(), folder.parent)
     if not weight_files(base_folder):
-        raise CheckpointError(f"The base model {base_folder.name} holds no weights.")
+        raise CheckpointError(
+            f"The base model {base_folder} holds no weights, neither model.safetensors nor pytorch_model.bin; name a "
+            "full model with model_base."
+        )
     return base_folder
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     if config.get("s2"):
-        raise CheckpointError("config.json sets `s2`: multi-scale (S2) vision towers are not supported.")
+        raise CheckpointError(
+            "config.json sets `s2`: multi-scale (S2) vision towers are not supported; take a checkpoint without it."
+        )
     projector = config.get("mm_projector_type", "linear")
     if not _PROJECTOR.fullmatch(str(projector)):
         raise CheckpointError(
@@ -127,7 +135,7 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are known."
         )
     if "mm_vision_select_layer" not in config:
-        raise CheckpointError("config.json lacks mm_vision_select_layer.")
+        raise CheckpointError("config.json lacks mm_vision_select_layer; add it, -2 in all released checkpoints.")
 
 
 def _decoder(config: dict[str, Any]) -> str:
@@ -139,7 +147,7 @@ def _decoder(config: dict[str, Any]) -> str:
         return _MODEL_TYPES[model_type]
     raise CheckpointError(
         f"config.json describes {config.get('architectures') or model_type}; "
-        "the decoders of this layout are Llama, Mistral and MPT."
+        "the decoders of the original's layout are Llama, Mistral and MPT."
     )
 
 
@@ -185,7 +193,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], decoder: str) -> TokenizerS
     extra = ["<im_patch>"] if config.get("mm_use_im_patch_token", True) else []
     extra += ["<im_start>", "<im_end>"] if config.get("mm_use_im_start_end", False) else []
     if first_file(folder, "tokenizer.model", "tokenizer.json") is None:
-        raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
+        raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json; copy one there.")
     return replace(read_tokenizer(folder, extra), fast_decoding=decoder == "mistral")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
@@ -49,19 +51,38 @@ def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepi
         model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except (DecodeError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"tokenizer.model in {folder} is damaged.") from error
+        raise CheckpointError(f"tokenizer.model in {folder} is damaged; download it again.") from error
 
 
 def load_fast(folder: Path) -> FastTokenizer:
-    """Loads `tokenizer.json`.
+    """Loads `tokenizer.json`. As in transformers, `tokenizer_config.json` has the last word on the tokens that open and
+    close a text.
 
     Raises:
         CheckpointError: damaged.
     """
+    config = read_json(folder, "tokenizer_config.json", optional=True)
     try:
-        return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        if "add_bos_token" in config or "add_eos_token" in config:
+            tokenizer.post_processor = _enclosing(config, tokenizer)
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"tokenizer.json in {folder} is damaged.") from error
+        raise CheckpointError(f"tokenizer.json in {folder} is damaged; download it again.") from error
+    return tokenizer
+
+
+def _enclosing(config: dict[str, Any], tokenizer: FastTokenizer) -> TemplateProcessing:
+    opening, closing = (
+        [token_name(config[f"{end}_token"])] if config.get(f"add_{end}_token") and config.get(f"{end}_token") else []
+        for end in ("bos", "eos")
+    )
+    tokens = [(token, tokenizer.token_to_id(token)) for token in opening + closing]
+    return TemplateProcessing(single=[*opening, "$A", *closing], special_tokens=tokens)
+
+
+def token_name(value: Any) -> str:
+    """The name of a token in `tokenizer_config.json`: a string, or an object that holds it."""
+    return str(value["content"] if isinstance(value, dict) else value)
 
 
 def has_token(spec: TokenizerSpec, token: str) -> bool:
@@ -85,5 +106,8 @@ def _behind_vocabulary(folder: Path) -> list[str]:
         added[token["content"]] = int(token_id)
     behind = sorted((token_id, token) for token, token_id in added.items() if token_id >= size)
     if [token_id for token_id, _ in behind] != list(range(size, size + len(behind))):
-        raise CheckpointError(f"The added tokens in {folder} leave gaps behind the vocabulary of {size}.")
+        raise CheckpointError(
+            f"added_tokens.json or tokenizer_config.json in {folder} leaves gaps behind the vocabulary of {size}; "
+            "take the tokenizer files that belong together."
+        )
     return [token for _, token in behind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from llava_serve.errors import CheckpointError
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CLIP_DEFAULTS = {"num_hidden_layers": 12, "hidden_size": 768, "image_size": 224, "patch_size": 32}
+"""Of transformers' CLIPVisionConfig: files leave out what equals them."""
+_UNIT = 1 / 255
 
 
 def read_vision_config(folder: Path) -> dict[str, Any]:
@@ -23,9 +27,15 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
     vision = config.get("vision_config") if config.get("model_type") == "clip" else config
     if not isinstance(vision, dict) or config.get("model_type") not in ("clip", "clip_vision_model"):
         raise CheckpointError(
-            f"The vision tower in {folder} is a {config.get('model_type')!r}; only CLIP is supported."
+            f"config.json in {folder} describes a vision tower of type {config.get('model_type')!r}; only CLIP is "
+            "supported: name one with vision_tower."
         )
-    return {**vision, "model_type": "clip_vision_model"}
+    return clip_config(vision)
+
+
+def clip_config(vision: dict[str, Any]) -> dict[str, Any]:
+    """A CLIP tower's config with the sizes that its file may leave out."""
+    return {**_CLIP_DEFAULTS, **vision, "model_type": "clip_vision_model"}
 
 
 def image_processing(
@@ -48,15 +58,21 @@ def image_processing(
     Raises:
         CheckpointError: tiles that the tower cannot take.
     """
-    side = int(vision.get("image_size", 224))
+    side = int(vision["image_size"])
     crop = _pair(settings.get("crop_size", side))
     size = settings.get("size", {"shortest_edge": side})
     size = {"shortest_edge": size} if isinstance(size, int) else size
     shortest = size.get("shortest_edge")
     if crop != (side, side):
-        raise CheckpointError(f"preprocessor_config.json makes tiles of {crop[0]} x {crop[1]}; the tower takes {side}.")
-    if not settings.get("do_normalize", True) or not settings.get("do_rescale", True):
-        raise CheckpointError("preprocessor_config.json switches normalising or rescaling off; that is not supported.")
+        raise CheckpointError(
+            f"preprocessor_config.json makes tiles of {crop[0]} x {crop[1]}, but the vision tower of config.json takes "
+            f"{side} x {side}: correct the one that is wrong."
+        )
+    for key, supported in (("do_normalize", True), ("do_rescale", True), ("rescale_factor", _UNIT)):
+        if not math.isclose(settings.get(key, supported), supported):
+            raise CheckpointError(
+                f"preprocessor_config.json sets {key} to {settings[key]}; only {supported} is supported."
+            )
     return ImageProcessing(
         layout=layout,
         aspect=aspect,
@@ -70,7 +86,7 @@ def image_processing(
         resample=int(settings.get("resample", 3)),
         mean=_triple(settings.get("image_mean", _CLIP_MEAN)),
         std=_triple(settings.get("image_std", _CLIP_STD)),
-        patch_size=int(vision.get("patch_size", 32)),
+        patch_size=int(vision["patch_size"]),
         extra_features=int(keeps_class_token),
     )
 

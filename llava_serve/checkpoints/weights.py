@@ -1,15 +1,10 @@
-"""A checkpoint's tensors under this project's names, read one by one.
-
-The names are those of `Llava`'s modules: `vision_tower.*` (transformers' CLIPVisionModel), `projector.N.{weight,bias}`,
-`image_newline`, and `language_model.*` (transformers' causal language model).
-"""
+"""A checkpoint's tensors under this project's names, read one by one."""
 
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from torch import Tensor
 
 from llava_serve.checkpoints.files import first_file, weight_files
 from llava_serve.checkpoints.lora import Delta, read_deltas
+from llava_serve.checkpoints.names import LAYOUTS, TOWER, Rules, our_name
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.errors import CheckpointError
 
@@ -30,57 +26,34 @@ class StoredTensor:
 
     Attributes:
         file: that holds it.
+        name: that the file gives it.
         shape: its shape.
         read: gives the tensor in its stored precision, backed by the mapped file where the format allows.
         delta: a LoRA's addition to it.
     """
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     delta: Delta | None = None
 
+    def value(self) -> Tensor:
+        """The tensor as it counts, in its stored precision: a LoRA's addition is in it."""
+        return self.read() if self.delta is None else self.delta.add_to(self.read())
 
-_Rules = tuple[tuple[re.Pattern[str], str], ...]
-
-
-def _rules(*pairs: tuple[str, str]) -> _Rules:
-    return tuple((re.compile(pattern), name) for pattern, name in pairs)
-
-
-# The first pattern that matches the start of a name decides; an empty name passes the tensor over.
-_PASSED_OVER = ((r".*\.(inv_freq|position_ids)$", ""),)
-_ORIGINAL = _rules(
-    *_PASSED_OVER,
-    (r"(model|transformer)\.mm_projector\.(?=\d)", "projector."),
-    (r"(model|transformer)\.mm_projector\.", "projector.0."),
-    (r"(model|transformer)\.image_newline", "image_newline"),
-    (r"(model|transformer)\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
-    (r"", "language_model."),
-)
-_TRANSFORMERS = _rules(
-    *_PASSED_OVER,
-    (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),
-    (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.2."),
-    (r"(model\.)?image_newline", "image_newline"),
-    (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-    (r"(language_model\.)?lm_head\.", "language_model.lm_head."),
-    (r"(model\.language_model|language_model\.model|language_model)\.", "language_model.model."),
-)
-_TOWER = _rules(
-    *_PASSED_OVER,
-    (r"(text_model\.|text_projection|visual_projection|logit_scale)", ""),
-    (r"(vision_model\.)?", "vision_tower."),
-)
+    def first_rows(self, count: int) -> StoredTensor:
+        """The same without the rows behind the first ones."""
+        return replace(self, shape=(count, *self.shape[1:]), read=lambda: self.value()[:count], delta=None)
 
 
 def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint, its base and its tower, later ones over earlier ones.
+    """All tensors of a checkpoint, its base and its tower, by our names; the adapter's over the base's.
 
     Raises:
-        CheckpointError: a file is missing, cut off, or holds more than tensors.
+        CheckpointError: a file is missing, cut off, or holds more than tensors; an adapter does not fit its base.
     """
-    rules = _ORIGINAL if spec.layout == "original" else _TRANSFORMERS
+    rules = LAYOUTS[spec.layout]
     tensors = _renamed(weight_files(spec.base or spec.path), rules)
     if spec.adapter == "projector":
         tensors |= _renamed([spec.path / "mm_projector.bin"], rules)
@@ -92,51 +65,57 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_tower.")}
         files = weight_files(spec.tower)
         if not files:
-            raise CheckpointError(f"The vision tower {spec.tower.name} holds no weights: name a folder that does.")
-        tensors |= _renamed(files, _TOWER)
+            raise CheckpointError(
+                f"The vision tower {spec.tower} holds no weights, neither model.safetensors nor pytorch_model.bin; "
+                "name a folder that does with vision_tower."
+            )
+        tensors |= _renamed(files, TOWER)
     return tensors
 
 
 def _non_lora(folder: Path) -> Path:
     path = first_file(folder, "non_lora_trainables.bin", "non_lora_trainables.safetensors")
     if path is None:
-        raise CheckpointError(f"non_lora_trainables.bin is missing in {folder}: the adapter's projector is in it.")
+        raise CheckpointError(
+            f"non_lora_trainables.bin is missing in {folder}; the adapter's projector is in it: copy it there."
+        )
     return path
 
 
-def _with_deltas(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules: _Rules) -> dict[str, StoredTensor]:
+def _with_deltas(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules: Rules) -> dict[str, StoredTensor]:
     path = first_file(spec.path, "adapter_model.safetensors", "adapter_model.bin")
     if path is None:
-        raise CheckpointError(f"adapter_model.safetensors (or .bin) is missing in {spec.path}.")
+        raise CheckpointError(f"adapter_model.safetensors (or .bin) is missing in {spec.path}; copy it there.")
     stored = read_file(path)
     deltas = read_deltas(spec.path, path, {name: (tensor.shape, tensor.read) for name, tensor in stored.items()})
-    base = spec.base.name if spec.base else "the base"
     for module, delta in deltas.items():
-        name = _rename(f"{module}.weight", rules)
+        name = our_name(f"{module}.weight", rules) or ""
         target = tensors.get(name)
         if target is None or target.shape != delta.shape:
-            have = "which it does not have" if target is None else f"which is {target.shape} there, not {delta.shape}"
-            raise CheckpointError(f"{path.name} adds to {module} of {base}, {have}: it was trained on another base.")
-        tensors[name] = StoredTensor(target.file, target.shape, target.read, delta)
+            have = "which is not there" if target is None else f"which is {target.shape} there, not {delta.shape}"
+            base = spec.base.name if spec.base else "the base"
+            raise CheckpointError(
+                f"{path.name} adds to {module} of {base}, {have}: it was trained on another base. "
+                "Name that one with model_base."
+            )
+        tensors[name] = replace(target, delta=delta)
     return tensors
 
 
-def _renamed(files: Iterable[Path], rules: _Rules) -> dict[str, StoredTensor]:
+def _renamed(files: Iterable[Path], rules: Rules) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in read_file(file).items():
-            ours = _rename(name.removeprefix("base_model.model."), rules)
-            if ours:
-                tensors[ours] = tensor
+        for tensor in read_file(file).values():
+            ours = our_name(tensor.name, rules)
+            if ours is None:
+                continue
+            if ours in tensors:
+                raise CheckpointError(
+                    f"{tensor.name} in {file.name} is {tensors[ours].name} in {tensors[ours].file.name} once more; "
+                    "remove the file that is left over."
+                )
+            tensors[ours] = tensor
     return tensors
-
-
-def _rename(name: str, rules: _Rules) -> str:
-    for pattern, replacement in rules:
-        match = pattern.match(name)
-        if match:
-            return replacement + name[match.end() :] if replacement else ""
-    return name
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
@@ -149,19 +128,20 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path.name} holds more than tensors; it is refused, and nothing in it was run."
+            f"{path.name} in {path.parent} holds more than tensors, or is damaged. It is refused, and nothing in it "
+            "was run; save its tensors as safetensors."
         ) from error
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}.") from error
+        raise CheckpointError(f"{path.name} is missing in {path.parent}; copy it there.") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path.name} in {path.parent} is damaged or cut off.") from error
+        raise CheckpointError(f"{path.name} in {path.parent} is damaged or cut off; download it again.") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     file: Any = safe_open(path, "pt")
     names = list(file.keys())
     return {
-        name: StoredTensor(path, tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
+        name: StoredTensor(path, name, tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
         for name in names
     }
 
@@ -171,5 +151,5 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch's older format cannot be mapped
     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path.name} holds no table of tensors.")
-    return {name: StoredTensor(path, tuple(value.shape), value.detach) for name, value in tensors.items()}
+        raise CheckpointError(f"{path.name} in {path.parent} holds no table of tensors; it is no weights file.")
+    return {name: StoredTensor(path, name, tuple(value.shape), value.detach) for name, value in tensors.items()}

@@ -1,0 +1,85 @@
+"""The names of tensors: those of each layout's files, and this project's, which are those of `Llava`'s modules.
+
+Ours: `vision_tower.*` (transformers' CLIPVisionModel), `projector.N.{weight,bias}`, `image_newline`, and
+`language_model.*` (transformers' causal language model).
+"""
+
+from __future__ import annotations
+
+import re
+
+from llava_serve.checkpoints.spec import CheckpointSpec, Layout
+
+Rules = tuple[tuple[re.Pattern[str], str | None], ...]
+"""The first pattern that matches the start of a name decides what replaces the match; None passes the tensor over."""
+
+
+def _rules(*pairs: tuple[str, str | None]) -> Rules:
+    return tuple((re.compile(pattern), name) for pattern, name in pairs)
+
+
+_PASSED_OVER = (r".*\.(inv_freq|position_ids)$", None)  # tables that older releases of transformers stored
+
+LAYOUTS: dict[Layout, Rules] = {
+    "original": _rules(
+        _PASSED_OVER,
+        (r"((model|transformer)\.)?mm_projector\.(?=\d)", "projector."),
+        (r"((model|transformer)\.)?mm_projector\.", "projector.0."),
+        (r"(model|transformer)\.image_newline$", "image_newline"),
+        (r"(model|transformer)\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
+        (r"", "language_model."),
+    ),
+    "transformers": _rules(
+        _PASSED_OVER,
+        (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),
+        (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.2."),
+        (r"(model\.)?image_newline$", "image_newline"),
+        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+        (r"(language_model\.)?lm_head\.", "language_model.lm_head."),
+        (r"(model\.language_model|language_model\.model)\.", "language_model.model."),
+    ),
+}
+TOWER: Rules = _rules(
+    _PASSED_OVER,
+    (r"(text_model\.|text_projection|visual_projection|logit_scale)", None),  # CLIP's other half
+    (r"(vision_model\.)?", "vision_tower."),
+)
+
+_SPELLED: dict[Layout, tuple[tuple[str, str], ...]] = {
+    "original": (
+        ("projector.", "model.mm_projector."),
+        ("image_newline", "model.image_newline"),
+        ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ("language_model.", ""),
+    ),
+    "transformers": (
+        ("projector.0.", "multi_modal_projector.linear_1."),
+        ("projector.2.", "multi_modal_projector.linear_2."),
+        ("vision_tower.", "vision_tower.vision_model."),
+        ("language_model.lm_head.", "language_model.lm_head."),
+    ),
+}
+
+
+def our_name(stored: str, rules: Rules) -> str | None:
+    """Our name of a stored tensor; its own where no rule knows it, None where it is passed over."""
+    stored = stored.removeprefix("base_model.model.")  # PEFT's
+    for pattern, replacement in rules:
+        match = pattern.match(stored)
+        if match:
+            return None if replacement is None else replacement + stored[match.end() :]
+    return stored
+
+
+def stored_name(ours: str, spec: CheckpointSpec) -> str:
+    """How a checkpoint's files would spell a tensor that is not in them, for messages."""
+    if spec.tower is not None and not spec.tower_in_checkpoint and ours.startswith("vision_tower."):
+        return "vision_model." + ours.removeprefix("vision_tower.")
+    name = ours
+    for start, spelled in _SPELLED[spec.layout]:
+        if ours.startswith(start):
+            name = spelled + ours.removeprefix(start)
+            break
+    if spec.projector_type == "linear":
+        name = name.replace("mm_projector.0.", "mm_projector.")
+    return name.replace("model.mm_", "transformer.mm_") if spec.text_config["model_type"] == "mpt" else name
