@@ -52,17 +52,25 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def model_options(options: argparse.Namespace) -> ModelOptions:
-    """The library's form of the model flags."""
+    """The library's form of the model flags.
+
+    Raises:
+        CheckpointError: there is no such checkpoint. Said here, before torch takes its seconds to import.
+    """
+    from llava_serve.checkpoints import open_checkpoint
     from llava_serve.config import ModelOptions
 
-    return ModelOptions(**_given(options, *ModelOptions.model_fields))
+    model = ModelOptions(**_given(options, *ModelOptions.model_fields))
+    open_checkpoint(model.model, model.model_base, model.vision_tower)
+    return model
 
 
 def load_llm(options: argparse.Namespace) -> LLM:
     """Loads the model that the flags name."""
+    model = model_options(options)
     from llava_serve.llm import LLM
 
-    return LLM(**model_options(options).model_dump())
+    return LLM(**model.model_dump())
 
 
 def pictures(options: argparse.Namespace) -> list[bytes]:

@@ -78,6 +78,7 @@ def _serve_on_ray(config: Path) -> int:
 def _serve_in_process(options: argparse.Namespace) -> int:
     """Takes the port first: a model is not loaded in vain."""
     with _bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as door:
+        model = flags.model_options(options)
         import uvicorn
 
         from llava_serve.api.app import create_app
@@ -86,7 +87,7 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         from llava_serve.config import ApiOptions, ImageOptions
         from llava_serve.processor import Processor
 
-        llm = AsyncLLM(flags.model_options(options))
+        llm = AsyncLLM(model)
         backend = InProcessBackend(Processor(llm.spec, ImageOptions()), llm)
         app = create_app(backend, ApiOptions(api_keys=tuple(options.api_key or ())))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
