@@ -9,6 +9,7 @@ import torch
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.packing import pack_linears
 from llava_serve.llava import Llava
 
 
@@ -23,7 +24,10 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
         torch.set_num_threads(engine.num_threads or available_cores())
     spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
     dtype = resolve_dtype(model.dtype, device, spec.torch_dtype)
-    return Engine(Llava.load(spec, device, dtype, model.quantization), engine)
+    llava = Llava.load(spec, device, dtype, model.quantization)
+    if device.type == "cpu":
+        pack_linears(llava)
+    return Engine(llava, engine)
 
 
 def resolve_dtype(asked: str, device: torch.device, declared: str) -> torch.dtype:
