@@ -68,6 +68,8 @@ NEUTRAL: list[dict[str, Any]] = [
     {"user": "somebody"},
     {"stop": None, "seed": None, "n": None, "temperature": None, "max_tokens": None, "logprobs": None},
     {"something_new": None},
+    {"logprobs": False, "top_logprobs": 0},
+    {"stream_options": {"include_usage": False}},
     {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {**PICTURE["image_url"], "detail": "auto"}}]}]},
     {"messages": [{"role": "assistant", "content": "A.", "refusal": None, "tool_calls": None}, QUESTION]},
 ]

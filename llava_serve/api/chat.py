@@ -64,8 +64,8 @@ class ChatAnswer(Response):
                         streaming = True
                         await events.start()
                         await self._stream(events, first, chunks, tally)
-                        return
-                    body = await self._whole(first, chunks, tally)
+                    else:
+                        body = await self._whole(first, chunks, tally)
         except ClientDisconnect:
             raise
         except Exception as error:
@@ -73,6 +73,7 @@ class ChatAnswer(Response):
                 raise
             log_if_internal(error, self._request_id)
             await events.write(event(json.dumps(error_body(error, self._request_id)).encode()))
+        if streaming:
             await events.end()
         else:
             await Response(body, media_type="application/json")(scope, receive, send)
@@ -95,7 +96,6 @@ class ChatAnswer(Response):
         if (last := events.last(tally)) is not None:
             await sender.write(event(last.json_bytes()))
         await sender.write(DONE)
-        await sender.end()
 
     async def _whole(self, first: Chunk, rest: AsyncGenerator[Chunk], tally: Tally) -> bytes:
         answer = WholeAnswer()

@@ -53,9 +53,9 @@ def sampling_of(request: ChatRequest) -> SamplingParams:
     """
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestError("Give max_tokens or max_completion_tokens, not both.", "max_completion_tokens")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options is not None and request.stream_options.include_usage and not request.stream:
         raise RequestError("stream_options needs stream to be true.", "stream_options")
     given = {
         **{name: getattr(request, name) for name in _SAME_NAME},
