@@ -163,6 +163,32 @@ def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> N
         guest.join()
 
 
+@pytest.mark.slow
+async def test_a_refusal_is_decided_within_two_milliseconds() -> None:
+    backend = PacedBackend(pace_s=60)
+    app = create_app(backend, ApiOptions(max_queue=1))
+    body = {"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}
+    scope = {"type": "http", "method": "POST", "path": PATH, "root_path": "", "query_string": b"", "headers": []}
+    silence = asyncio.Event()
+    messages: asyncio.Queue[Any] = asyncio.Queue()
+    messages.put_nowait(body)
+    guest = asyncio.create_task(app(dict(scope), messages.get, messages.put))
+    await asyncio.to_thread(wait_until, lambda: backend.working == 1)
+    statuses, times = set(), []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            times.append(time.perf_counter() - began)
+            statuses.add(message["status"])
+
+    for _ in range(2000):
+        began = time.perf_counter()
+        await app(dict(scope), silence.wait, send)
+    guest.cancel()
+    assert statuses == {429}
+    assert sorted(times)[int(0.99 * len(times))] < 0.002
+
+
 def test_every_end_frees_its_place() -> None:
     backend = PacedBackend()
     with app_over(backend, max_queue=1) as web:

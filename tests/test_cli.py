@@ -142,6 +142,21 @@ def test_a_users_fault_is_one_sentence(cli: Callable[..., Done], arguments: list
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["ask", "--device", "tpu", "What?"], "'tpu' is not auto"),
+        (["ask", "--dtype", "int8"], "int8"),
+        (["sing"], "sing"),
+    ],
+)
+def test_a_wrong_flag_is_told_by_the_parser(capfd: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert word in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     with subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit")
     bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit")
-    group.add_argument("--device", help="auto (the default), cpu, cuda, cuda:1")
+    group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
     group.add_argument("--dtype", choices=_DTYPES, help="auto is float32 on a CPU, else the checkpoint's own")
 
 
@@ -93,6 +94,12 @@ def sampling(options: argparse.Namespace) -> SamplingParams:
     given = _given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
     given.setdefault("temperature", _TEMPERATURE if given.get("num_beams", 1) == 1 else 0.0)
     return SamplingParams(**given)
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not auto, cpu, cuda or cuda:N")
+    return name
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
