@@ -1,21 +1,25 @@
-"""The commands that start an application of their own: the demo, and a stop that cuts no answer."""
+"""The commands that start an application of their own: the demo, `make serve`, and Ray's `serve run`."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CONFIG, DEMO_IMAGE, DEMO_QUESTION, question
+import yaml
+from conftest import CONFIG, DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from openai import OpenAI
 
-from deployments.local import LocalServeError, free_port, local_serve, read_config
+from deployments.local import LocalServeError, environment, free_port, local_serve, read_config
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +51,34 @@ def test_answers_on_their_way_are_finished() -> None:
     for reader in readers:
         reader.join(60)
     assert finish.count("length") == len(readers)
+
+
+def test_rays_own_command_runs_the_config(tmp_path: Path) -> None:
+    port = free_port()
+    config = tmp_path / "serve_config.yaml"
+    config.write_text(yaml.safe_dump(read_config(CONFIG, port=port)))
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment("t" * 64), start_new_session=True)
+    try:
+        wait_for_health(f"http://127.0.0.1:{port}", process)
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            messages = question(DEMO_QUESTION, DEMO_IMAGE.read_bytes())
+            answer = client.chat.completions.create(model="builtin", messages=messages, temperature=0, max_tokens=40)
+        assert DEMO_ANSWER in (answer.choices[0].message.content or "").lower()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+
+
+def wait_for_health(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            assert response.status == 200
+            return
+        time.sleep(0.5)
+    raise AssertionError("the application did not come up")
 
 
 def test_the_demo_prints_the_right_answer() -> None:
