@@ -9,12 +9,21 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import httpx
 import numpy as np
 import uvicorn
+from openai import OpenAI
 from starlette.types import ASGIApp
 
+from llava_serve.api.app import create_app
+from llava_serve.config import ApiOptions
 from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+
+MESSAGES: list[Any] = [{"role": "user", "content": "What is it?"}]
+BODY: dict[str, Any] = {"model": "paced", "messages": MESSAGES}
+PATH = "/v1/chat/completions"
 
 
 @contextmanager
@@ -97,3 +106,25 @@ class PacedBackend:
     def _fail(self, now: int) -> None:
         if self.failure is not None and self.fail_at == now:
             raise self.failure
+
+
+@contextmanager
+def app_over(backend: PacedBackend, **options: Any) -> Iterator[httpx.Client]:
+    """A client of the web app over a backend; the options are those of `ApiOptions`."""
+    with serving(create_app(backend, ApiOptions(**options))) as url, httpx.Client(base_url=url) as web:
+        yield web
+
+
+def official(web: httpx.Client, retries: int = 0) -> OpenAI:
+    """The official client of the same server."""
+    return OpenAI(base_url=f"{web.base_url}/v1", api_key="any", max_retries=retries)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error in a response, which must have OpenAI's exact shape."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = body["error"]
+    return error

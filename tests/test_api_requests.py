@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from api_server import PacedBackend, serving
-from openai import AuthenticationError, OpenAI
+from api_server import PacedBackend, app_over, error_of
 
-from llava_serve.api.app import create_app
-from llava_serve.config import ApiOptions
 from llava_serve.types import ImagePart, Message, TextPart
 
 QUESTION = {"role": "user", "content": "What is it?"}
@@ -27,31 +22,14 @@ def backend() -> PacedBackend:
 
 
 @pytest.fixture(scope="module")
-def url(backend: PacedBackend) -> Iterator[str]:
-    with serving(
-        create_app(backend, ApiOptions(max_body_bytes=100_000, default_timeout_s=50, max_timeout_s=70))
-    ) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def web(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url) as client:
-        yield client
+def web(backend: PacedBackend) -> Iterator[httpx.Client]:
+    with app_over(backend, default_timeout_s=50, max_timeout_s=70) as web:
+        yield web
 
 
 def ask(web: httpx.Client, **fields: Any) -> httpx.Response:
     body = {"model": "paced", "messages": [QUESTION]} | fields
     return web.post("/v1/chat/completions", json=body)
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert response.headers["content-type"] == "application/json"
-    error: dict[str, Any] = body["error"]
-    return error
 
 
 NEUTRAL: list[dict[str, Any]] = [
@@ -230,78 +208,3 @@ def test_an_unknown_model_is_not_found(web: httpx.Client) -> None:
         assert response.status_code == 404
         error = error_of(response)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
-
-
-def test_models_are_listed_for_the_official_client(url: str) -> None:
-    client = OpenAI(base_url=f"{url}/v1", api_key="any")
-    assert [model.id for model in client.models.list()] == ["paced"]
-    assert client.models.retrieve("paced").owned_by == "llava-serve"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [("GET", "/v2", 404, "unknown_url"), ("GET", "/v1/chat/completions", 405, "method_not_allowed")],
-)
-def test_a_wrong_address_is_answered_in_openais_shape(
-    web: httpx.Client, method: str, path: str, status: int, code: str
-) -> None:
-    response = web.request(method, path)
-    assert response.status_code == status
-    assert error_of(response)["code"] == code
-
-
-def test_a_large_body_is_refused_by_its_declared_length(url: str) -> None:
-    """Before it is sent: the answer comes though not one byte of the body does."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as client:
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100001\r\n\r\n")
-        answer = client.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"request_too_large" in answer
-
-
-def test_a_large_body_is_refused_by_its_bytes(web: httpx.Client) -> None:
-    def pieces() -> Iterator[bytes]:
-        for _ in range(11):
-            yield b" " * 10_000
-
-    response = web.post("/v1/chat/completions", content=pieces())
-    assert response.status_code == 413
-    assert error_of(response)["code"] == "request_too_large"
-
-
-def test_keys_are_demanded_where_they_are_configured() -> None:
-    app = create_app(PacedBackend(), ApiOptions(api_keys=("one", "zwei-ü")))
-    with serving(app) as url:
-        for header in ({}, {"Authorization": "Bearer two"}, {"Authorization": "one"}, {"Authorization": "Basic one"}):
-            response = httpx.get(f"{url}/v1/models", headers=header)
-            assert response.status_code == 401
-            assert response.headers["www-authenticate"] == "Bearer"
-            assert error_of(response)["code"] == "invalid_api_key"
-        with pytest.raises(AuthenticationError):
-            OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
-        for key in ("one", "zwei-ü"):
-            header = {"Authorization": f"Bearer {key}".encode()}
-            assert httpx.get(f"{url}/v1/models", headers=header).status_code == 200
-        for path in ("/health", "/", "/openapi.json"):
-            assert httpx.get(url + path).status_code == 200
-
-
-@pytest.mark.parametrize(("given", "kept"), [("trace-1", True), ("a b", False), ("x" * 200, False)])
-def test_a_request_id_is_kept_if_it_is_one_and_returned(web: httpx.Client, given: str, kept: bool) -> None:
-    for path in ("/health", "/nowhere"):
-        returned = web.get(path, headers={"X-Request-ID": given}).headers.get_list("x-request-id")
-        assert len(returned) == 1
-        assert returned[0]
-        assert (returned[0] == given) == kept
-
-
-def test_the_api_describes_itself(web: httpx.Client) -> None:
-    description = web.get("/openapi.json").json()
-    chat = description["paths"]["/v1/chat/completions"]["post"]
-    assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ChatRequest")
-    schemas = description["components"]["schemas"]
-    assert {"model", "messages", "max_tokens", "conv_mode"} <= set(schemas["ChatRequest"]["properties"])
-    text = json.dumps(description)
-    for ref in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
-        assert ref in schemas
