@@ -30,7 +30,7 @@ class Decoder:
         if isinstance(language_model, MptForCausalLM):
             for block in self._decoder.blocks:
                 if isinstance(block.attn, MptAttention):
-                    block.attn = _MptAttention(block.attn)
+                    block.attn = _MptAttention(block.attn, language_model.device)
                 self._replaced.append(block.attn)
             # a mask of four dimensions is passed on as it is: it spares the [tokens, tokens] that nobody reads
             self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
@@ -62,13 +62,13 @@ class _MptAttention(nn.Module):
 
     step: PackedStep
 
-    def __init__(self, original: MptAttention) -> None:
+    def __init__(self, original: MptAttention, device: torch.device) -> None:
         super().__init__()
         self.Wqkv, self.out_proj = original.Wqkv, original.out_proj
         self._heads, self._layer = original.n_heads, original.layer_idx
         self._scale, self._clip = original.softmax_scale, original.clip_qkv
         # the last two columns are -slope and 0
-        self._slopes = -build_mpt_alibi_tensor(self._heads, 2, device=self.Wqkv.weight.device)[:, 0, 0]
+        self._slopes = -build_mpt_alibi_tensor(self._heads, 2, device=device)[:, 0, 0]
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """[1, tokens, hidden] -> the same; the bias and mask that MPT made are not used."""

@@ -14,9 +14,10 @@ from llava_serve.engine.features import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.engine.pacer import Pacer
 from llava_serve.engine.runner import Runner, kv_shape
 from llava_serve.engine.sampler import sample
-from llava_serve.engine.scheduler import Budget, Schedule, Scheduler
+from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Output, RawLogprob, Sequence
 from llava_serve.errors import (
     CapacityError,
@@ -73,6 +74,7 @@ class Engine:
         per_tile = spec.image.features_per_tile * int(spec.vision_config["hidden_size"]) * model.dtype.itemsize
         features = FeatureLedger(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, features, options.max_num_seqs)
+        self._pacer = Pacer(options.max_batch_tokens, options.max_batch_tiles)
         self._runner = Runner(model, self._num_blocks * options.block_size, options.block_size)
         self._groups: dict[str, list[Group]] = {}
         self._searches: dict[Group, BeamSearch] = {}
@@ -178,16 +180,16 @@ class Engine:
     def step(self) -> list[Output]:
         """Advances every live sequence by a token, and waiting prompts within the budget."""
         outputs = self._expire()
-        schedule = self._scheduler.schedule(self._budget())
+        started, decoding = time.perf_counter(), self._scheduler.num_decoding
+        schedule = self._scheduler.schedule(self._pacer.budget(decoding))
         logits = self._runner.run(schedule)
         self._record(schedule)
         rows = [segment.sequence for segment in schedule.segments if segment.draws]
         outputs += self._draw(rows, logits)
         self._steps += 1
+        tiles = sum(len(job.tiles) for job in schedule.tile_jobs)
+        self._pacer.observe(time.perf_counter() - started, decoding, schedule.num_tokens - decoding, tiles)
         return outputs
-
-    def _budget(self) -> Budget:
-        return Budget(self._options.max_batch_tokens, self._options.max_batch_tiles)
 
     def _expire(self) -> list[Output]:
         """Ends the requests whose time is up."""

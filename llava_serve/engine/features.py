@@ -56,10 +56,10 @@ class FeatureLedger:
         picture = self._pictures[digest]
         return picture.tiles - picture.encoded
 
-    def encode(self, digest: str, most: int) -> range:
-        """Marks the next tiles, `most` at most, as encoded in this step, and returns which they are."""
+    def encode(self, digest: str, count: int) -> range:
+        """Marks the next `count` missing tiles as encoded in this step, and returns which they are."""
         picture = self._pictures[digest]
-        tiles = range(picture.encoded, min(picture.tiles, picture.encoded + most))
+        tiles = range(picture.encoded, picture.encoded + count)
         picture.encoded = tiles.stop
         return tiles
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llava_serve.engine.features import FeatureLedger
 from llava_serve.engine.kv_cache import Copy, KVCache
+from llava_serve.engine.pacer import Budget
 from llava_serve.engine.sequence import Group, Sequence
 
 
@@ -49,13 +50,10 @@ class Schedule:
     copies: tuple[Copy, ...]
     segments: tuple[Segment, ...]
 
-
-@dataclass(slots=True)
-class Budget:
-    """What a step may still take on."""
-
-    tokens: int
-    tiles: int
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are computed."""
+        return sum(segment.end - segment.start for segment in self.segments)
 
 
 class Scheduler:
@@ -71,6 +69,11 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self.waiting: list[Group] = []
         self.running: list[Group] = []
+
+    @property
+    def num_decoding(self) -> int:
+        """Rows that have one position to compute."""
+        return sum(row.num_pending == 1 for group in self.running for row in group.active)
 
     @property
     def num_running(self) -> int:
@@ -110,16 +113,20 @@ class Scheduler:
         segments: list[Segment] = []
         preempted = False
         for group in list(self.running):
-            if group not in self.running or any(row.num_pending != 1 for row in group.active):
+            if preempted and group not in self.running:
                 continue
-            if not group.prompted and group.pins:
+            if any(row.num_pending != 1 for row in group.active) or (group.pins and not group.prompted):
                 continue
-            while group in self.running and not all(self._kv.grow(row) for row in group.active):
-                self._preempt(self.running[-1])
+            rows = group.active
+            while rows and not all(self._kv.grow(row) for row in rows):
                 preempted = True
-            if group in self.running:
-                segments += [Segment(row, row.num_computed, len(row.token_ids), True) for row in group.active]
-                budget.tokens -= len(group.active)
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is group:
+                    rows = []
+            if rows:
+                segments += [Segment(row, row.num_computed, len(row.token_ids), True) for row in rows]
+                budget.tokens -= len(rows)
         return segments, preempted
 
     def _prefill(self, group: Group, budget: Budget, jobs: list[TileJob]) -> list[Segment]:
@@ -131,27 +138,26 @@ class Scheduler:
         for row in group.active:
             if row.num_pending == 1 and not group.pins:
                 continue
-            limit = self._encode(group, row, budget, jobs)
+            limit = self._encode(row, budget, jobs)
             last = len(row.token_ids) - (len(group.active) > 1)
             end = min(limit, last, row.num_computed + budget.tokens)
             if end > row.num_computed:
                 segments.append(Segment(row, row.num_computed, end, end == len(row.token_ids)))
-                budget.tokens -= end - row.num_computed
+                budget.take_tokens(end - row.num_computed)
         return segments
 
-    def _encode(self, group: Group, row: Sequence, budget: Budget, jobs: list[TileJob]) -> int:
+    def _encode(self, row: Sequence, budget: Budget, jobs: list[TileJob]) -> int:
         """Sends the row's pictures to the tower, in order, within the budget. Returns how far it can be computed."""
-        prompt = group.request.prompt
+        prompt = row.request.prompt
         for at, (start, end) in enumerate(prompt.image_spans):
             if end <= row.num_computed:
                 continue
             if start >= row.num_computed + budget.tokens:
                 return start
             digest, tiles = prompt.digests[at], prompt.tiles[at]
-            if self._features.missing(digest) and budget.tiles > 0:
-                chosen = self._features.encode(digest, budget.tiles)
+            if count := budget.take_tiles(self._features.missing(digest)):
+                chosen = self._features.encode(digest, count)
                 jobs.append(TileJob(digest, chosen.start, len(tiles), tiles[chosen.start : chosen.stop]))
-                budget.tiles -= len(chosen)
             if self._features.missing(digest):
                 return start
         return len(row.token_ids)
@@ -162,6 +168,8 @@ class Scheduler:
         A prompt whose beginning another is just computing waits for that: it will find it in the prefix cache.
         """
         segments: list[Segment] = []
+        if not self.waiting:
+            return segments
         rows = self._max_num_seqs - self.num_running
         computing = {
             key
