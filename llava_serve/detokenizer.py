@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from llava_serve.tokenizer import Tokenizer
 
 _UNDECIDED = "\N{REPLACEMENT CHARACTER}"
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _WINDOW = 12
 """Ids that are decoded again with each new one: enough for a character of several bytes and the spaces about it."""
 
@@ -68,9 +66,9 @@ class Detokenizer:
         return new
 
     def _decided_ids(self) -> int:
-        """Ids before a run of byte tokens at the end: one bad byte may still spoil the whole run."""
+        """Ids before those at the end whose text may still change."""
         count = len(self._ids)
-        while count and _BYTE.fullmatch(self._tokenizer.token_text(self._ids[count - 1])):
+        while count and self._tokenizer.stays_open(self._ids[count - 1]):
             count -= 1
         return count
 

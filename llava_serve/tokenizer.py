@@ -13,6 +13,8 @@ from llava_serve.checkpoints.tokens import load_fast, load_sentencepiece
 from llava_serve.conversation import Control, ImageSlot, Span, Text, merge_text
 from llava_serve.types import IMAGE_TOKEN_ID
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
 
 class Tokenizer(ABC):
     """What the rest needs of a tokenizer. Build one with `load_tokenizer`."""
@@ -27,6 +29,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_text(self, token_id: int) -> str:
         """A token by itself, as one shows it beside its log-probability."""
+
+    @abstractmethod
+    def stays_open(self, token_id: int) -> bool:
+        """Whether what follows may change the text up to this token: it is a byte (`<0x0A>`), and one of a run may
+        spoil the others; or it gives no text (a control token, a row behind the vocabulary) and interrupts no run."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -87,6 +94,10 @@ class SentencePieceTokenizer(Tokenizer):
             return next(token for token, added in self._added.items() if added == token_id)
         return str(self._pieces.id_to_piece(token_id)).replace("▁", " ")
 
+    def stays_open(self, token_id: int) -> bool:
+        base = self._pieces.get_piece_size()
+        return token_id >= base or token_id in self._silent or bool(self._pieces.is_byte(token_id))
+
     def decode(self, ids: Sequence[int]) -> str:
         base = self._pieces.get_piece_size()
         spoken = [int(i) for i in ids if i < base and i not in self._silent]
@@ -137,7 +148,9 @@ class JsonTokenizer(Tokenizer):
         self.size = self._tokenizer.get_vocab_size()
         self._image_token = spec.image_token
         self._image_id = None if spec.image_token is None else self._tokenizer.token_to_id(spec.image_token)
-        marks = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._silent = {token_id for token_id, token in added.items() if token.special}
+        marks = [token.content for token in added.values()]
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
         config = read_json(spec.folder, "tokenizer_config.json", optional=True)
         bos = config.get("bos_token")
@@ -150,6 +163,10 @@ class JsonTokenizer(Tokenizer):
     def token_text(self, token_id: int) -> str:
         piece = self._tokenizer.id_to_token(token_id)
         return "" if piece is None else str(self._tokenizer.decode([token_id], skip_special_tokens=False) or piece)
+
+    def stays_open(self, token_id: int) -> bool:
+        piece = self._tokenizer.id_to_token(token_id)
+        return piece is None or token_id in self._silent or _BYTE.fullmatch(piece) is not None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.processors import TemplateProcessing
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
@@ -55,34 +53,15 @@ def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepi
 
 
 def load_fast(folder: Path) -> FastTokenizer:
-    """Loads `tokenizer.json`. As in transformers, `tokenizer_config.json` has the last word on the tokens that open and
-    close a text.
+    """Loads `tokenizer.json`.
 
     Raises:
         CheckpointError: damaged.
     """
-    config = read_json(folder, "tokenizer_config.json", optional=True)
     try:
-        tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-        if "add_bos_token" in config or "add_eos_token" in config:
-            tokenizer.post_processor = _enclosing(config, tokenizer)
+        return FastTokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json in {folder} is damaged; download it again.") from error
-    return tokenizer
-
-
-def _enclosing(config: dict[str, Any], tokenizer: FastTokenizer) -> TemplateProcessing:
-    opening, closing = (
-        [token_name(config[f"{end}_token"])] if config.get(f"add_{end}_token") and config.get(f"{end}_token") else []
-        for end in ("bos", "eos")
-    )
-    tokens = [(token, tokenizer.token_to_id(token)) for token in opening + closing]
-    return TemplateProcessing(single=[*opening, "$A", *closing], special_tokens=tokens)
-
-
-def token_name(value: Any) -> str:
-    """The name of a token in `tokenizer_config.json`: a string, or an object that holds it."""
-    return str(value["content"] if isinstance(value, dict) else value)
 
 
 def has_token(spec: TokenizerSpec, token: str) -> bool:
