@@ -36,8 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     print("Starting Ray and the replicas ...", flush=True)
     try:
         with local_serve(config) as running:
-            answer = ask(running.url, options.image, options.question)
-    except (LocalServeError, OpenAIError) as error:
+            try:
+                answer = ask(running.url, options.image, options.question)
+            except OpenAIError as error:
+                raise LocalServeError(f"The question was not answered: {error}\nLog: {running.log}") from None
+    except LocalServeError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -79,15 +79,17 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
             env=environment(token),
             start_new_session=True,  # Ctrl-C in the terminal is for us: we drain first
         )
-    clean = False
+    keep_log = False
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
         yield LocalServe(url, wait_until_ready(process, url, report, log), token, log)
-        clean = True
+    except Exception:
+        keep_log = True
+        raise
     finally:
         end(process)
-        if clean:
+        if not keep_log:
             shutil.rmtree(folder, ignore_errors=True)
 
 
