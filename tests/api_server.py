@@ -59,6 +59,7 @@ class PacedBackend:
     Attributes:
         prepare_s: how long a prompt takes.
         fail_at: raise `failure` instead of the chunk with this number; -1 raises it while preparing.
+        cut_short: end without a finish reason, as a request does that was aborted behind.
         working: requests on which work goes on.
         seen: what was prepared and how it was to be drawn.
     """
@@ -68,6 +69,7 @@ class PacedBackend:
     prepare_s: float = 0.0
     fail_at: int | None = None
     failure: Exception | None = None
+    cut_short: bool = False
     model_name: str = "paced"
     working: int = 0
     seen: list[tuple[Sequence[Message], str | None]] = field(default_factory=list)
@@ -94,7 +96,7 @@ class PacedBackend:
             for number, word in enumerate(self.words):
                 await asyncio.sleep(self.pace_s)
                 self._fail(number)
-                last = number == len(self.words) - 1
+                last = number == len(self.words) - 1 and not self.cut_short
                 for index in range(sampling.n):
                     yield Chunk(index, word, (number,), "stop" if last else None, num_prompt_tokens=7)
         finally:

@@ -58,7 +58,7 @@ def test_a_large_body_is_refused_by_its_bytes(web: httpx.Client) -> None:
 def test_keys_are_demanded_where_they_are_configured() -> None:
     with app_over(PacedBackend(), api_keys=("one", "zwei-ü")) as web:
         for header in ({}, {"Authorization": "Bearer two"}, {"Authorization": "one"}, {"Authorization": "Basic one"}):
-            for response in (web.get("/v1/models", headers=header), web.post(PATH, headers=header)):
+            for response in (web.get("/v1/models", headers=header), web.post(PATH, headers=header), web.get("/v2")):
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert error_of(response)["code"] == "invalid_api_key"

@@ -111,6 +111,16 @@ def test_an_error_in_mid_stream_is_an_event_that_the_official_client_raises() ->
     assert "[DONE]" not in raw.text
 
 
+@pytest.mark.parametrize("words", [[], ["A ", "red "]])
+def test_half_an_answer_is_not_passed_off_as_a_whole_one(words: list[str]) -> None:
+    with app_over(PacedBackend(words=words, cut_short=True)) as web:
+        whole = web.post(PATH, json=BODY)
+        streamed = web.post(PATH, json=BODY | {"stream": True})
+    assert whole.status_code == 503
+    assert "[DONE]" not in streamed.text
+    assert "before its answer was complete" in streamed.text
+
+
 def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     with app_over(PacedBackend(pace_s=0.2)) as web:

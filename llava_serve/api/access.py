@@ -10,9 +10,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_serve.errors import AccessError
 
+OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
+"""Probes have no key, and the page has to be there before a key can be typed into it."""
+
 
 class AccessGate:
-    """Demands a key for everything below `/v1/`; health, the page and the API's description stay open.
+    """Demands a key for everything that is not in `OPEN_PATHS`.
 
     Args:
         app: what lies behind.
@@ -24,7 +27,7 @@ class AccessGate:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _path(scope).startswith("/v1/"):
+        if scope["type"] == "http" and _path(scope) not in OPEN_PATHS:
             self._demand_key(Headers(scope=scope).get("authorization", ""))
         await self._app(scope, receive, send)
 

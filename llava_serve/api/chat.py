@@ -21,6 +21,8 @@ from llava_serve.api.sse import DONE, EventSender, event
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk
 
+_CUT_SHORT = "The model ended the request before its answer was complete."
+
 
 class ChatAnswer(Response):
     """The response to one request: it does the work when it is sent, so that one task owns the work from end to end.
@@ -58,8 +60,8 @@ class ChatAnswer(Response):
                 async with aclosing(generated) as chunks:
                     first = await anext(chunks, None)
                     if first is None:
-                        raise EngineDeadError("The model ended the request without an answer.")
-                    tally = Tally(prepared)
+                        raise EngineDeadError(_CUT_SHORT)
+                    tally = Tally(prepared, self._sampling.n)
                     if self._request.stream:
                         streaming = True
                         await events.start()
@@ -93,6 +95,7 @@ class ChatAnswer(Response):
             await tell(first)
             async for chunk in rest:
                 await tell(chunk)
+        _demand_complete(tally)
         if (last := events.last(tally)) is not None:
             await sender.write(event(last.json_bytes()))
         await sender.write(DONE)
@@ -104,4 +107,11 @@ class ChatAnswer(Response):
         async for chunk in rest:
             tally.add(chunk)
             answer.add(chunk)
+        _demand_complete(tally)
         return answer.completion(self._id, self._backend.model_name, tally).json_bytes()
+
+
+def _demand_complete(tally: Tally) -> None:
+    """A stream that just ends was aborted behind: half an answer is not passed off as a whole one."""
+    if not tally.complete:
+        raise EngineDeadError(_CUT_SHORT)

@@ -32,18 +32,31 @@ def new_completion_id() -> str:
 
 
 class Tally:
-    """Counts what an answer costs, chunk by chunk."""
+    """Counts what an answer costs, chunk by chunk, and which choices have come to their end.
 
-    def __init__(self, prepared: PreparedPrompt) -> None:
+    Args:
+        prepared: the prompt.
+        choices: how many there are to be.
+    """
+
+    def __init__(self, prepared: PreparedPrompt, choices: int) -> None:
         self._prompt = prepared.num_tokens
         self._image = sum(end - start for start, end in prepared.image_spans)
         self._cached = 0
         self._completion = 0
+        self._open = set(range(choices))
+
+    @property
+    def complete(self) -> bool:
+        """Every choice has said why it ended."""
+        return not self._open
 
     def add(self, chunk: Chunk) -> None:
         """Takes a chunk of any choice."""
         self._completion += len(chunk.token_ids)
         self._cached = max(self._cached, chunk.num_cached_tokens)
+        if chunk.finish_reason is not None:
+            self._open.discard(chunk.index)
 
     def usage(self) -> Usage:
         """The prompt counts once, however many choices there are."""
@@ -103,7 +116,7 @@ class _Parts:
 
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason = "stop"
+    finish_reason: FinishReason | None = None
 
 
 class WholeAnswer:
@@ -122,23 +135,25 @@ class WholeAnswer:
             parts.finish_reason = chunk.finish_reason
 
     def completion(self, completion_id: str, model: str, tally: Tally) -> ChatCompletion:
-        """The answer, its choices in order."""
+        """The answer, its choices in order. All of them must have ended."""
         return ChatCompletion(
             id=completion_id,
             object="chat.completion",
             created=int(time.time()),
             model=model,
-            choices=[
-                Choice(
-                    index=index,
-                    message=AssistantMessage(role="assistant", content="".join(parts.texts), refusal=None),
-                    logprobs=wire_logprobs(parts.logprobs),
-                    finish_reason=parts.finish_reason,
-                )
-                for index, parts in sorted(self._choices.items())
-            ],
+            choices=[_choice(index, parts) for index, parts in sorted(self._choices.items())],
             usage=tally.usage(),
         )
+
+
+def _choice(index: int, parts: _Parts) -> Choice:
+    assert parts.finish_reason is not None
+    return Choice(
+        index=index,
+        message=AssistantMessage(role="assistant", content="".join(parts.texts), refusal=None),
+        logprobs=wire_logprobs(parts.logprobs),
+        finish_reason=parts.finish_reason,
+    )
 
 
 def wire_logprobs(logprobs: Sequence[TokenLogprob] | None) -> ChoiceLogprobs | None:

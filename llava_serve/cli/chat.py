@@ -51,9 +51,11 @@ def run(options: argparse.Namespace) -> int:
 def _questions() -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editing)
-    with suppress(EOFError):
+    try:
         while question := input("> ").strip():
             yield question
+    except EOFError:
+        print()
 
 
 def _answer(llm: LLM, messages: tuple[Message, ...], sampling: SamplingParams) -> str:
