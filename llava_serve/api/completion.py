@@ -130,7 +130,8 @@ class WholeAnswer:
         parts = self._choices.setdefault(chunk.index, _Parts())
         parts.texts.append(chunk.text)
         if chunk.logprobs is not None:
-            parts.logprobs = [*(parts.logprobs or ()), *chunk.logprobs]
+            parts.logprobs = parts.logprobs or []
+            parts.logprobs.extend(chunk.logprobs)
         if chunk.finish_reason is not None:
             parts.finish_reason = chunk.finish_reason
 
