@@ -36,6 +36,16 @@ class Span:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """Keys that a span sees: `count` from `begin` in the memory, less what the mask hides."""
+
+    begin: int
+    count: int
+    mask: torch.Tensor | None
+    causal: bool
+
+
 class PackedStep:
     """What attention must know of a step.
 
@@ -47,10 +57,12 @@ class PackedStep:
         self._memory = memory
         self._spans = spans
         self._dtype = dtype
-        positions = [torch.arange(span.start, span.start + span.length) for span in spans]
-        self.positions = torch.cat(positions).to(device)
-        self._targets = torch.cat([at + span.base for at, span in zip(positions, spans, strict=True)]).to(device)
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._lengths = [span.length for span in spans]
+        self.positions = torch.tensor([at for span in spans for at in range(span.start, span.start + span.length)])
+        offsets = torch.tensor([span.base for span in spans]).repeat_interleave(torch.tensor(self._lengths))
+        self._targets = (self.positions + offsets).to(device)
+        self.positions = self.positions.to(device)
+        self._reaches: dict[int | None, list[_Reach]] = {}
 
     def attend(
         self,
@@ -67,50 +79,48 @@ class PackedStep:
         Args:
             query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim].
             window: positions that a query sees, itself included; None sees all.
-            slopes: ALiBi's, [heads]; None adds no bias.
+            slopes: ALiBi's, [heads], the same in all layers; None adds no bias.
 
         Returns:
             [1, tokens, heads, head_dim].
         """
         self._memory.write(layer, self._targets, key[0], value[0])
-        keys, values = self._memory.layers[layer]
-        out = torch.empty_like(query)
-        for index, span in enumerate(self._spans):
-            end = span.start + span.length
-            first = 0 if window is None else max(0, span.start + 1 - window)
-            rows = slice(span.row, span.row + span.length)
-            reach = slice(span.base + first, span.base + end)
-            mask = self._mask(index, span, first, window) if slopes is None else self._bias(index, span, slopes)
-            out[:, :, rows] = scaled_dot_product_attention(
-                query[:, :, rows],
-                keys[None, :, reach],
-                values[None, :, reach],
-                attn_mask=mask,
-                is_causal=mask is None and span.length > 1,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+        keys, values = (memory[None] for memory in self._memory.layers[layer])
+        if window not in self._reaches:
+            self._reaches[window] = [self._reach(span, window, slopes) for span in self._spans]
+        parts = [
+            _attend(
+                part,
+                keys.narrow(2, reach.begin, reach.count),
+                values.narrow(2, reach.begin, reach.count),
+                reach,
+                scaling,
             )
-        return out.transpose(1, 2)
+            for part, reach in zip(
+                torch.split_with_sizes(query, self._lengths, dim=2), self._reaches[window], strict=True
+            )
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
-    def _mask(self, index: int, span: Span, first: int, window: int | None) -> torch.Tensor | None:
-        """Additive mask [length, keys] of a span; None where all keys are seen, or plain causality says it."""
+    def _reach(self, span: Span, window: int | None, slopes: torch.Tensor | None) -> _Reach:
         end = span.start + span.length
-        if span.length == 1 or (span.start == 0 and (window is None or end <= window)):
-            return None
-        if (index, window) not in self._masks:
-            self._masks[index, window] = self._hide(span, first, window).to(self._dtype)
-        return self._masks[index, window]
+        first = 0 if window is None else max(0, span.start + 1 - window)
+        plain = span.start == 0 and (window is None or end <= window)
+        mask = None
+        if slopes is not None:
+            mask = self._bias(span, slopes)
+        elif span.length > 1 and not plain:
+            mask = self._hide(span, first, window).to(self._dtype)
+        return _Reach(span.base + first, end - first, mask, causal=mask is None and span.length > 1)
 
-    def _bias(self, index: int, span: Span, slopes: torch.Tensor) -> torch.Tensor:
-        """ALiBi and causality, float32 [1, heads, length, keys].
+    def _bias(self, span: Span, slopes: torch.Tensor) -> torch.Tensor:
+        """ALiBi and causality, float32 or better [1, heads, length, keys].
 
         The bias goes by key position: it differs from that by distance by a constant per query, which softmax ignores.
         """
-        if (index, None) not in self._masks:
-            distances = torch.arange(1 - span.start - span.length, 1, device=slopes.device)
-            bias = slopes[:, None, None] * distances + self._hide(span, 0, None)
-            self._masks[index, None] = bias[None].to(torch.promote_types(self._dtype, torch.float32))
-        return self._masks[index, None]
+        distances = torch.arange(1 - span.start - span.length, 1, device=slopes.device)
+        bias = slopes[:, None, None] * distances + self._hide(span, 0, None)
+        return bias[None].to(torch.promote_types(self._dtype, torch.float32))
 
     def _hide(self, span: Span, first: int, window: int | None) -> torch.Tensor:
         """float32 [length, keys from `first`]: 0 where a query sees a key, -inf elsewhere."""
@@ -121,6 +131,20 @@ class PackedStep:
         if window is not None:
             hidden |= keys <= queries - window
         return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reach: _Reach, scaling: float | None
+) -> torch.Tensor:
+    """Attention of one span, [1, heads, length, head_dim]. Grouped heads are unfolded: the CPU kernel cannot take them."""
+    shape = query.shape
+    groups = shape[1] // keys.shape[1]
+    if groups > 1 and shape[2] == 1:
+        query = query.view(1, keys.shape[1], groups, shape[3])
+    elif groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    out = scaled_dot_product_attention(query, keys, values, attn_mask=reach.mask, is_causal=reach.causal, scale=scaling)
+    return out.view(shape) if out.shape != shape else out
 
 
 def attend(
