@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 GATHER_S = 0.02
+TIMEOUT_S = 10.0
 REMEMBERED_S = 60.0
 """How long a call may be on its way after its end was told: it is then not begun."""
 
@@ -23,16 +26,21 @@ class AbortSender:
     def __init__(self, model: DeploymentHandle) -> None:
         self._model = model
         self._left: list[str] = []
+        self._sending: set[asyncio.Task[None]] = set()
 
     def send(self, call_id: str) -> None:
         """Returns at once. The ids of a burst go together: a broadcast costs a message per replica."""
-        if not self._left:
-            asyncio.get_running_loop().call_later(GATHER_S, self._flush)
         self._left.append(call_id)
+        if len(self._left) == 1:
+            task = asyncio.create_task(self._send())
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
 
-    def _flush(self) -> None:
+    async def _send(self) -> None:
+        await asyncio.sleep(GATHER_S)
         left, self._left = self._left, []
-        self._model.broadcast("abort", left)
+        with suppress(DeploymentUnavailableError, TimeoutError):  # a replica that is gone works for nobody
+            await self._model.broadcast("abort", left).results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
 
 
 class AbortedCalls:

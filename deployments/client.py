@@ -1,110 +1,163 @@
-"""Handles that look like the library: its own errors come out of them, and no call outlives its caller."""
+"""The application for other Ray jobs: from a driver, a task or an actor on the same cluster."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
-from ray.serve.handle import DeploymentHandle
+import ray
+from ray import serve
 
-from deployments.aborts import AbortSender
-from deployments.deadline import until
-from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from deployments.backend import HandleBackend
+from llava_serve.config import ImageOptions
+from llava_serve.engine.stream import collect
+from llava_serve.images.fetch import ImageSource, read_local_source
+from llava_serve.types import Chunk, GenerationResult, ImagePart, Message, PreparedPrompt, SamplingParams, TextPart
 
-HEALTH_TIMEOUT_S = 5.0
-"""A call to a deployment without replicas waits; a health probe must not."""
+T = TypeVar("T")
+Image: TypeAlias = ImageSource | ray.ObjectRef
+"""A path, a URL, encoded bytes, a PIL image, uint8 [height, width, 3], or a reference to one of them."""
+Messages = Sequence[Message | Mapping[str, Any]]
+"""`Message`s, or OpenAI's dicts."""
 
 
-class HandleBackend:
-    """The web app's `Backend` over two handles.
+class LlavaClient:
+    """Asks the running application. It goes to the two tiers straight, not through the HTTP ingress.
+
+    `ask`, `chat` and `stream` are for code without an event loop, `ask_async`, `chat_async` and `stream_async` for code
+    in one. All raise the library's own errors.
 
     Args:
-        model_name: the name that requests use for the model.
-        preprocessor: handle to `ImagePreprocessor`.
-        model: handle to `LlavaModel`.
+        app: the application's name.
+        timeout_s: a request's time, where it names none.
+        images: what pictures are read.
     """
 
-    def __init__(self, model_name: str, preprocessor: DeploymentHandle, model: DeploymentHandle) -> None:
-        self._model_name = model_name
-        self._prepare = preprocessor.options(method_name="prepare")
-        self._generate = model.options(method_name="generate", stream=True)
-        self._aborts = AbortSender(model)
-        self._health = model.options(method_name="health")
+    def __init__(self, app: str = "llava", *, timeout_s: float = 120, images: ImageOptions | None = None) -> None:
+        preprocessor, model = (serve.get_deployment_handle(name, app) for name in ("ImagePreprocessor", "LlavaModel"))
+        self._backend = HandleBackend(app, preprocessor, model)
+        self._timeout_s = timeout_s
+        self._images = images or ImageOptions()
 
-    @property
-    def model_name(self) -> str:
-        """The name that requests use for the model."""
-        return self._model_name
+    def ask(self, image: Image, question: str, sampling: SamplingParams | None = None) -> str:
+        """The answer to a question about a picture; greedy where `sampling` is None.
 
-    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
-        """Fetches, decodes, tiles, renders and tokenizes, in the picture tier."""
-        async with until(deadline), call(self._prepare, messages, conv_mode, deadline) as response:
-            prepared: PreparedPrompt = await response
-            return prepared
+        Raises:
+            LlavaServeError: the class says what is wrong, as over HTTP the status does.
+        """
+        return _run(self.ask_async(image, question, sampling))
 
-    async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
-    ) -> AsyncGenerator[Chunk]:
-        """Streams the answer from the model tier. Closing the generator ends the work there."""
-        call_id = f"{request_id}-{uuid.uuid4().hex}"  # callers may choose request ids, and choose the same
-        ended = False
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        conv_mode: str | None = None,
+        timeout_s: float | None = None,
+    ) -> GenerationResult:
+        """The answer to a conversation.
+
+        Raises:
+            LlavaServeError: as `ask`.
+        """
+        return _run(self.chat_async(messages, sampling, conv_mode=conv_mode, timeout_s=timeout_s))
+
+    def stream(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        conv_mode: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[Chunk]:
+        """The answer to a conversation as it comes. Closing the iterator ends the work.
+
+        Raises:
+            LlavaServeError: as `ask`.
+        """
+        chunks = self.stream_async(messages, sampling, conv_mode=conv_mode, timeout_s=timeout_s)
         try:
-            async with call(self._generate, prepared, sampling, call_id, deadline) as response:
-                while not ended:
-                    async with until(deadline):
-                        chunks: list[Chunk] | None = await anext(response, None)
-                    ended = chunks is None
-                    for chunk in chunks or ():
-                        yield chunk
-        except LlavaServeError:
-            ended = True
-            raise
+            while (chunk := _run(_next(chunks))) is not None:
+                yield chunk
         finally:
-            if not ended:
-                self._aborts.send(call_id)
+            _run(chunks.aclose())
 
-    async def check_health(self) -> None:
-        """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S), call(self._health) as response:
-                await response
-        except TimeoutError:
-            raise EngineDeadError("No replica of the model answers.") from None
+    async def ask_async(self, image: Image, question: str, sampling: SamplingParams | None = None) -> str:
+        """As `ask`."""
+        source = await image if isinstance(image, ray.ObjectRef) else image
+        picture = ImagePart(await asyncio.to_thread(read_local_source, source, self._images))
+        message = Message("user", (picture, TextPart(question)))
+        return (await self.chat_async([message], sampling or SamplingParams(temperature=0))).text
+
+    async def chat_async(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        conv_mode: str | None = None,
+        timeout_s: float | None = None,
+    ) -> GenerationResult:
+        """As `chat`."""
+        prepared, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
+        async with aclosing(answer) as chunks:
+            return collect(prepared, [chunk async for chunk in chunks])
+
+    async def stream_async(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        conv_mode: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Chunk]:
+        """As `stream`. Left early, it must be closed (`contextlib.aclosing`) for the work to end."""
+        _, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
+        async with aclosing(answer) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _begin(
+        self, messages: Messages, sampling: SamplingParams | None, conv_mode: str | None, timeout_s: float | None
+    ) -> tuple[PreparedPrompt, AsyncGenerator[Chunk]]:
+        deadline = time.time() + (timeout_s or self._timeout_s)
+        read = [await asyncio.to_thread(self._read, message) for message in messages]
+        prepared = await self._backend.prepare(read, conv_mode=conv_mode, deadline=deadline)
+        sampling = sampling or SamplingParams()
+        return prepared, self._backend.generate(prepared, sampling, request_id=uuid.uuid4().hex, deadline=deadline)
+
+    def _read(self, message: Message | Mapping[str, Any]) -> Message:
+        """Files and links are read here, where the caller is."""
+        if isinstance(message, Message):
+            return message
+        # Here, not above: it takes torch with it, which a job that sends `Message`s does without.
+        from llava_serve.llm import as_message
+
+        return as_message(message, self._images)
 
 
-@asynccontextmanager
-async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
-    """A call that ends with its block: whatever happens inside, nothing runs on at the replica.
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop behind all calls of this process that have none of their own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="llava-client", daemon=True).start()
+    return loop
 
-    Serve's own cancelling of what a request started loses calls in a burst, so each call is cancelled by its owner.
-    """
-    response = method.remote(*args)
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Waits for a result; whoever stops waiting ends the work."""
+    future = asyncio.run_coroutine_threadsafe(work, _loop())
     try:
-        with library_errors():
-            yield response
-    finally:
-        with suppress(Exception):  # of a call that never reached a replica: its error was raised above
-            response.cancel()
-
-
-@contextmanager
-def library_errors() -> Iterator[None]:
-    """Turns what Ray raises into the library's own error, where there is one."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, LlavaServeError):
-            raise error.cause from None
+        return future.result()
+    except BaseException:
+        future.cancel()
         raise
-    except BackPressureError:
-        raise CapacityError("The server is full; try again later.") from None
-    except (RayActorError, DeploymentUnavailableError):
-        raise EngineDeadError("The replica that worked on the request was lost.") from None
-    except (TaskCancelledError, RequestCancelledError):
-        raise EngineDeadError("The replica that worked on the request was stopped.") from None
+
+
+async def _next(chunks: AsyncGenerator[Chunk]) -> Chunk | None:
+    return await anext(chunks, None)

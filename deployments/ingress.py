@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.client import HandleBackend
+from deployments.backend import HandleBackend
 from deployments.drain import DrainGate
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions

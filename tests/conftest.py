@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 # Ray reads them when it is first imported: this process joins the application's Ray as another job.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+# After a test's Ray has ended, Serve's threads in this process must not start another.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "llava_serve" / "builtin"
@@ -70,6 +73,19 @@ def client(served: Any) -> Iterator[Any]:
 
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as openai:
         yield openai
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Waits for something that must come, with a bound that only a fault reaches."""
+
+    def wait(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, "it did not come"
+            time.sleep(0.02)
+
+    return wait
 
 
 def data_url(image: bytes, kind: str = "png") -> str:

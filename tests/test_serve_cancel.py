@@ -11,6 +11,14 @@ from typing import Any
 import pytest
 from conftest import DEMO_IMAGE, DEMO_QUESTION, question
 from openai import APIConnectionError, APITimeoutError, AsyncOpenAI
+from ray import serve
+
+from deployments.aborts import AbortSender
+from llava_serve import Message, SamplingParams
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import ImageOptions
+from llava_serve.processor import Processor
+from llava_serve.types import TextPart
 
 Stats = Callable[[], dict[str, Any]]
 LONG = 1500
@@ -48,13 +56,6 @@ async def burst(url: str, clients: int, within_s: float) -> None:
         await asyncio.gather(*(read_until_it_is_left(client, s, stream=n % 2 == 0) for n, s in enumerate(patience)))
 
 
-def wait_until_busy(stats: Stats) -> None:
-    deadline = time.monotonic() + 60
-    while not stats()["running"]:
-        assert time.monotonic() < deadline, "the engine never began"
-        time.sleep(0.02)
-
-
 async def tokens_when_quiet(stats: Stats) -> int:
     """Waits until the engine is empty and stays so; returns the tokens that it has drawn since its start."""
     deadline = time.monotonic() + 120
@@ -70,11 +71,13 @@ async def tokens_when_quiet(stats: Stats) -> int:
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "unstreamed"])
-async def test_a_client_that_leaves_frees_the_engine(served: Any, engine_stats: Stats, stream: bool) -> None:
+async def test_a_client_that_leaves_frees_the_engine(
+    served: Any, engine_stats: Stats, wait_until: Callable[[Callable[[], bool]], None], stream: bool
+) -> None:
     before = await tokens_when_quiet(engine_stats)
     async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         task = asyncio.create_task(read_until_it_is_left(client, 60, stream=stream))
-        await asyncio.to_thread(wait_until_busy, engine_stats)
+        await asyncio.to_thread(wait_until, lambda: engine_stats()["running"] > 0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert await tokens_when_quiet(engine_stats) - before < LONG
@@ -100,3 +103,23 @@ async def test_bursts_of_a_hundred_ten_times_in_a_row_leave_nothing(served: Any,
         before = await tokens_when_quiet(engine_stats)
         await burst(served.url, 100, within_s=0.4)  # most of them leave before
         assert await tokens_when_quiet(engine_stats) - before < LONG
+
+
+async def test_an_abort_ends_a_call_whose_cancel_is_lost(served: Any, ray_job: None) -> None:
+    calls = serve.get_deployment_handle("LlavaModel", "llava").options(method_name="generate", stream=True)
+    prepared = Processor(open_checkpoint("builtin"), ImageOptions()).prepare([Message("user", (TextPart("Hello"),))])
+    forever = SamplingParams(max_new_tokens=LONG, ignore_eos=True)
+    deadline = time.time() + 120
+
+    async def tokens_of(call_id: str, *, abort_after_first: bool) -> int:
+        tokens = 0
+        async for chunks in calls.remote(prepared, forever, call_id, deadline):
+            if not tokens and abort_after_first:
+                aborts.send(call_id)
+            tokens += sum(len(chunk.token_ids) for chunk in chunks)
+        return tokens
+
+    aborts = AbortSender(serve.get_deployment_handle("LlavaModel", "llava"))
+    assert 0 < await tokens_of("left while it ran", abort_after_first=True) < LONG
+    # An abort may also overtake the call that it is about.
+    assert await tokens_of("left while it ran", abort_after_first=False) == 0

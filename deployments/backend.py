@@ -1,0 +1,75 @@
+"""Two handles that look like the library: what the web app and other Ray jobs stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.aborts import AbortSender
+from deployments.calls import call
+from deployments.deadline import until
+from llava_serve.errors import EngineDeadError, LlavaServeError
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+
+HEALTH_TIMEOUT_S = 5.0
+"""A call to a deployment without replicas waits; a health probe must not."""
+
+
+class HandleBackend:
+    """The web app's `Backend` over two handles.
+
+    Args:
+        model_name: the name that requests use for the model.
+        preprocessor: handle to `ImagePreprocessor`.
+        model: handle to `LlavaModel`.
+    """
+
+    def __init__(self, model_name: str, preprocessor: DeploymentHandle, model: DeploymentHandle) -> None:
+        self._model_name = model_name
+        self._prepare = preprocessor.options(method_name="prepare")
+        self._generate = model.options(method_name="generate", stream=True)
+        self._aborts = AbortSender(model)
+        self._health = model.options(method_name="health")
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests use for the model."""
+        return self._model_name
+
+    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        """Fetches, decodes, tiles, renders and tokenizes, in the picture tier."""
+        async with until(deadline), call(self._prepare, messages, conv_mode, deadline) as response:
+            prepared: PreparedPrompt = await response
+            return prepared
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        """Streams the answer from the model tier. Closing the generator ends the work there."""
+        call_id = f"{request_id}-{uuid.uuid4().hex}"  # callers may choose request ids, and choose the same
+        ended = False
+        try:
+            async with call(self._generate, prepared, sampling, call_id, deadline) as response:
+                while not ended:
+                    async with until(deadline):
+                        chunks: list[Chunk] | None = await anext(response, None)
+                    ended = chunks is None
+                    for chunk in chunks or ():
+                        yield chunk
+        except LlavaServeError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                self._aborts.send(call_id)
+
+    async def check_health(self) -> None:
+        """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S), call(self._health) as response:
+                await response
+        except TimeoutError:
+            raise EngineDeadError("No replica of the model answers.") from None

@@ -1,0 +1,45 @@
+"""Calls to other deployments that end with their owner, and fail with the library's own errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+
+
+@asynccontextmanager
+async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
+    """A call that ends with its block: whatever happens inside, nothing runs on at the replica.
+
+    Serve's own cancelling of what a request started loses calls in a burst, so each call is cancelled by its owner.
+    """
+    response = method.remote(*args)
+    try:
+        with library_errors():
+            yield response
+    finally:
+        with suppress(Exception):  # of a call that never reached a replica: its error was raised above
+            response.cancel()
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Turns what Ray raises into the library's own error, where there is one."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, LlavaServeError):
+            raise error.cause from None
+        raise
+    except BackPressureError:
+        raise CapacityError("The server is full; try again later.") from None
+    except (RayActorError, DeploymentUnavailableError):
+        raise EngineDeadError("The replica that worked on the request was lost.") from None
+    except (TaskCancelledError, RequestCancelledError):
+        raise EngineDeadError("The replica that worked on the request was stopped.") from None
