@@ -1,4 +1,4 @@
-"""Batched equals alone, whatever the schedule: random arrivals, budgets, preemption, prefix hits and aborts, in float64.
+"""Batched equals alone: random arrivals, budgets, preemption, prefix hits and aborts of neighbours, in float64.
 
 After every step each block's count equals its holders, free plus held is the total; every request ends exactly once.
 """

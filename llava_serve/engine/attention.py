@@ -136,7 +136,7 @@ class PackedStep:
 def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reach: _Reach, scaling: float | None
 ) -> torch.Tensor:
-    """Attention of one span, [1, heads, length, head_dim]. Grouped heads are unfolded: the CPU kernel cannot take them."""
+    """Attention of one span, [1, heads, length, head_dim]. Grouped heads are unfolded: the CPU's kernel takes none."""
     shape = query.shape
     groups = shape[1] // keys.shape[1]
     if groups > 1 and shape[2] == 1:

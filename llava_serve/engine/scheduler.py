@@ -97,7 +97,8 @@ class Scheduler:
         jobs: list[TileJob] = []
         segments, preempted = self._advance(budget)
         for group in self.running:
-            segments += self._prefill(group, budget, jobs)
+            if group.pins or any(row.num_pending > 1 for row in group.active):
+                segments += self._prefill(group, budget, jobs)
         if not preempted:
             segments += self._admit(budget, jobs)
         return Schedule(self._features.take_evicted(), tuple(jobs), self._kv.take_copies(), tuple(segments))
@@ -130,14 +131,12 @@ class Scheduler:
         return segments, preempted
 
     def _prefill(self, group: Group, budget: Budget, jobs: list[TileJob]) -> list[Segment]:
-        """The next chunk of every row with more than one position to compute, as far as its pictures are encoded.
+        """The next chunk of every row, as far as its pictures are encoded.
 
         Rows that advance together leave their last position to `_advance`, so that all draw in the same step.
         """
         segments: list[Segment] = []
         for row in group.active:
-            if row.num_pending == 1 and not group.pins:
-                continue
             limit = self._encode(row, budget, jobs)
             last = len(row.token_ids) - (len(group.active) > 1)
             end = min(limit, last, row.num_computed + budget.tokens)
