@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import secrets
 import time
@@ -54,6 +55,8 @@ def ray_job(served: Any) -> Iterator[None]:
 
     ray.init(address=served.ray_address, log_to_driver=False, logging_level="ERROR")
     yield
+    # Serve's threads in this process outlive `ray.shutdown`, and would complain into streams that pytest has closed.
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     ray.shutdown()
 
 
