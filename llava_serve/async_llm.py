@@ -31,7 +31,7 @@ _HEARTBEAT_S = 1.0
 _DEAD = "The engine has stopped."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Consumer:
     """Where a request's outputs go. The queue belongs to the loop and is filled only there."""
 
@@ -47,8 +47,11 @@ class _Add:
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
+    """Of a whole request, or of one choice; only if it is still this consumer's, where one is named."""
+
     request_id: str
     index: int | None = None
+    consumer: _Consumer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,11 @@ class AsyncLLM:
                 if chunk is None:
                     continue
                 if chunk.finish_reason is not None and output.finish_reason is None:
-                    self._inbox.put(_Abort(request.request_id, output.index))
+                    self._inbox.put(_Abort(request.request_id, output.index, consumer))
                 yield chunk
         finally:
             if not chunks.done:
-                self._inbox.put(_Abort(request.request_id))
+                self._inbox.put(_Abort(request.request_id, consumer=consumer))
 
     def abort(self, request_id: str) -> None:
         """Ends a request at the engine's next turn. Its stream, if someone still reads it, ends where it is."""
@@ -149,10 +152,10 @@ class AsyncLLM:
         torch.set_num_threads(num_threads)
         try:
             while self._drain():
-                if self._engine.has_work:
-                    self._deliver(self._engine.step())
+                outputs = self._engine.step() if self._engine.has_work else []
                 self._stats = self._engine.stats
                 self._beat = time.monotonic()
+                self._deliver(outputs)
         except Exception:
             _logger.exception("The engine's loop has ended.")
         finally:
@@ -171,10 +174,8 @@ class AsyncLLM:
             match message:
                 case _Add(request, consumer):
                     self._add(request, consumer)
-                case _Abort(request_id, index):
-                    self._engine.abort(request_id, index)
-                    if index is None and (left := self._consumers.pop(request_id, None)) is not None:
-                        self._post({left.loop: [(left, None)]})
+                case _Abort():
+                    self._abort(message)
                 case _Close():
                     return False
 
@@ -185,6 +186,15 @@ class AsyncLLM:
             self._post({consumer.loop: [(consumer, Output(request.request_id, 0, error=error))]})
         else:
             self._consumers[request.request_id] = consumer
+
+    def _abort(self, message: _Abort) -> None:
+        consumer = self._consumers.get(message.request_id)
+        if consumer is None or message.consumer not in (None, consumer):
+            return
+        self._engine.abort(message.request_id, message.index)
+        if not self._engine.has(message.request_id):
+            del self._consumers[message.request_id]
+            self._post({consumer.loop: [(consumer, None)]})
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Hands out what a step gave, with one wake-up per event loop."""
