@@ -25,18 +25,23 @@ from training.packing import Batch, collate, exam, sequences, sequences_question
 from training.pixels import normalise
 from training.prompts import IMAGE, Text
 from training.questions import WEIGHTS
+from training.scenes import MAX_SHAPES
+from training.targets import owners
 from training.vision import FOLDER as VISION_FOLDER
 
 FOLDER = RUNS / "language"
 # One step in so many trains on pictures that follow their question.
 _QUESTION_FIRST_EVERY = 10
+# The first heads of these layers of the decoder are told which shape to look at: binding a word to a place is what
+# takes longest to come about by itself.
+_GUIDED_LAYERS = (1, 2)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Where things are, and per process and step: scenes with questions, questions on each, scenes for the tower alone.
 
-    Then the peak learning rates of decoder and tower, and the weight of stage 1's loss.
+    Then the peak learning rates of decoder and tower, and the weights of the losses of stage 1 and of the guided heads.
     """
 
     cache: Path
@@ -49,6 +54,7 @@ class Settings:
     rate: float = 1e-3
     tower_rate: float = 5e-4
     dense: float = 0.2
+    look: float = 0.1
 
 
 class LanguageTask:
@@ -61,6 +67,9 @@ class LanguageTask:
         self.head = nn.Linear(VISION_WIDTH, targets.OUTPUTS)
         self.module: nn.Module = nn.ModuleDict({"llava": self.llava, "head": self.head})
         self.llava.tower.post_layernorm.requires_grad_(False)
+        self.watched: list[torch.Tensor] = []
+        for layer in _GUIDED_LAYERS:
+            self.llava.decoder.model.layers[layer].self_attn.watched = self.watched
         self._initialise()
         self.cache = Cache(settings.cache / "train")
         self.small = Cache(settings.cache / "small")
@@ -97,6 +106,7 @@ class LanguageTask:
         with torch.autocast("cpu", torch.bfloat16):
             features = patch_features(self.llava.tower, images)
             seen = self.head(features)
+            self.watched.clear()
             hidden = self._hidden(self.llava.projector(features[: len(batch.ids)]), batch)
             # Position i predicts token i + 1: only where that token is to be learned is the vocabulary computed.
             learned = batch.weights[:, 1:] > 0
@@ -105,11 +115,13 @@ class LanguageTask:
         spoken = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
         right = (logits.detach().argmax(-1) == labels).float().mean().item()
         dense, figures = targets.loss(seen, targets.targets(facts))
-        return spoken + self.settings.dense * dense, {
+        looked = _off_target(self.watched, batch, facts)
+        return spoken + self.settings.dense * dense + self.settings.look * looked, {
             "spoken": spoken.item(),
             "tokens": right,
             "kind": figures["kind"],
             "all": figures["all"],
+            "looked": float(looked.detach()),
         }
 
     def _hidden(self, image: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -133,6 +145,22 @@ class LanguageTask:
             right.setdefault(question.kind, []).append(float(answer == question.answer))
         figures = {kind: sum(values) / len(values) for kind, values in right.items()}
         return {"overall": sum(figures.values()) / len(figures), **figures}
+
+
+def _off_target(watched: list[torch.Tensor], batch: Batch, facts: Facts) -> torch.Tensor:
+    """Mean of -log of what the guided heads see [b, bins * s, p] of the patches of the shapes to look at."""
+    if not watched or not batch.looks.any():
+        return torch.zeros(())
+    rows, tokens, _ = batch.looks.shape
+    patches = torch.from_numpy(owners(facts)[:rows, None, :] == np.arange(MAX_SHAPES)[None, :, None])
+    wanted = torch.zeros(rows, tokens, watched[0].shape[2], dtype=torch.bool)
+    first = (batch.ids == IMAGE).int().argmax(dim=1)
+    for row in range(rows):
+        seen = batch.looks[row].float() @ patches[row].float() > 0
+        wanted[row, :, first[row] : first[row] + seen.shape[1]] = seen
+    told = wanted.any(dim=2)
+    shares = [(seen.float() * wanted).sum(dim=2)[told] for seen in watched]
+    return torch.stack([-(share + 1e-4).log().mean() for share in shares]).mean()
 
 
 def _draw(cache: Cache, count: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Facts]:

@@ -15,6 +15,7 @@ import torch
 from training.cache import Facts
 from training.prompts import IMAGE, Text, system_prompt
 from training.questions import Question, ask, several
+from training.scenes import MAX_SHAPES
 from training.targets import GRID
 
 _PATCHES = GRID * GRID
@@ -26,10 +27,11 @@ _MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a sequence: token ids (`IMAGE` for a patch) and the loss's weight of each."""
+    """A piece of a sequence: token ids (`IMAGE` for a patch), the loss's weight of each, and the shapes it looks at."""
 
     ids: list[int]
     weights: list[float]
+    looks: list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,15 @@ class Sequence:
 class Batch:
     """Padded sequences: ids, weights (0 where nothing is learned), positions [b, n], and the bins' additive mask.
 
-    n is p + bins * s; the mask is [b, 1, bins * s, p + s].
+    n is p + bins * s; the mask is [b, 1, bins * s, p + s]. `looks` [b, bins * s, 5] says which shapes a token in a bin
+    should look at to say the next one.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
+    looks: torch.Tensor
 
 
 def packed(text: Text, questions: list[Question], system: str, two_turns: int) -> Sequence:
@@ -59,12 +63,13 @@ def packed(text: Text, questions: list[Question], system: str, two_turns: int) -
     singles = len(questions) - 2 * two_turns
     turns = [[q] for q in questions[:singles]]
     turns += [questions[i : i + 2] for i in range(singles, len(questions), 2)]
-    return Sequence(Block(ids, [0.0] * len(ids)), [_block(text, t) for t in turns])
+    return Sequence(Block(ids, [0.0] * len(ids), []), [_block(text, t) for t in turns])
 
 
 def _block(text: Text, turns: list[Question]) -> Block:
     ids: list[int] = []
     weights: list[float] = []
+    looks: list[tuple[int, ...]] = []
     for turn, question in enumerate(turns):
         asked = text.next_question(question.text) if turn else text.first_question(question.text)
         answer = text.answer(question.answer)
@@ -72,7 +77,22 @@ def _block(text: Text, turns: list[Question]) -> Block:
             break
         ids += [*asked, *answer]
         weights += [0.0] * len(asked) + _weights(answer)
-    return Block(ids, weights)
+        # One token earlier: where a token is predicted, not where it stands.
+        looks += [()] * (len(asked) - 1) + _looks(text, question, len(answer)) + [()]
+    return Block(ids, weights, looks)
+
+
+def _looks(text: Text, question: Question, length: int) -> list[tuple[int, ...]]:
+    """The shapes to look at for each token of the answer; in a description, one after the other."""
+    if question.kind != "describe":
+        return [question.about] * length
+    looks: list[tuple[int, ...]] = []
+    end = 0
+    for i in question.about:
+        # A name ends where its kind does, before a comma, "and" or "in".
+        end = min(at for mark in (", ", " and ", " in the") if (at := question.answer.find(mark, end + 1)) > 0)
+        looks += [(i,)] * (len(text.chunk(question.answer[:end])) - len(looks))
+    return looks + [()] * (length - len(looks))
 
 
 def _weights(answer: list[int]) -> list[float]:
@@ -85,7 +105,7 @@ def question_first(text: Text, question: Question, system: str) -> Sequence:
     before, behind = text.question_first(system, question.text)
     answer = text.answer(question.answer)
     ids = [*before, *[IMAGE] * _PATCHES, *behind, *answer]
-    return Sequence(Block(ids, [0.0] * (len(ids) - len(answer)) + _weights(answer)), [])
+    return Sequence(Block(ids, [0.0] * (len(ids) - len(answer)) + _weights(answer), []), [])
 
 
 def sequences(text: Text, facts: Facts, questions: int, rng: np.random.Generator) -> list[Sequence]:
@@ -111,6 +131,7 @@ def collate(items: list[Sequence]) -> Batch:
     ids = np.zeros((len(items), n), np.int64)
     weights = np.zeros((len(items), n), np.float32)
     positions = np.zeros((len(items), n), np.int64)
+    looks = np.zeros((len(items), bins * _BIN, MAX_SHAPES), bool)
     owner = np.full((len(items), bins, _BIN), -1)
     shared = np.zeros((len(items), p), bool)
     for row, (item, of_item) in enumerate(zip(items, binned, strict=True)):
@@ -125,6 +146,8 @@ def collate(items: list[Sequence]) -> Batch:
                 place = slice(p + number * _BIN + at, p + number * _BIN + at + size)
                 ids[row, place], weights[row, place] = block.ids, block.weights
                 positions[row, place] = np.arange(start, start + size)
+                for token, shapes in enumerate(block.looks):
+                    looks[row, number * _BIN + at + token, list(shapes)] = True
                 owner[row, number, at : at + size] = which
                 at += size
     own = (owner[..., :, None] == owner[..., None, :]) & np.tril(np.ones((_BIN, _BIN), bool))
@@ -137,6 +160,7 @@ def collate(items: list[Sequence]) -> Batch:
         torch.from_numpy(weights),
         torch.from_numpy(positions),
         mask.view(len(items), 1, bins * _BIN, p + _BIN),
+        torch.from_numpy(looks),
     )
 
 

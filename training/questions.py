@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.cache import Facts
-from training.palette import COLOURS, HELD_OUT, KINDS, PLURALS
+from training.palette import COLOURS, KINDS, PLURALS
 from training.phrases import SHORT, WHERE, casual, phrase
-from training.relations import DIRECTIONS, Direction, beside, only_neighbour
+from training.relations import DIRECTIONS, Direction
+from training.view import View
 
 Rng = np.random.Generator
 _NUMBERS = ("no", "one", "two", "three", "four", "five")
-# Two centres closer than this (share of the square's side) have no order that anyone could be held to.
-_ORDER = 0.03
 
 # Kinds of question and how often training asks them. Looking up by kind and relations need more practice than the rest.
 WEIGHTS: dict[str, float] = {
@@ -35,11 +34,15 @@ WEIGHTS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its canonical answer, and its kind (a key of `WEIGHTS`)."""
+    """A question, its canonical answer, and its kind (a key of `WEIGHTS`).
+
+    `about` says which shapes one has to look at: all at once, or for a description one after the other.
+    """
 
     kind: str
     text: str
     answer: str
+    about: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,51 +52,7 @@ class _Asked:
     text: str
     sentence: str
     short: str
-
-
-class View:
-    """One scene as its asker sees it: names by number, and who stands where."""
-
-    def __init__(self, facts: Facts, held_out_names: bool) -> None:
-        present = facts.kind[0] >= 0
-        self.names = [
-            (COLOURS[c], KINDS[k]) for c, k in zip(facts.colour[0][present], facts.kind[0][present], strict=True)
-        ]
-        self.colours = [c for c, _ in self.names]
-        self.kinds = [k for _, k in self.names]
-        self.box = facts.box[0][present]
-        self._facts = facts
-        # Training must not speak of held-out combinations either, or it would learn that they never occur.
-        self.sayable = [(c, k) for c in COLOURS for k in KINDS if held_out_names or (c, k) not in HELD_OUT]
-
-    def neighbours(self, direction: Direction) -> tuple[list[int], list[int]]:
-        """For each shape: the number of shapes in this direction, and the only one there or -1."""
-        present = self._facts.kind >= 0
-        n = len(self.names)
-        counts = beside(self._facts.box, present, direction).sum(axis=2)[0, :n]
-        only = only_neighbour(self._facts.box, present, direction)[0, :n]
-        return [int(v) for v in counts], [int(v) for v in only]
-
-    def handles(self, i: int) -> list[str]:
-        """The ways to speak of shape `i` that fit no other shape."""
-        colour, kind = self.names[i]
-        found = []
-        if self.names.count((colour, kind)) == 1:
-            found.append(f"{colour} {kind}")
-        if self.kinds.count(kind) == 1:
-            found += [kind, kind]
-        if self.colours.count(colour) == 1:
-            found.append(f"{colour} shape")
-        return found
-
-    def order(self) -> list[int] | None:
-        """The shapes from left to right, or from top to bottom in a column; None if that is unclear."""
-        x, y = self.box[:, 0], self.box[:, 1]
-        along = y if len(x) > 1 and np.ptp(x) < 0.01 else x
-        order = np.argsort(along)
-        if len(order) > 1 and np.diff(along[order]).min() < _ORDER:
-            return None
-        return [int(i) for i in order]
+    about: tuple[int, ...] = ()
 
 
 def ask(
@@ -106,7 +65,9 @@ def ask(
         return None
     short = bool(asked.short) and rng.random() < 0.45
     text = asked.text if held_out_phrases else casual(asked.text, rng)
-    return Question(kind, text + SHORT, asked.short) if short else Question(kind, text, asked.sentence)
+    if short:
+        return Question(kind, text + SHORT, asked.short, asked.about)
+    return Question(kind, text, asked.sentence, asked.about)
 
 
 def several(facts: Facts, index: int, count: int, rng: Rng) -> list[Question]:
@@ -141,24 +102,25 @@ def _colour(view: View, held: bool, rng: Rng) -> _Asked | None:
         return None
     i = single[int(rng.integers(len(single)))]
     colour, kind = view.names[i]
-    return _Asked(phrase("colour", held, rng, a=kind), f"The {kind} is {colour}.", colour.capitalize())
+    return _Asked(phrase("colour", held, rng, a=kind), f"The {kind} is {colour}.", colour.capitalize(), (i,))
 
 
 def _shape(view: View, held: bool, rng: Rng) -> _Asked | None:
     single = [i for i, c in enumerate(view.colours) if view.colours.count(c) == 1]
     if not single:
         return None
-    colour, kind = view.names[single[int(rng.integers(len(single)))]]
+    i = single[int(rng.integers(len(single)))]
+    colour, kind = view.names[i]
     if rng.random() < 0.25:
         text = phrase("shape_of_colour", held, rng, c=colour)
     else:
         text = phrase("shape", held, rng, a=f"{colour} {_pick(rng, ['one', 'shape', 'object'])}")
-    return _Asked(text, f"The {colour} shape is {article(kind)}.", kind.capitalize())
+    return _Asked(text, f"The {colour} shape is {article(kind)}.", kind.capitalize(), (i,))
 
 
-def _number(n: int, singular: str, plural: str, text: str) -> _Asked:
+def _number(n: int, singular: str, plural: str, text: str, about: tuple[int, ...] = ()) -> _Asked:
     verb = "is one" if n == 1 else f"are {_NUMBERS[n]}"
-    return _Asked(text, f"There {verb} {singular if n == 1 else plural} in the picture.", str(n))
+    return _Asked(text, f"There {verb} {singular if n == 1 else plural} in the picture.", str(n), about)
 
 
 def _count_all(view: View, held: bool, rng: Rng) -> _Asked:
@@ -171,13 +133,19 @@ def _count_colour(view: View, held: bool, rng: Rng) -> _Asked:
         text = phrase("count_adjective", held, rng, c=colour)
     else:
         text = phrase("count", held, rng, s=f"{colour} {_pick(rng, ['shapes', 'shapes', 'objects'])}")
-    return _number(view.colours.count(colour), f"{colour} shape", f"{colour} shapes", text)
+    about = _where(view.colours, colour)
+    return _number(len(about), f"{colour} shape", f"{colour} shapes", text, about)
 
 
 def _count_kind(view: View, held: bool, rng: Rng) -> _Asked:
     kind = _pick(rng, view.kinds if rng.random() < 0.8 else list(KINDS))
     plural = PLURALS[KINDS.index(kind)]
-    return _number(view.kinds.count(kind), kind, plural, phrase("count", held, rng, s=plural))
+    about = _where(view.kinds, kind)
+    return _number(len(about), kind, plural, phrase("count", held, rng, s=plural), about)
+
+
+def _where(values: list[str], value: str) -> tuple[int, ...]:
+    return tuple(i for i, v in enumerate(values) if v == value)
 
 
 def _relation(directions: tuple[Direction, ...]) -> Callable[[View, bool, Rng], _Asked | None]:
@@ -193,9 +161,9 @@ def _relation(directions: tuple[Direction, ...]) -> Callable[[View, bool, Rng], 
         name, where = _pick(rng, view.handles(i)), WHERE[direction]
         text = phrase("relation", held, rng, a=name, where=_pick(rng, list(where)))
         if nothing:
-            return _Asked(text, f"There is nothing {where[0]} the {name}.", "Nothing")
+            return _Asked(text, f"There is nothing {where[0]} the {name}.", "Nothing", (i,))
         other = " ".join(view.names[only[i]])
-        return _Asked(text, f"There is {article(other)} {where[0]} the {name}.", other.capitalize())
+        return _Asked(text, f"There is {article(other)} {where[0]} the {name}.", other.capitalize(), (i,))
 
     return asked
 
@@ -223,7 +191,9 @@ def _presence(view: View, held: bool, rng: Rng) -> _Asked | None:
     if rng.random() < 0.5:
         colour, kind = view.names[int(rng.integers(len(view.names)))]
         name = _pick(rng, [kind, f"{colour} shape", f"{colour} {kind}", f"{colour} {kind}"])
-        return _Asked(_is_there(name, held, rng), f"Yes, there is {article(name)} in the picture.", "Yes")
+        named = [f"{c} {k} {c} shape" for c, k in view.names]
+        about = tuple(i for i, names in enumerate(named) if name in names)
+        return _Asked(_is_there(name, held, rng), f"Yes, there is {article(name)} in the picture.", "Yes", about)
     name = _absent_name(view, rng)
     if not name:
         return None
@@ -240,13 +210,13 @@ def _check(view: View, held: bool, rng: Rng) -> _Asked | None:
             else _pick(rng, [c for c in COLOURS if c != colour and (c, kind) in view.sayable])
         )
         text = phrase("check_colour", held, rng, a=kind, c=said)
-        return _Asked(text, f"{_yes(said == colour)}, the {kind} is {colour}.", _yes(said == colour))
+        return _Asked(text, f"{_yes(said == colour)}, the {kind} is {colour}.", _yes(said == colour), (i,))
     if view.colours.count(colour) == 1:
         said = (
             kind if rng.random() < 0.5 else _pick(rng, [k for k in KINDS if k != kind and (colour, k) in view.sayable])
         )
         text = phrase("check_shape", held, rng, a=f"{colour} {_pick(rng, ['one', 'shape'])}", k=said)
-        return _Asked(text, f"{_yes(said == kind)}, the {colour} shape is {article(kind)}.", _yes(said == kind))
+        return _Asked(text, f"{_yes(said == kind)}, the {colour} shape is {article(kind)}.", _yes(said == kind), (i,))
     return None
 
 
@@ -260,7 +230,7 @@ def _describe(view: View, held: bool, rng: Rng) -> _Asked | None:
         return None
     names = [article(" ".join(view.names[i])) for i in order]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return _Asked(phrase("describe", held, rng), f"There is {listed} in the picture.", "")
+    return _Asked(phrase("describe", held, rng), f"There is {listed} in the picture.", "", tuple(order))
 
 
 def _absent(view: View, held: bool, rng: Rng) -> _Asked | None:
