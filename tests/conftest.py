@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 # Ray reads them when it is first imported: this process joins the application's Ray as another job.
@@ -89,6 +90,13 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.02)
 
     return wait
+
+
+def replicas(name: str, served: Any) -> list[psutil.Process]:
+    """The processes of a deployment, by the title that Ray gives them; other applications' on the machine left out."""
+    title, ray_dir = f"ray::ServeReplica:llava:{name}", str(served.log.parent)
+    named = [each for each in psutil.process_iter(["cmdline"]) if title in " ".join(each.info["cmdline"] or ())]
+    return [each for each in named if ray_dir in " ".join(each.parent().cmdline())]
 
 
 def data_url(image: bytes, kind: str = "png") -> str:

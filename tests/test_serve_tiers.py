@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import CONFIG, DEMO_IMAGE
+import ray
+from conftest import CONFIG, DEMO_IMAGE, question, replicas
 
 PREPARE = """
 import asyncio, sys, time
@@ -32,22 +34,31 @@ def test_the_picture_tier_works_without_torch_and_transformers() -> None:
     assert done.stdout.split() == []
 
 
-def replicas(name: str, ray_dir: str) -> list[psutil.Process]:
-    """The processes of a deployment, by the title that Ray gives them; other applications' on the machine left out."""
-    title = f"ray::ServeReplica:llava:{name}"
-    named = [each for each in psutil.process_iter(["cmdline"]) if title in " ".join(each.info["cmdline"] or ())]
-    return [each for each in named if ray_dir in " ".join(each.parent().cmdline())]
-
-
 @pytest.mark.parametrize(
     ("name", "has_torch"), [("ImagePreprocessor", False), ("Ingress", False), ("LlavaModel", True)]
 )
 def test_only_the_model_replica_has_torch(client: Any, served: Any, name: str, has_torch: bool) -> None:
-    processes = replicas(name, str(served.log.parent))
+    processes = replicas(name, served)
     assert processes
     for process in processes:
         libraries = Path(f"/proc/{process.pid}/maps").read_text()
         assert ("libtorch" in libraries) == has_torch
+
+
+def test_the_figures_come_to_rays_metrics(
+    client: Any, ray_job: None, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    client.chat.completions.create(model="builtin", messages=question("Hello", DEMO_IMAGE.read_bytes()), max_tokens=3)
+    [node] = ray.nodes()
+    endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def all_there() -> bool:
+        with urllib.request.urlopen(endpoint, timeout=30) as response:
+            text = response.read().decode()
+        names = ("generated_tokens", "answers", "first_chunk_seconds", "prompts", "images", "prepare_seconds")
+        return all(f"ray_llava_{name}" in text for name in names)
+
+    wait_until(all_there)
 
 
 def test_a_port_in_use_is_one_clear_sentence(served: Any) -> None:
