@@ -38,8 +38,10 @@ class Delta:
     scale: float
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """The merged weight, in the precision of the stored one, as PEFT merges."""
-        return weight + (self.scale * (self.b().float() @ self.a().float())).to(weight.dtype)
+        """The merged weight. Factors, product and sum are each rounded to the precision of the stored weight, as PEFT
+        does in the original, whose model is in half precision: rounding less gives other logits."""
+        a, b = (factor().to(weight.dtype).float() for factor in (self.a, self.b))
+        return weight + (self.scale * (b @ a)).to(weight.dtype)
 
 
 def read_deltas(folder: Path, file: Path, stored: Mapping[str, Stored]) -> dict[str, Delta]:
