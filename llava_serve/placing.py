@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -63,6 +64,7 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
         raise CheckpointError(
             "8-bit and 4-bit loading need bitsandbytes; install it: pip install llava-serve[quantization]."
         ) from error
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_telling)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError("8-bit and 4-bit layers compute in float32, bfloat16 or float16; choose one with dtype.")
     eight = BitsAndBytesConfig(load_in_8bit=True)
@@ -74,6 +76,11 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
         modules_to_not_convert=["lm_head"],
         quantization_config=eight if quantization == "8bit" else four,
     )
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    # Told for each layer at each step; that 8-bit layers round their input is known.
+    return "inputs will be cast" not in str(record.msg)
 
 
 def _tied_names(model: nn.Module) -> set[str]:
