@@ -15,7 +15,7 @@ from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
 
 @asynccontextmanager
 async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
-    """A call that ends with its block: whatever happens inside, nothing runs on at the replica.
+    """A call that its block reads to the end, or leaves by an exception: then nothing runs on at the replica.
 
     Serve's own cancelling of what a request started loses calls in a burst, so each call is cancelled by its owner.
     """
@@ -23,9 +23,10 @@ async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
     try:
         with library_errors():
             yield response
-    finally:
-        with suppress(Exception):  # of a call that never reached a replica: its error was raised above
+    except BaseException:
+        with suppress(Exception):  # of a call that never reached a replica: what it failed with is on its way already
             response.cancel()
+        raise
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
     http = config.get("http_options", {})
     host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
     demand_free_port(host, port)
-    folder = Path(tempfile.mkdtemp(prefix="llava-serve-"))  # short: Ray's sockets lie in it
+    folder = Path(tempfile.mkdtemp(prefix="llava-serve-", dir="/tmp"))  # short: Ray's sockets lie in it
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
     config_file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
