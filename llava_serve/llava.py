@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -228,7 +229,7 @@ def _fit_vocabulary(
         tensors = {**tensors, **cut}
     try:
         return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
             f"config.json in {spec.path} describes a language model that transformers does not accept; correct it."
         ) from error

@@ -21,6 +21,7 @@ from variants import (
     expected_logits,
     logits,
     merged_by_peft,
+    narrow,
     prepare,
     read,
     tower_weights,
@@ -116,12 +117,6 @@ def test_an_identity_projector(llava_15: Path) -> None:
     write(llava_15, weights)
     config = edit(llava_15 / "config.json", mm_projector_type="identity", hidden_size=48)
     check(llava_15, config, weights)
-
-
-def narrow(tensor: torch.Tensor, width: int, to: int) -> torch.Tensor:
-    for axis, size in enumerate(tensor.shape):
-        tensor = tensor.narrow(axis, 0, to) if size == width else tensor
-    return tensor.contiguous()
 
 
 @pytest.mark.parametrize(("feature", "layer"), [("cls_patch", -2), ("patch", -1), ("cls_patch", 1)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions
+from llava_serve.errors import CheckpointError
 from llava_serve.llava import Llava
 from llava_serve.processor import Processor
 from llava_serve.types import PreparedPrompt
@@ -91,6 +93,20 @@ def merged_by_peft(config: dict[str, Any], weights: Weights, adapter: Path) -> W
         parameter.data = parameter.data.half()
     adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return dict(adapted.merge_and_unload().state_dict())
+
+
+def narrow(tensor: Tensor, width: int, to: int) -> Tensor:
+    """Cuts every axis of one width to another."""
+    for axis, size in enumerate(tensor.shape):
+        tensor = tensor.narrow(axis, 0, to) if size == width else tensor
+    return tensor.contiguous()
+
+
+def refusal(folder: Path | str, **options: Any) -> str:
+    """The message of the CheckpointError that loading has to raise."""
+    with pytest.raises(CheckpointError) as caught:
+        Llava.load(open_checkpoint(str(folder), **options))
+    return caught.value.message
 
 
 def prepare(folder: Path, query: str = "What is it?", image: Path = PICTURE, **options: Any) -> PreparedPrompt:

@@ -67,11 +67,11 @@ def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, A
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{name} is missing in {folder}.") from error
+        raise CheckpointError(f"{name} is missing in {folder}; copy it there.") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} in {folder} is damaged: it is not JSON.") from error
+        raise CheckpointError(f"{name} in {folder} is damaged, it is not JSON; download it again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} in {folder} is damaged: it holds no object.")
+        raise CheckpointError(f"{name} in {folder} is damaged, it holds no object; download it again.")
     return value
 
 
@@ -85,11 +85,15 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / f"{stem}.index.json").is_file():
             index = read_json(folder, f"{stem}.index.json").get("weight_map")
             if not isinstance(index, dict) or not index:
-                raise CheckpointError(f"{stem}.index.json in {folder} is damaged: it has no weight_map.")
+                raise CheckpointError(
+                    f"{stem}.index.json in {folder} is damaged, it has no weight_map; download it again."
+                )
             paths = [folder / name for name in sorted(set(index.values()))]
             for path in paths:
                 if not path.is_file():
-                    raise CheckpointError(f"{path.name} is missing in {folder}, though {stem}.index.json names it.")
+                    raise CheckpointError(
+                        f"{path.name} is missing in {folder}, though {stem}.index.json names it; copy it there."
+                    )
             return paths
         if (folder / stem).is_file():
             return [folder / stem]

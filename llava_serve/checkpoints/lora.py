@@ -19,6 +19,12 @@ from llava_serve.errors import CheckpointError
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
+_NOT_PLAIN = (
+    *("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"),
+    *("layer_replication", "target_parameters", "trainable_token_indices"),
+)
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
 Stored = tuple[tuple[int, ...], Callable[[], Tensor]]
 
 
@@ -83,9 +89,17 @@ def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"adapter_config.json is of type {config['peft_type']}; only LORA is supported.")
-    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+    for key in _NOT_PLAIN:
         if config.get(key):
-            raise CheckpointError(f"adapter_config.json sets {key}, which is not supported.")
+            raise CheckpointError(
+                f"adapter_config.json sets {key}, which is not supported; merge the adapter with PEFT and load the "
+                "result."
+            )
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+        raise CheckpointError(
+            f"adapter_config.json sets init_lora_weights to {config['init_lora_weights']!r}: the adapter adds to a "
+            "base that was changed at its start. Merge it with PEFT and load the result."
+        )
     for key in ("r", "lora_alpha"):
         if key not in config:
-            raise CheckpointError(f"adapter_config.json lacks {key}.")
+            raise CheckpointError(f"adapter_config.json lacks {key}; take the file that PEFT saved.")

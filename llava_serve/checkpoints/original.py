@@ -127,7 +127,7 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
     projector = config.get("mm_projector_type", "linear")
     if not _PROJECTOR.fullmatch(str(projector)):
         raise CheckpointError(
-            f"config.json names the projector {projector!r}; linear, identity and mlpNx_gelu are known."
+            f"config.json sets mm_projector_type to {projector!r}; linear, identity and mlpNx_gelu are known."
         )
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):
@@ -174,19 +174,31 @@ def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any
         raise CheckpointError(
             "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token: it cannot."
         )
-    pinpoints = config.get("image_grid_pinpoints") or []
-    pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-    if aspect == "anyres" and not pinpoints:
-        raise CheckpointError("config.json asks for anyres but lacks image_grid_pinpoints.")
+    pinpoints = _grid_pinpoints(config) if aspect == "anyres" else ()
     return image_processing(
         read_json(tower, "preprocessor_config.json"),
         vision,
         layout="original",
         aspect=aspect,
         merge=merge,
-        grid_pinpoints=tuple((int(width), int(height)) for width, height in pinpoints),
+        grid_pinpoints=pinpoints,
         keeps_class_token=keeps_class_token,
     )
+
+
+def _grid_pinpoints(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    written = config.get("image_grid_pinpoints")
+    try:
+        pairs: Any = ast.literal_eval(written) if isinstance(written, str) else written
+        pinpoints = tuple((int(width), int(height)) for width, height in pairs)
+    except (TypeError, ValueError, SyntaxError):
+        pinpoints = ()
+    if not pinpoints:
+        raise CheckpointError(
+            f"config.json asks for anyres, but has no list of (width, height) in image_grid_pinpoints: {written}; "
+            "compare it with the published one."
+        )
+    return pinpoints
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], decoder: str) -> TokenizerSpec:
