@@ -210,10 +210,10 @@ def _fit_vocabulary(
     if spec.layout == "original" and embeddings is not None:
         tokenizer = load_tokenizer(spec.tokenizer)
         rows = embeddings.shape[0]
-        if spec.adapter is None and rows != settings.get("vocab_size", rows):
+        if spec.adapter is None and rows != spec.vocab_size:
             raise CheckpointError(
                 f"{embeddings.name} in {embeddings.file} has {rows} rows, but config.json has a vocab_size of "
-                f"{settings['vocab_size']}: correct config.json, or take the weights that belong to it."
+                f"{spec.vocab_size}: correct config.json, or take the weights that belong to it."
             )
         if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= rows:
             raise CheckpointError(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hf_tiny import MODELS, write_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -250,6 +251,20 @@ def test_refused_by_name(what: str, folder_of: Any, tmp_path: Path) -> None:
     change_json(folder / "config.json", *inside, **changes)
     with pytest.raises(CheckpointError, match=re.escape(named)):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["llava-next-llama", "llava-1.5-llama-hub"])
+def test_refused_with_tensors_missing_and_surplus(name: str, folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of(name), tmp_path)
+    file = min(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    gone = next(name for name in weights if "language_model.model.layers.1" in name)
+    del weights[gone]
+    save_file(weights | {"multi_modal_projector.linear_3.bias": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError) as refused:
+        Llava.load(open_checkpoint(str(folder)))
+    for part in (gone, f"multi_modal_projector.linear_3.bias (in {file.name})", "Download it again"):
+        assert part in refused.value.message
 
 
 def test_refused_with_the_class_token_in_a_grid(folder_of: Any, tmp_path: Path) -> None:

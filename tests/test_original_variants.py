@@ -238,6 +238,15 @@ def test_lora_is_merged_as_peft_merges(tmp_path: Path, rslora: bool, dtype: torc
     assert_decoder(load(adapter, model_base=str(base)), expected, differs_from=weights)
 
 
+def test_a_projector_over_a_llava_with_a_deeper_one(tmp_path: Path) -> None:
+    base, projector = copy("llava-v1.5-tiny", tmp_path), copy("llava-v1-tiny-pretrain-projector", tmp_path)
+    model = load(projector, model_base=str(base))
+    stored = torch.load(projector / "mm_projector.bin")
+    assert torch.equal(model.projector[0].weight, stored["model.mm_projector.weight"].float())
+    assert len(model.projector) == 1
+    assert torch.equal(model.language_model.lm_head.weight, read(base)["lm_head.weight"].float())
+
+
 def test_lora_on_a_mistral(tmp_path: Path) -> None:
     """The base is a LLaVA itself, as for a further fine-tuning; the decoder has grouped keys and values."""
     base = copy("llava-v1.6-mistral-tiny", tmp_path)

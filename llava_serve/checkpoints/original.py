@@ -214,7 +214,7 @@ def _text_config(config: dict[str, Any], decoder: str) -> dict[str, Any]:
     text = {key: value for key, value in config.items() if not key.startswith(ours)}
     for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_mm_proj", "quantization_config"):
         text.pop(key, None)
-    return {**text, "model_type": decoder}
+    return {"vocab_size": 50368 if decoder == "mpt" else 32000, **text, "model_type": decoder}
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

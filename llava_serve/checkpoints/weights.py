@@ -55,10 +55,10 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
     """
     rules = LAYOUTS[spec.layout]
     tensors = _renamed(weight_files(spec.base or spec.path), rules)
-    if spec.adapter == "projector":
-        tensors |= _renamed([spec.path / "mm_projector.bin"], rules)
+    if spec.adapter is not None:
+        own = spec.path / "mm_projector.bin" if spec.adapter == "projector" else _non_lora(spec.path)
+        tensors = _over(tensors, _renamed([own], rules))
     if spec.adapter == "lora":
-        tensors |= _renamed([_non_lora(spec.path)], rules)
         tensors = _with_deltas(tensors, spec, rules)
     has_tower = any(name.startswith("vision_tower.") for name in tensors)
     if spec.tower is not None and not (spec.tower_in_checkpoint and has_tower):
@@ -71,6 +71,13 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
             )
         tensors |= _renamed(files, TOWER)
     return tensors
+
+
+def _over(base: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """An adapter's tensors over its base's. A base that is a LLaVA itself may have a projector of another depth."""
+    if any(name.startswith("projector.") for name in own):
+        base = {name: tensor for name, tensor in base.items() if not name.startswith("projector.")}
+    return base | own
 
 
 def _non_lora(folder: Path) -> Path:
