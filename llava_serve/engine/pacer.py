@@ -8,8 +8,8 @@ _STRETCH = 2.5
 """A step with prefill may take this many times as long as one without."""
 _LEAST_TOKENS = 32
 """Prefill that every step may do: a prompt must end some day."""
-_WEIGHT = 0.25
-"""Of the newest measurement."""
+_MEMORY = 0.9
+"""What a measurement still counts for after the next one."""
 
 
 @dataclass(slots=True)
@@ -36,8 +36,24 @@ class Budget:
         self.fresh = False
 
 
+class _Rate:
+    """Seconds per unit, as seconds over units of the latest measurements: long ones count for more than short ones."""
+
+    def __init__(self) -> None:
+        self._seconds = self._units = 0.0
+
+    def add(self, seconds: float, units: int) -> None:
+        self._seconds = self._seconds * _MEMORY + seconds
+        self._units = self._units * _MEMORY + units
+
+    @property
+    def value(self) -> float:
+        """0 while nothing is known."""
+        return max(0.0, self._seconds / self._units) if self._units else 0.0
+
+
 class Pacer:
-    """Learns what a decode step, a position of prefill and a tile cost, in seconds, and gives each step its budget.
+    """Learns what a decode step, a position of prefill and a tile cost, and gives each step its budget.
 
     Args:
         max_tokens, max_tiles: limits of any step.
@@ -46,29 +62,22 @@ class Pacer:
     def __init__(self, max_tokens: int, max_tiles: int) -> None:
         self._max_tokens = max_tokens
         self._max_tiles = max_tiles
-        self._decode: float | None = None
-        self._token: float | None = None
-        self._tile: float | None = None
+        self._step, self._token, self._tile = _Rate(), _Rate(), _Rate()
 
     def budget(self, decoding: int) -> Budget:
         """What fits into the next step, beside `decoding` rows that advance by one position each."""
-        if not decoding or self._decode is None or self._token is None:
+        step, token = self._step.value, self._token.value
+        if not (decoding and step and token):
             return Budget(self._max_tokens, self._max_tiles)
-        room = max(_LEAST_TOKENS, int((_STRETCH - 1) * self._decode / self._token))
-        tile_cost = 0 if self._tile is None else int(self._tile / self._token)
-        return Budget(min(self._max_tokens, decoding + room), self._max_tiles, tile_cost)
+        room = max(_LEAST_TOKENS, int((_STRETCH - 1) * step / token))
+        return Budget(min(self._max_tokens, decoding + room), self._max_tiles, int(self._tile.value / token))
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` positions of prompts and `tiles` beside its decoding rows."""
-        rest = seconds - (self._decode or 0.0) if decoding else seconds
+        rest = seconds - self._step.value if decoding else seconds
         if tiles:
-            self._tile = _blend(self._tile, (rest - tokens * (self._token or 0.0)) / tiles)
+            self._tile.add(rest - tokens * self._token.value, tiles)
         elif tokens:
-            self._token = _blend(self._token, rest / tokens)
+            self._token.add(rest, tokens)
         elif decoding:
-            self._decode = _blend(self._decode, seconds)
-
-
-def _blend(before: float | None, now: float) -> float:
-    now = max(now, 1e-9)
-    return now if before is None else before + _WEIGHT * (now - before)
+            self._step.add(seconds, 1)
