@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from llava_serve.chat_template import render_chat_template
 from llava_serve.checkpoints import CheckpointSpec
@@ -76,7 +77,7 @@ class Processor:
             )
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
-        images = [decode_image(read_request_source(part.source, self.options), self.options) for part in parts]
+        images = [self._decode(part) for part in parts]
         sizes = tuple(image.size for image in images)
         counts = [num_features(size, self.spec.image) for size in sizes]
         token_ids, image_spans = _expand(input_ids, counts)
@@ -95,6 +96,10 @@ class Processor:
             stop_token_ids=stop_token_ids,
             stop=stop,
         )
+
+    def _decode(self, part: ImagePart) -> Image.Image:
+        data = read_request_source(part.source, self.options)
+        return decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
         if self._is_chat_template(key):

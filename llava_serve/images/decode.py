@@ -14,12 +14,14 @@ from llava_serve.errors import InvalidImageError
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
-    """Decodes a picture: first frame, EXIF orientation applied, alpha dropped as the original drops it.
+def decode_image(data: bytes, options: ImageOptions, *, over_white: bool = False) -> Image.Image:
+    """Decodes a picture: first frame, EXIF orientation applied.
 
     Args:
         data: an encoded picture.
         options: limits, looked at before any pixel is decoded.
+        over_white: transparent pictures are laid over white, as transformers does; else their alpha is dropped, as the
+            original does.
 
     Returns:
         A picture in mode RGB.
@@ -46,18 +48,21 @@ def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
                 f"The picture has {image.width} x {image.height} pixels; at most {options.max_pixels:,} are accepted."
             )
         try:
-            return to_rgb(image)
+            return to_rgb(image, over_white=over_white)
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
             raise InvalidImageError("The picture is damaged or cut off.") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, over_white: bool = False) -> Image.Image:
     """Brings a picture to RGB as `convert("RGB")` does, but for 16-bit pictures, which it would saturate, and the
     orientation that a camera noted."""
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I") or upright.mode == "F":
         upright = _scale_to_8_bits(upright)
+    if over_white and ("A" in upright.getbands() or upright.info.get("transparency") is not None):
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
     return upright.convert("RGB")
 
 

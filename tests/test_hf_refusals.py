@@ -1,0 +1,110 @@
+"""What of transformers' layout is refused at load, by name: relatives of the family, and files that do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_tiny import MODELS, write_model
+from safetensors.torch import load_file, save_file
+
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.errors import CheckpointError
+from llava_serve.llava import Llava
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a model once, when it is first asked for."""
+
+    @cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("hf") / name
+        write_model(folder, MODELS[name])
+        return folder
+
+    return write
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / folder.name))
+
+
+def change_json(path: Path, *inside: str, **changes: Any) -> None:
+    """Sets keys of a JSON file, in an object inside it where one is named; None removes a key."""
+    whole = json.loads(path.read_text())
+    part = whole
+    for key in inside:
+        part = part[key]
+    part |= changes
+    for key in [key for key, value in part.items() if value is None]:
+        del part[key]
+    path.write_text(json.dumps(whole))
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "OneVision": ((), {"model_type": "llava_onevision"}, "LLaVA-OneVision"),
+    "video": ((), {"model_type": "llava_next_video"}, "LLaVA-NeXT-Video"),
+    "VipLLaVA": ((), {"model_type": "vipllava"}, "VipLLaVA"),
+    "another model": ((), {"model_type": "qwen2_vl"}, "'qwen2_vl'"),
+    "Qwen2": (("text_config",), {"model_type": "qwen2"}, "qwen2"),
+    "Llama-3 by its vocabulary": (("text_config",), {"vocab_size": 128320}, "Llama-3"),
+    "Llama-3.1": (("text_config",), {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Llama-3"),
+    "dynamic positions": (("text_config",), {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    "SigLIP": (("vision_config",), {"model_type": "siglip_vision_model"}, "'siglip_vision_model'"),
+    "several layers": ((), {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+    "another tokenizer": ((), {"image_token_index": 7}, "image_token_index"),
+    "quantized": ((), {"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
+    "no such value": (("vision_config",), {"patch_size": "many"}, "config.json"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_by_name(what: str, folder_of: Any, tmp_path: Path) -> None:
+    inside, changes, named = REFUSED[what]
+    folder = copy(folder_of("llava-1.5-llama-hub"), tmp_path)
+    change_json(folder / "config.json", *inside, **changes)
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["llava-next-llama", "llava-1.5-llama-hub"])
+def test_refused_with_tensors_missing_and_surplus(name: str, folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of(name), tmp_path)
+    file = min(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    gone = next(name for name in weights if "language_model.model.layers.1" in name)
+    del weights[gone]
+    save_file(weights | {"multi_modal_projector.linear_3.bias": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError) as refused:
+        Llava.load(open_checkpoint(str(folder)))
+    for part in (gone, f"multi_modal_projector.linear_3.bias (in {file.name})", "Download it again"):
+        assert part in refused.value.message
+
+
+def test_refused_with_the_class_token_in_a_grid(folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of("llava-next-llama"), tmp_path)
+    change_json(folder / "config.json", vision_feature_select_strategy="full")
+    with pytest.raises(CheckpointError, match="vision_feature_select_strategy"):
+        open_checkpoint(str(folder))
+
+
+def test_refused_where_canvases_differ(folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of("llava-next-llama-hub"), tmp_path)
+    change_json(folder / "config.json", image_grid_pinpoints=[[42, 84]])
+    with pytest.raises(CheckpointError, match="image_grid_pinpoints"):
+        open_checkpoint(str(folder))
+
+
+def test_refused_with_other_rows_than_the_config_says(folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of("llava-1.5-llama-hub"), tmp_path)
+    change_json(folder / "config.json", "text_config", vocab_size=512)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight in .*448.*512"):
+        Llava.load(open_checkpoint(str(folder)))
