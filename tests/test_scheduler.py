@@ -171,12 +171,14 @@ def test_all_is_given_back() -> None:
 
 def test_the_pacer_gives_prefill_what_those_who_talk_can_bear() -> None:
     pacer = Pacer(1000, 8)
-    assert pacer.budget(4).tokens == 1000  # nothing is known yet
+    assert pacer.budget(0).tokens == 1000
+    unknown = pacer.budget(4)
+    assert unknown.tokens == 4 + 64
+    assert unknown.take_tiles(5) == 1
     pacer.observe(0.010, decoding=4, tokens=0, tiles=0)
     pacer.observe(0.010 + 0.020, decoding=4, tokens=200, tiles=0)
     budget = pacer.budget(4)
     assert budget.tokens == 4 + 150  # 15 ms beside the 10 of a decode step
-    assert pacer.budget(0).tokens == 1000
     pacer.observe(0.010 + 0.008, decoding=4, tokens=0, tiles=1)
     budget = pacer.budget(4)
     assert budget.take_tiles(5) == 1

@@ -8,7 +8,9 @@ _STRETCH = 2.5
 """A step with prefill may take this many times as long as one without."""
 _LEAST_TOKENS = 32
 """Prefill that every step may do: a prompt must end some day."""
-_MEMORY = 0.9
+_FIRST_TOKENS = 64
+"""Prefill of a step while its cost is not known."""
+_MEMORY = 0.75
 """What a measurement still counts for after the next one."""
 
 
@@ -66,11 +68,12 @@ class Pacer:
 
     def budget(self, decoding: int) -> Budget:
         """What fits into the next step, beside `decoding` rows that advance by one position each."""
-        step, token = self._step.value, self._token.value
-        if not (decoding and step and token):
+        if not decoding:
             return Budget(self._max_tokens, self._max_tiles)
-        room = max(_LEAST_TOKENS, int((_STRETCH - 1) * step / token))
-        return Budget(min(self._max_tokens, decoding + room), self._max_tiles, int(self._tile.value / token))
+        step, token, tile = self._step.value, self._token.value, self._tile.value
+        room = max(_LEAST_TOKENS, int((_STRETCH - 1) * step / token)) if step and token else _FIRST_TOKENS
+        tile_cost = int(tile / token) if tile and token else room
+        return Budget(min(self._max_tokens, decoding + room), self._max_tiles, tile_cost)
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` positions of prompts and `tiles` beside its decoding rows."""

@@ -1,0 +1,127 @@
+"""Our web app and transformers' own server, side by side in one run, on the mixed load.
+
+    python -m benchmarks.compare /tmp/bench/60m --output benchmarks/results/compare-60m.json
+
+Each server runs alone on the machine, one after the other, several rounds, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import requests
+
+from benchmarks.load import drive
+from benchmarks.plot import write_bars
+from benchmarks.workload import make_jobs
+
+OURS, THEIRS = "llava-serve", "transformers serve"
+
+
+def command(server: str, model: str, device: str, port: int) -> list[str]:
+    """What starts a server."""
+    tools = Path(sys.executable).parent
+    common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
+    if server == OURS:
+        return [str(tools / "llava-serve"), "serve", "--in-process", "--model", model, *common]
+    return [str(tools / "transformers"), "serve", *common, model]
+
+
+@contextmanager
+def running(server: str, model: str, device: str) -> Iterator[tuple[str, int]]:
+    """A server on a free port: its URL and process id. It is ended at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(server, model, device, port), env={**os.environ, "HF_HUB_OFFLINE": "1"}, **quiet)
+    try:
+        for _ in range(240):
+            try:
+                requests.get(f"{url}/health", timeout=5)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        yield url, process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def peak_memory_mb(pid: int) -> float:
+    """Most resident memory that a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def measure(
+    server: str, model: str, device: str, clients: int, requests_: int, seed: int, same: bool
+) -> dict[str, Any]:
+    """One server, one number of clients, after a short warm-up."""
+    name = Path(model).name if server == OURS else model
+    extra = {"ignore_eos": True} if server == OURS else {}
+    with running(server, model, device) as (url, pid):
+        asyncio.run(drive(url, name, make_jobs(2, seed=seed + 1), 1, extra))
+        report = asyncio.run(drive(url, name, make_jobs(requests_, seed=seed, same_picture=same), clients, extra))
+        return {"server": server, "same_picture": same, **report, "peak_memory_mb": peak_memory_mb(pid)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--per-client", type=int, default=4, help="requests of each client")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    runs = []
+    cases = [(clients, False) for clients in args.clients] + [(8, True)]
+    for round_ in range(args.rounds):
+        for clients, same in cases:
+            for server in (OURS, THEIRS):
+                count = max(4, clients * args.per_client)
+                runs.append(measure(server, args.model, args.device, clients, count, 10 * round_, same))
+                print(json.dumps(runs[-1]), flush=True)
+    speeds = {
+        (server, clients, same): median(
+            run["output_tokens_per_s"]
+            for run in runs
+            if (run["server"], run["clients"], run["same_picture"]) == (server, clients, same)
+        )
+        for server in (OURS, THEIRS)
+        for clients, same in cases
+    }
+    ratios = {
+        f"{clients} clients{', same picture' * same}": round(
+            speeds[OURS, clients, same] / speeds[THEIRS, clients, same], 2
+        )
+        for clients, same in cases
+    }
+    print(json.dumps(ratios, indent=2))
+    if args.output:
+        machine = {"cores": os.cpu_count(), "load_before": os.getloadavg()[2], "python": platform.python_version()}
+        report = {"machine": machine, "ratios": ratios, "runs": runs}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        labels = [f"{clients}{' same' * same}" for clients, same in cases]
+        series = {server: [speeds[server, clients, same] for clients, same in cases] for server in (OURS, THEIRS)}
+        write_bars(args.output.with_suffix(".svg"), "output tokens/s by clients", labels, series)
+
+
+if __name__ == "__main__":
+    main()

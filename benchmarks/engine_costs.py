@@ -1,0 +1,144 @@
+"""What the engine itself costs and holds, without HTTP.
+
+    python -m benchmarks.engine_costs gaps /tmp/bench/60m-anyres
+    python -m benchmarks.engine_costs bookkeeping /tmp/bench/60m
+    python -m benchmarks.engine_costs memory /tmp/bench/60m
+
+`gaps`: eight answers run; then a picture of five tiles comes. How long is each gap between tokens, against the median
+gap before? `bookkeeping`: the share of a step that is not the runner's, at 16 to 256 sequences. `memory`: resident
+memory over 5,000 requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_serve.config import EngineOptions
+from llava_serve.engine.engine import Engine
+from llava_serve.llm import LLM
+from llava_serve.types import PreparedPrompt, SamplingParams
+
+
+def text_prompt(rng: np.random.Generator, length: int) -> PreparedPrompt:
+    """Random ids behind the special ones."""
+    return PreparedPrompt(token_ids=rng.integers(300, 30_000, length).astype(np.int32))
+
+
+def fill(engine: Engine, rng: np.random.Generator, rows: int, answer: int, name: str = "row") -> None:
+    """Adds so many requests and runs their prompts, so that all decode."""
+    sampling = SamplingParams(temperature=0, max_new_tokens=answer, ignore_eos=True)
+    for at in range(rows):
+        engine.add(engine.request(f"{name}{at}", text_prompt(rng, 40), sampling))
+    while engine.stats.waiting or engine.stats.generated_tokens == 0:
+        engine.step()
+    for _ in range(5):
+        engine.step()
+
+
+def gaps(llm: LLM, rounds: int = 5) -> dict[str, Any]:
+    """Gaps between tokens of eight answers, before and while a large picture is read."""
+    rng = np.random.default_rng(0)
+    engine = llm.engine
+    ratios, tokens = [], 0
+    for round_ in range(rounds):
+        fill(engine, rng, 8, 400, f"{round_}-")
+        before = [_timed(engine) for _ in range(40)]
+        pixels = rng.integers(0, 255, (672, 672, 3), dtype=np.uint8)
+        prompt = llm.processor.prepare_query("What is this?", [Image.fromarray(pixels)])
+        tokens = prompt.num_tokens
+        sampling = SamplingParams(temperature=0, max_new_tokens=1)
+        engine.add(engine.request(f"{round_}-picture", prompt, sampling))
+        during = []
+        while engine.has(f"{round_}-picture"):
+            during.append(_timed(engine))
+        ratios.append(max(during) / median(before))
+        for at in range(8):
+            engine.abort(f"{round_}-{at}")
+    return {"prompt_tokens": tokens, "longest_gap_over_median": [round(ratio, 2) for ratio in ratios]}
+
+
+def _timed(engine: Engine) -> float:
+    started = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - started
+
+
+def bookkeeping(llm: LLM) -> dict[str, Any]:
+    """Processor time of a step and of what of it is scheduling, accounts and outputs."""
+    rng = np.random.default_rng(0)
+    engine = llm.engine
+    spent = {"run": 0.0, "draw": 0.0}
+
+    def watch(name: str, function: Any) -> Any:
+        def watched(*args: Any) -> Any:
+            started = time.thread_time()
+            result = function(*args)
+            spent[name] += time.thread_time() - started
+            return result
+
+        return watched
+
+    engine._runner.run = watch("run", engine._runner.run)  # type: ignore[method-assign]
+    engine._draw = watch("draw", engine._draw)  # type: ignore[method-assign]
+    report = {}
+    for rows in (16, 64, 128, 256):
+        fill(engine, rng, rows, 200, f"{rows}-")
+        spent.update(run=0.0, draw=0.0)
+        started = time.thread_time()
+        for _ in range(100):
+            engine.step()
+        whole = time.thread_time() - started
+        books = whole - spent["run"] - spent["draw"]
+        report[rows] = {
+            "step_ms": round(10 * whole, 3),
+            "draw_ms": round(10 * spent["draw"], 3),
+            "bookkeeping_ms": round(10 * books, 3),
+            "share": round(books / whole, 4),
+        }
+        for at in range(rows):
+            engine.abort(f"{rows}-{at}")
+    return report
+
+
+def memory(llm: LLM, count: int = 5000) -> dict[str, Any]:
+    """Resident memory in MB after each tenth of the requests, each with its own picture and a short answer."""
+    rng = np.random.default_rng(0)
+    engine = llm.engine
+    sampling = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
+    base = llm.processor.prepare_query("What is this?", [Image.fromarray(np.zeros((64, 64, 3), np.uint8))])
+    samples = []
+    for at in range(count):
+        tiles = tuple(rng.integers(0, 255, tile.shape, dtype=np.uint8) for tile in base.tiles)
+        prompt = PreparedPrompt(base.token_ids, base.image_spans, tiles, base.image_sizes, (f"picture {at}",))
+        engine.add(engine.request(str(at), prompt, sampling))
+        while len(engine._groups) >= 16 or (at == count - 1 and engine.has_work):
+            engine.step()
+        if (at + 1) % (count // 10) == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            samples.append(round(pages * resource.getpagesize() / 2**20, 1))
+    return {"requests": count, "resident_mb": samples}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["gaps", "bookkeeping", "memory"])
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    options = EngineOptions(max_num_seqs=256, num_threads=args.threads, kv_cache_bytes=1 << 29)
+    llm = LLM(args.model, dtype=args.dtype, engine=options)
+    print(json.dumps({"gaps": gaps, "bookkeeping": bookkeeping, "memory": memory}[args.what](llm), indent=2))
+
+
+if __name__ == "__main__":
+    main()
