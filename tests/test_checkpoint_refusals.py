@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,19 +118,34 @@ def test_no_such_template(llava_15: Path) -> None:
     assert "vicuna_v1" in message
 
 
-def test_a_tower_that_is_not_in_the_hub_cache(llava_15: Path, tmp_path: Path) -> None:
-    """In a process of its own: whether the hub may be asked is decided when its client is imported."""
-    edit(llava_15 / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
+def opened_offline(folder: Path, cache: Path) -> str:
+    """The vision tower's folder, or the error, in a process of its own: whether the hub may be asked is decided when
+    its client is imported."""
     program = (
         "import sys; from llava_serve import checkpoints, errors\n"
-        "try: checkpoints.open_checkpoint(sys.argv[1])\n"
+        "try: print(checkpoints.open_checkpoint(sys.argv[1]).tower)\n"
         "except errors.CheckpointError as error: print(error)"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", program, str(llava_15)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "vision tower 'openai/clip-vit-large-patch14-336'" in done.stdout
-    assert "Download it first" in done.stdout
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
+    command = [sys.executable, "-c", program, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_tower_that_is_not_in_the_hub_cache(llava_15: Path, tmp_path: Path) -> None:
+    edit(llava_15 / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
+    message = opened_offline(llava_15, tmp_path / "cache")
+    assert "vision tower 'openai/clip-vit-large-patch14-336'" in message
+    assert "Download it first" in message
+
+
+def test_a_tower_in_the_hub_cache_is_found(llava_15: Path, tmp_path: Path) -> None:
+    edit(llava_15 / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
+    repository = tmp_path / "cache" / "hub" / "models--openai--clip-vit-large-patch14-336"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(llava_15.parent / TOWER, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    assert Path(opened_offline(llava_15, tmp_path / "cache")) == snapshot
 
 
 def test_a_tower_without_weights(llava_15: Path) -> None:
