@@ -178,7 +178,7 @@ def test_the_pacer_gives_prefill_what_those_who_talk_can_bear() -> None:
     pacer.observe(0.010, decoding=4, tokens=0, tiles=0)
     pacer.observe(0.010 + 0.020, decoding=4, tokens=200, tiles=0)
     budget = pacer.budget(4)
-    assert budget.tokens == 4 + 150  # 15 ms beside the 10 of a decode step
+    assert budget.tokens == 4 + 125  # 12.5 ms beside the 10 of a decode step
     pacer.observe(0.010 + 0.008, decoding=4, tokens=0, tiles=1)
     budget = pacer.budget(4)
     assert budget.take_tiles(5) == 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
-_STRETCH = 2.5
+_STRETCH = 2.25
 """A step with prefill may take this many times as long as one without."""
 _LEAST_TOKENS = 32
 """Prefill that every step may do: a prompt must end some day."""
 _FIRST_TOKENS = 64
 """Prefill of a step while its cost is not known."""
+_STEPS = 15
+"""Decode steps of which the median is taken."""
 _MEMORY = 0.75
 """What a measurement still counts for after the next one."""
 
@@ -64,23 +68,29 @@ class Pacer:
     def __init__(self, max_tokens: int, max_tiles: int) -> None:
         self._max_tokens = max_tokens
         self._max_tiles = max_tiles
-        self._step, self._token, self._tile = _Rate(), _Rate(), _Rate()
+        self._token, self._tile = _Rate(), _Rate()
+        self._steps: deque[float] = deque(maxlen=_STEPS)
 
     def budget(self, decoding: int) -> Budget:
         """What fits into the next step, beside `decoding` rows that advance by one position each."""
         if not decoding:
             return Budget(self._max_tokens, self._max_tiles)
-        step, token, tile = self._step.value, self._token.value, self._tile.value
+        step, token, tile = self._step, self._token.value, self._tile.value
         room = max(_LEAST_TOKENS, int((_STRETCH - 1) * step / token)) if step and token else _FIRST_TOKENS
         tile_cost = int(tile / token) if tile and token else room
         return Budget(min(self._max_tokens, decoding + room), self._max_tiles, tile_cost)
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` positions of prompts and `tiles` beside its decoding rows."""
-        rest = seconds - self._step.value if decoding else seconds
+        rest = seconds - self._step if decoding else seconds
         if tiles:
             self._tile.add(rest - tokens * self._token.value, tiles)
         elif tokens:
             self._token.add(rest, tokens)
         elif decoding:
-            self._step.add(seconds, 1)
+            self._steps.append(seconds)
+
+    @property
+    def _step(self) -> float:
+        """Of a step that only decodes: the median, since a step that was held up must not make others longer."""
+        return median(self._steps) if self._steps else 0.0
