@@ -22,6 +22,9 @@ from llava_serve.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
 
+_VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+"""Ends of the names of tables with a row for each token."""
+
 
 class Llava(nn.Module):
     """The model in memory. Build one with `Llava.load`.
@@ -205,28 +208,18 @@ def _fit_vocabulary(
     """The language model's config, and its tensors without the rows that the original would cut off: those behind the
     tokenizer's vocabulary. transformers keeps such rows."""
     settings = dict(spec.text_config)
-    tables = {name: t for name, t in tensors.items() if name.endswith(_VOCABULARY)}
-    embeddings = next((t for name, t in tables.items() if not name.endswith("lm_head.weight")), None)
-    if spec.layout == "original" and embeddings is not None:
+    tables = {name: tensor for name, tensor in tensors.items() if name.endswith(_VOCABULARY)}
+    if spec.layout == "original" and tables:
         tokenizer = load_tokenizer(spec.tokenizer)
-        rows = embeddings.shape[0]
-        if spec.adapter is None and rows != spec.vocab_size:
-            raise CheckpointError(
-                f"{embeddings.name} in {embeddings.file} has {rows} rows, but config.json has a vocab_size of "
-                f"{spec.vocab_size}: correct config.json, or take the weights that belong to it."
-            )
+        rows = _common_rows(spec, list(tables.values()))
         if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= rows:
+            first = next(iter(tables.values()))
             raise CheckpointError(
-                f"{embeddings.name} in {embeddings.file} has {rows} rows: none for <im_start> and <im_end>, which "
-                "config.json uses (mm_use_im_start_end). Take the weights that were saved with them."
+                f"{first.name} in {first.file} has {rows} rows: none for <im_start> and <im_end>, which config.json "
+                "uses (mm_use_im_start_end). Take the weights that were saved with them."
             )
         settings["vocab_size"] = min(rows, tokenizer.size)
-        cut = {
-            name: t.first_rows(settings["vocab_size"])
-            for name, t in tables.items()
-            if t.shape[0] > settings["vocab_size"]
-        }
-        tensors = {**tensors, **cut}
+        tensors = tensors | {name: tensor.first_rows(settings["vocab_size"]) for name, tensor in tables.items()}
     try:
         return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -235,4 +228,14 @@ def _fit_vocabulary(
         ) from error
 
 
-_VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+def _common_rows(spec: CheckpointSpec, tables: list[StoredTensor]) -> int:
+    """Rows of the embeddings and the head. An adapter's config.json need not tell those of its base."""
+    rows = spec.vocab_size if spec.adapter is None else tables[0].shape[0]
+    for table in tables:
+        if table.shape[0] != rows:
+            reason = "vocab_size in config.json" if spec.adapter is None else tables[0].name
+            raise CheckpointError(
+                f"{table.name} in {table.file} is {table.shape}, but {reason} asks for {rows} rows: take the weights "
+                "and the config.json that belong together."
+            )
+    return rows

@@ -65,9 +65,10 @@ TENSORS: dict[str, tuple[Callable[[Weights], Weights], tuple[str, ...]]] = {
         ("model.mm_projector.0.weight", "{file}", "(64, 47)", "(64, 48)"),
     ),
     "fewer rows in the head": (with_("lm_head.weight", 600, 64), ("lm_head.weight", "{file}", "(600, 64)")),
+    "more rows in the head": (with_("lm_head.weight", 720, 64), ("lm_head.weight", "{file}", "(720, 64)", "700 rows")),
     "fewer rows than the config says": (
         with_("model.embed_tokens.weight", 600, 64),
-        ("model.embed_tokens.weight", "{file}", "600", "vocab_size of 700"),
+        ("model.embed_tokens.weight", "{file}", "(600, 64)", "vocab_size", "700 rows"),
     ),
     "the same tensor twice": (with_("model.mm_projector.linear.weight", 1), ("model.mm_projector.linear.weight",)),
     "quantized already": (
