@@ -37,7 +37,7 @@ def fill(engine: Engine, rng: np.random.Generator, rows: int, answer: int, name:
     """Adds so many requests and runs their prompts, so that all decode."""
     sampling = SamplingParams(temperature=0, max_new_tokens=answer, ignore_eos=True)
     for at in range(rows):
-        engine.add(engine.request(f"{name}{at}", text_prompt(rng, 40), sampling))
+        engine.add(engine.limits.accept(f"{name}{at}", text_prompt(rng, 40), sampling))
     while engine.stats.waiting or engine.stats.generated_tokens == 0:
         engine.step()
     for _ in range(5):
@@ -57,7 +57,7 @@ def gaps(llm: LLM, rounds: int = 5) -> dict[str, Any]:
         prompt = llm.processor.prepare_query("What is this?", [Image.fromarray(pixels)])
         tokens = prompt.num_tokens
         sampling = SamplingParams(temperature=0, max_new_tokens=1)
-        engine.add(engine.request(f"{round_}-picture", prompt, sampling))
+        engine.add(engine.limits.accept(f"{round_}-picture", prompt, sampling))
         during = []
         while engine.has(f"{round_}-picture"):
             during.append(_timed(engine))
@@ -123,8 +123,8 @@ def memory(llm: LLM, count: int = 5000) -> dict[str, Any]:
     for at in range(count):
         tiles = tuple(rng.integers(0, 255, tile.shape, dtype=np.uint8) for tile in base.tiles)
         prompt = PreparedPrompt(base.token_ids, base.image_spans, tiles, base.image_sizes, (f"picture {at}",))
-        engine.add(engine.request(str(at), prompt, sampling))
-        while len(engine._groups) >= 16 or (at == count - 1 and engine.has_work):
+        engine.add(engine.limits.accept(str(at), prompt, sampling))
+        while engine.num_requests >= 16 or (at == count - 1 and engine.has_work):
             engine.step()
         if (at + 1) % (count // 10) == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])

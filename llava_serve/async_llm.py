@@ -19,10 +19,11 @@ import torch
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.engine.build import build_engine
-from llava_serve.engine.engine import Engine, EngineStats
+from llava_serve.engine.engine import Engine
 from llava_serve.engine.sequence import EngineRequest, Output
+from llava_serve.engine.stats import EngineStats
 from llava_serve.engine.stream import ChunkStream
-from llava_serve.errors import EngineDeadError, LlavaServeError
+from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
 from llava_serve.tokenizer import load_tokenizer
 from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
 
@@ -112,10 +113,11 @@ class AsyncLLM:
             DeadlineExceededError: the time was up before the answer was complete.
             EngineDeadError: the engine's loop has ended.
         """
-        request = self._engine.request(
+        request = self._engine.limits.accept(
             request_id or uuid.uuid4().hex, prepared, sampling or SamplingParams(), deadline=deadline, priority=priority
         )
-        self._engine.check_capacity(self._inbox.qsize())
+        if self._engine.num_requests + self._inbox.qsize() >= self._engine.limits.max_requests:
+            raise CapacityError("The server is busy; try again later.")
         consumer = _Consumer(asyncio.get_running_loop(), asyncio.Queue())
         chunks = ChunkStream(self._tokenizer, request)
         self._inbox.put(_Add(request, consumer))

@@ -138,7 +138,7 @@ class LLM:
 
     def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Iterator[Chunk]:
         """Answers a prepared prompt chunk by chunk. Closing the iterator ends the work."""
-        request = self.engine.request(uuid.uuid4().hex, prepared, sampling or SamplingParams())
+        request = self.engine.limits.accept(uuid.uuid4().hex, prepared, sampling or SamplingParams())
         chunks = ChunkStream(self.processor.tokenizer, request)
         self.engine.add(request)
         try:
@@ -150,14 +150,14 @@ class LLM:
     def run(self, prepared: Iterable[PreparedPrompt], sampling: SamplingParams | None = None) -> list[GenerationResult]:
         """Answers prepared prompts, batched by the engine, in their order."""
         sampling = sampling or SamplingParams()
-        requests = [self.engine.request(uuid.uuid4().hex, prompt, sampling) for prompt in prepared]
+        requests = [self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling) for prompt in prepared]
         answers = {request.request_id: list[Chunk]() for request in requests}
         streams: dict[str, ChunkStream] = {}
         queue = iter(requests)
         coming = next(queue, None)
         try:
             while coming is not None or self.engine.has_work:
-                while coming is not None and self.engine.has_room:
+                while coming is not None and self.engine.num_requests < self.engine.limits.max_requests:
                     streams[coming.request_id] = ChunkStream(self.processor.tokenizer, coming)
                     self.engine.add(coming)
                     coming = next(queue, None)

@@ -28,6 +28,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 @dataclasses.dataclass(frozen=True)
 class TinyImage:
     features_per_tile: int = FEATURES
+    crop_size: tuple[int, int] = (2, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def run(engine: Engine, *requests: tuple[PreparedPrompt, SamplingParams]) -> lis
     for one, sampling in requests:
         names.append(f"r{next(_names)}")
         answers[names[-1]] = [[] for _ in range(sampling.n)]
-        engine.add(engine.request(names[-1], one, sampling))
+        engine.add(engine.limits.accept(names[-1], one, sampling))
     while engine.has_work:
         for output in engine.step():
             assert output.error is None

@@ -156,10 +156,7 @@ async def test_a_request_id_is_used_once_at_a_time(subject: AsyncLLM) -> None:
 async def test_a_dead_engine_fails_everyone_at_once(subject: AsyncLLM) -> None:
     waiting = [asyncio.create_task(collect(subject, prepare(subject), LONG)) for _ in range(3)]
     await running(subject)
-    broken = prepare(subject)
-    broken = PreparedPrompt(token_ids=broken.token_ids.clip(max=10**6) * 0 + 10**6)  # ids that no vocabulary has
-    with pytest.raises(EngineDeadError):
-        await collect(subject, broken)
+    del subject._engine._runner  # any fault of ours: the loop knows no way on
     for task in waiting:
         with pytest.raises(EngineDeadError):
             await task

@@ -92,7 +92,7 @@ def check_schedule(kind: str, seed: int) -> None:
     while coming or subject.has_work:
         while coming and (rng.random() < 0.4 or not subject.has_work):
             name = next(iter(coming))
-            subject.add(subject.request(name, *coming.pop(name), priority=rng.choice((0, 0, 1))))
+            subject.add(subject.limits.accept(name, *coming.pop(name), priority=rng.choice((0, 0, 1))))
         if rng.random() < 0.03 and (live := [name for name in answers if subject.has(name)]):
             aborted.add(name := rng.choice(live))
             subject.abort(name)

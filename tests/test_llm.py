@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -139,6 +140,20 @@ def test_what_cannot_fit_is_refused_before_anything_runs() -> None:
         llm().generate("word " * 4000)
     assert caught.value.got > caught.value.limit
     assert not llm().engine.has_work
+
+
+def test_a_prompt_of_another_model_is_refused_and_hurts_nobody() -> None:
+    good = llm().processor.prepare_query("What is this?", PICTURES[:1])
+    bad = [
+        dataclasses.replace(good, token_ids=good.token_ids + 10**6),
+        dataclasses.replace(good, tiles=(good.tiles[0][:, :10],)),
+        dataclasses.replace(good, image_spans=()),
+        dataclasses.replace(good, token_ids=good.token_ids[:0], image_spans=(), tiles=(), image_sizes=(), digests=()),
+    ]
+    for one in bad:
+        with pytest.raises(RequestError, match="another model"):
+            llm().run([one])
+    assert llm().run([good], GREEDY)[0].finish_reason == "length"
 
 
 def test_an_answer_is_cut_where_the_context_ends() -> None:

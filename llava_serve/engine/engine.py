@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -12,47 +10,16 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.beam import BeamSearch, Hypothesis
 from llava_serve.engine.features import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.memory import KVMemory
+from llava_serve.engine.limits import Limits
 from llava_serve.engine.model import VisionLanguageModel
 from llava_serve.engine.pacer import Pacer
-from llava_serve.engine.runner import Runner, kv_shape
+from llava_serve.engine.runner import Runner, num_blocks
 from llava_serve.engine.sampler import sample
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Output, RawLogprob, Sequence
-from llava_serve.errors import (
-    CapacityError,
-    DeadlineExceededError,
-    PromptTooLongError,
-    RequestError,
-    UnsupportedParameterError,
-)
-from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Where the engine stands.
-
-    Attributes:
-        running: rows in the cache.
-        waiting: requests' groups that are not.
-        free_blocks: blocks that no sequence holds; the prefix cache's count as free.
-        cached_tokens: prompt positions that the prefix cache has saved since the start.
-        computed_tokens: positions that were computed since the start.
-        generated_tokens: tokens that were drawn since the start.
-        steps: since the start.
-        heartbeat_age_s: since the loop's last turn; 0 where no thread drives the engine.
-    """
-
-    running: int
-    waiting: int
-    free_blocks: int
-    total_blocks: int
-    cached_tokens: int
-    computed_tokens: int
-    generated_tokens: int
-    steps: int
-    heartbeat_age_s: float = 0.0
+from llava_serve.engine.stats import EngineStats
+from llava_serve.errors import CapacityError, DeadlineExceededError, RequestError
+from llava_serve.types import FinishReason
 
 
 class Engine:
@@ -60,13 +27,9 @@ class Engine:
 
     def __init__(self, model: VisionLanguageModel, options: EngineOptions) -> None:
         self.model = model
-        self._options = options
-        layers, kv_heads, head_dim = kv_shape(model)
-        per_block = options.block_size * KVMemory.bytes_per_position(layers, kv_heads, head_dim, model.dtype)
-        self._num_blocks = max(1, options.kv_cache_bytes // per_block)
         spec = model.spec
         self._kv = KVCache(
-            self._num_blocks,
+            num_blocks(model, options),
             options.block_size,
             prefix_caching=options.prefix_caching,
             salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}".encode(),
@@ -75,7 +38,9 @@ class Engine:
         features = FeatureLedger(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, features, options.max_num_seqs)
         self._pacer = Pacer(options.max_batch_tokens, options.max_batch_tiles)
-        self._runner = Runner(model, self._num_blocks * options.block_size, options.block_size)
+        self._runner = Runner(model, self._kv.num_blocks, options.block_size)
+        vocabulary = model.language_model.get_input_embeddings().num_embeddings
+        self.limits = Limits(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[Group]] = {}
         self._searches: dict[Group, BeamSearch] = {}
         self._arrivals = 0
@@ -87,9 +52,9 @@ class Engine:
         return bool(self._groups)
 
     @property
-    def has_room(self) -> bool:
-        """`add` would take a request."""
-        return len(self._groups) < self._options.max_num_seqs + self._options.max_waiting
+    def num_requests(self) -> int:
+        """Requests that have not ended. Any thread may look."""
+        return len(self._groups)
 
     @property
     def stats(self) -> EngineStats:
@@ -97,61 +62,22 @@ class Engine:
             running=self._scheduler.num_running,
             waiting=len(self._scheduler.waiting),
             free_blocks=self._kv.num_available,
-            total_blocks=self._num_blocks,
+            total_blocks=self._kv.num_blocks,
             cached_tokens=self._cached,
             computed_tokens=self._computed,
             generated_tokens=self._generated,
             steps=self._steps,
         )
 
-    def request(
-        self,
-        request_id: str,
-        prompt: PreparedPrompt,
-        sampling: SamplingParams,
-        *,
-        deadline: float | None = None,
-        priority: int = 0,
-    ) -> EngineRequest:
-        """Checks a request against the engine's limits, which never change: any thread may call this.
-
-        Raises:
-            PromptTooLongError: the prompt alone does not fit.
-            RequestError: it asks for more rows than the engine has.
-        """
-        if sampling.num_beams > self._options.max_num_seqs:
-            raise RequestError(f"num_beams must be at most {self._options.max_num_seqs} here.", "num_beams")
-        if sampling.num_beams > 1 and sampling.logprobs is not None:
-            raise UnsupportedParameterError("logprobs cannot be given with num_beams above 1.", "logprobs")
-        memory = self._num_blocks // sampling.num_beams * self._options.block_size
-        limit = min(self.model.spec.context_length, memory)
-        if prompt.num_tokens >= limit:
-            raise PromptTooLongError(prompt.num_tokens, limit - 1)
-        ends = {*self.model.spec.eos_token_ids, *prompt.stop_token_ids}
-        return EngineRequest(
-            request_id=request_id,
-            prompt=prompt,
-            sampling=sampling,
-            deadline=deadline,
-            priority=priority,
-            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
-            max_new_tokens=min(sampling.max_new_tokens, limit - prompt.num_tokens),
-            stop_token_ids=frozenset() if sampling.ignore_eos else frozenset(ends),
-        )
-
-    def check_capacity(self, coming: int = 0) -> None:
-        """Raises `CapacityError` if the house, with `coming` requests on their way, is full. Any thread may call it."""
-        if len(self._groups) + coming >= self._options.max_num_seqs + self._options.max_waiting:
-            raise CapacityError("The server is busy; try again later.")
-
     def add(self, request: EngineRequest) -> None:
-        """Queues a request.
+        """Queues a request that `limits` has accepted.
 
         Raises:
             CapacityError: the queue is full.
             RequestError: a request of this id is in the engine.
         """
-        self.check_capacity()
+        if self.num_requests >= self.limits.max_requests:
+            raise CapacityError("The server is busy; try again later.")
         if request.request_id in self._groups:
             raise RequestError(f"A request with the id {request.request_id} is still running.")
         tokens = request.prompt.token_ids.tolist()
@@ -179,16 +105,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Advances every live sequence by a token, and waiting prompts within the budget."""
-        outputs = self._expire()
         started, decoding = time.perf_counter(), self._scheduler.num_decoding
+        outputs = self._expire()
         schedule = self._scheduler.schedule(self._pacer.budget(decoding))
         logits = self._runner.run(schedule)
         self._record(schedule)
-        rows = [segment.sequence for segment in schedule.segments if segment.draws]
-        outputs += self._draw(rows, logits)
-        self._steps += 1
-        tiles = sum(len(job.tiles) for job in schedule.tile_jobs)
-        self._pacer.observe(time.perf_counter() - started, decoding, schedule.num_tokens - decoding, tiles)
+        outputs += self._draw(schedule, logits)
+        self._pacer.observe(time.perf_counter() - started, decoding, schedule.num_tokens - decoding, schedule.num_tiles)
         return outputs
 
     def _expire(self) -> list[Output]:
@@ -206,17 +129,19 @@ class Engine:
 
     def _record(self, schedule: Schedule) -> None:
         """Enters what the step has computed."""
+        self._steps += 1
+        self._computed += schedule.num_tokens
         for segment in schedule.segments:
             segment.sequence.num_computed = segment.end
-            self._computed += segment.end - segment.start
             self._kv.commit(segment.sequence)
         for group in self._scheduler.running:
             if group.pins and all(row.num_computed >= group.last_picture for row in group.active):
                 self._scheduler.prefilled(group)
 
-    def _draw(self, rows: list[Sequence], logits: torch.Tensor) -> list[Output]:
-        """Gives each row its next token, of logits [rows, vocabulary]; beams move as one."""
+    def _draw(self, schedule: Schedule, logits: torch.Tensor) -> list[Output]:
+        """Gives each row that draws its next token, of logits [draws, vocabulary]; beams move as one."""
         beams: dict[str, list[int]] = {}
+        rows = [segment.sequence for segment in schedule.segments if segment.draws]
         single = []
         for at, row in enumerate(rows):
             if row.request.sampling.num_beams > 1:

@@ -22,11 +22,6 @@ class KVMemory:
         self._memory = torch.empty(layers, 2, kv_heads, positions, head_dim, dtype=dtype, device=device)
         self.layers = [(layer[0], layer[1]) for layer in self._memory]
 
-    @staticmethod
-    def bytes_per_position(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Memory that one position takes over all layers."""
-        return layers * 2 * kv_heads * head_dim * dtype.itemsize
-
     def copy(self, copies: Iterable[Copy]) -> None:
         """Carries out the copies in order."""
         for move in copies:

@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from llava_serve.config import EngineOptions
 from llava_serve.engine.attention import PackedStep, Span
 from llava_serve.engine.decoder import Decoder
 from llava_serve.engine.memory import KVMemory
@@ -19,17 +20,16 @@ class Runner:
     """Owns every tensor of the engine: the KV memory and the pictures' features.
 
     Args:
-        positions: of the KV memory.
-        block_size: positions per block of the extents.
+        blocks, block_size: of the KV memory; a block is `block_size` positions.
     """
 
-    def __init__(self, model: VisionLanguageModel, positions: int, block_size: int) -> None:
+    def __init__(self, model: VisionLanguageModel, blocks: int, block_size: int) -> None:
         self._model = model
         self._block_size = block_size
         self._features: dict[str, torch.Tensor] = {}
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
-        layers, kv_heads, head_dim = kv_shape(model)
-        self._memory = KVMemory(layers, kv_heads, positions, head_dim, model.dtype, model.device)
+        layers, kv_heads, head_dim = _kv_shape(model)
+        self._memory = KVMemory(layers, kv_heads, blocks * block_size, head_dim, model.dtype, model.device)
         self._decoder = Decoder(model.language_model)
 
     def run(self, schedule: Schedule) -> torch.Tensor:
@@ -108,10 +108,19 @@ class Runner:
                 del self._embeddings[key]
 
 
-def kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
+def _kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
     """(layers, kv heads, head dim) of the language model's cache."""
     config = model.language_model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, kv_heads, head_dim
+
+
+def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
+    """Blocks of KV memory within the budget: bytes on a CPU, a fraction of what is free on CUDA."""
+    layers, kv_heads, head_dim = _kv_shape(model)
+    budget = options.kv_cache_bytes
+    if model.device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(model.device)[0] * options.gpu_memory_fraction)
+    return max(1, budget // (options.block_size * layers * 2 * kv_heads * head_dim * model.dtype.itemsize))

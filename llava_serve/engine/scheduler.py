@@ -55,6 +55,11 @@ class Schedule:
         """Positions that are computed."""
         return sum(segment.end - segment.start for segment in self.segments)
 
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that go through the tower."""
+        return sum(len(job.tiles) for job in self.tile_jobs)
+
 
 class Scheduler:
     """First come, first served among equals of priority; every live sequence advances before any prompt does.

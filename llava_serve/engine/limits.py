@@ -1,0 +1,87 @@
+"""What an engine can take: how long, how wide, how many."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.config import EngineOptions
+from llava_serve.engine.sequence import EngineRequest
+from llava_serve.errors import PromptTooLongError, RequestError, UnsupportedParameterError
+from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
+
+
+class Limits:
+    """Checks requests before they can hurt others. Frozen after its making: any thread may ask.
+
+    Args:
+        vocabulary: rows of the model's embedding.
+        num_blocks: of the KV cache.
+    """
+
+    def __init__(self, spec: CheckpointSpec, options: EngineOptions, vocabulary: int, num_blocks: int) -> None:
+        self._spec = spec
+        self._options = options
+        self._vocabulary = vocabulary
+        self._num_blocks = num_blocks
+        self.max_requests = options.max_num_seqs + options.max_waiting
+
+    def accept(
+        self,
+        request_id: str,
+        prompt: PreparedPrompt,
+        sampling: SamplingParams,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+    ) -> EngineRequest:
+        """Makes a request of what a caller asks, its answer cut to what fits behind the prompt.
+
+        Args:
+            deadline: seconds since the epoch.
+            priority: the higher goes first.
+
+        Raises:
+            PromptTooLongError: the prompt alone does not fit the context or the cache.
+            RequestError: it asks for more rows than there are, or was not prepared for this model.
+        """
+        if sampling.num_beams > self._options.max_num_seqs:
+            raise RequestError(f"num_beams must be at most {self._options.max_num_seqs} here.", "num_beams")
+        if sampling.num_beams > 1 and sampling.logprobs is not None:
+            raise UnsupportedParameterError("logprobs cannot be given with num_beams above 1.", "logprobs")
+        memory = self._num_blocks // sampling.num_beams * self._options.block_size
+        limit = min(self._spec.context_length, memory)
+        if prompt.num_tokens >= limit:
+            raise PromptTooLongError(prompt.num_tokens, limit - 1)
+        self._check_form(prompt)
+        ends = {*self._spec.eos_token_ids, *prompt.stop_token_ids}
+        return EngineRequest(
+            request_id=request_id,
+            prompt=prompt,
+            sampling=sampling,
+            deadline=deadline,
+            priority=priority,
+            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
+            max_new_tokens=min(sampling.max_new_tokens, limit - prompt.num_tokens),
+            stop_token_ids=frozenset() if sampling.ignore_eos else frozenset(ends),
+        )
+
+    def _check_form(self, prompt: PreparedPrompt) -> None:
+        """Refuses what another model's processor has made: it would end the engine for all."""
+        ids = prompt.token_ids
+        pictures = len(prompt.image_spans)
+        in_spans = np.zeros(len(ids), dtype=bool)
+        for start, end in prompt.image_spans:
+            in_spans[start:end] = True
+        good = (
+            len(ids) > 0
+            and pictures == len(prompt.tiles) == len(prompt.image_sizes) == len(prompt.digests)
+            and bool((in_spans == (ids == IMAGE_TOKEN_ID)).all())
+            and bool(((ids >= 0) | in_spans).all())
+            and int(ids.max()) < self._vocabulary
+            and all(tiles.shape[1:] == (*self._spec.image.crop_size, 3) for tiles in prompt.tiles)
+        )
+        if not good:
+            raise RequestError("The prompt was prepared for another model.")
