@@ -12,12 +12,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.aborts import AbortedCalls
-from deployments.coalesce import coalesce
+from deployments.coalesce import coalesce, merge
 from deployments.deadline import check_deadline, until
 from deployments.drain import DrainGate
 from deployments.proxy import HeaderGuard
 from llava_serve.errors import DeadlineExceededError, EngineDeadError
-from llava_serve.types import Chunk
+from llava_serve.types import Chunk, TokenLogprob
 
 
 def chunk(number: int) -> Chunk:
@@ -37,12 +37,23 @@ async def counting(until: int, ended: list[int], fail: bool = False) -> AsyncGen
         ended.append(number)
 
 
-async def test_a_stream_in_groups_is_the_whole_stream_and_begins_with_one_chunk() -> None:
+async def test_a_stream_in_groups_is_the_whole_stream_and_begins_with_one_token() -> None:
     groups = [group async for group in coalesce(counting(1000, []))]
-    assert [each.token_ids for group in groups for each in group] == [(number,) for number in range(1000)]
-    assert len(groups[0]) == 1
-    assert all(groups)
+    said = [each for group in groups for each in group]
+    assert "".join(each.text for each in said) == "".join(f"{number} " for number in range(1000))
+    assert [token for each in said for token in each.token_ids] == list(range(1000))
+    assert said[0] == chunk(0)
+    assert all(len(group) == 1 for group in groups)
     assert len(groups) < 1000
+
+
+def test_a_group_has_one_chunk_per_choice_which_says_all() -> None:
+    logprobs = tuple(TokenLogprob(token, f"{token}", -1.0) for token in range(3))
+    first = Chunk(0, "a", (0,), logprobs=logprobs[:1])
+    last = Chunk(0, "bc", (1, 2), "stop", logprobs[1:], num_prompt_tokens=7, num_cached_tokens=4)
+    other = Chunk(1, "x", (9,))
+    whole = Chunk(0, "abc", (0, 1, 2), "stop", logprobs, num_prompt_tokens=7, num_cached_tokens=4)
+    assert merge([first, other, last]) == [whole, other]
 
 
 async def test_a_slow_stream_is_not_held_back() -> None:
@@ -70,7 +81,7 @@ async def test_an_error_comes_after_what_was_there_before_it() -> None:
 
     with pytest.raises(EngineDeadError):
         await read()
-    assert len(seen) == 5
+    assert sum(len(each.token_ids) for each in seen) == 5
 
 
 def test_an_abort_is_remembered_for_a_call_that_comes_after_it() -> None:
