@@ -139,7 +139,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    options = EngineOptions(max_num_seqs=256, num_threads=args.threads, kv_cache_bytes=1 << 29)
+    caches = {"kv_cache_bytes": 1 << 29}
+    if args.what == "memory":  # caches that are full after a tenth of the requests
+        caches = {"kv_cache_bytes": 1 << 25, "feature_cache_bytes": 1 << 20}
+    options = EngineOptions(max_num_seqs=256, num_threads=args.threads, **caches)
     llm = LLM(args.model, dtype=args.dtype, engine=options)
     print(json.dumps({"gaps": gaps, "bookkeeping": bookkeeping, "memory": memory}[args.what](llm), indent=2))
 

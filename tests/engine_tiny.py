@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MptCo
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.model import VisionLanguageModel
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
 
 VOCABULARY, HIDDEN, FEATURES, CONTEXT = 97, 32, 6, 256
@@ -117,12 +118,14 @@ def run(engine: Engine, *requests: tuple[PreparedPrompt, SamplingParams]) -> lis
     return [answers[name] for name in names]
 
 
-def engine(model: TinyModel, **options: Any) -> Engine:
-    """An engine with a small cache: 64 blocks of 8 positions unless told otherwise."""
-    per_position = 2 * 2 * 2 * (HIDDEN // 4) * model.dtype.itemsize * (2 if model.spec.name == "mpt" else 1)
-    blocks = options.pop("blocks", 64)
-    size = options.setdefault("block_size", 8)
-    return Engine(model, EngineOptions(kv_cache_bytes=blocks * size * per_position, **options))
+def engine(model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8, **options: Any) -> Engine:
+    """An engine with a cache of so many blocks."""
+    config = model.language_model.config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = config.hidden_size // config.num_attention_heads
+    per_position = config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize
+    cache = blocks * block_size * per_position
+    return Engine(model, EngineOptions(kv_cache_bytes=cache, block_size=block_size, **options))
 
 
 def alone(model: TinyModel, one: PreparedPrompt, count: int) -> list[int]:

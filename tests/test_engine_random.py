@@ -8,15 +8,24 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from engine_tiny import TinyModel, engine, picture, prompt, run
 
+from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
 
-QUICK, MANY = 10, 100
+QUICK, MANY = 6, 100
+KINDS = ["llama", "mistral", "qwen2", "mpt"]
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny", "llava-v1.6-vicuna-tiny", "llava-mpt-tiny"]
+PICTURES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "square.png")]
+QUESTIONS = ["What is this?", "What is this, and who made it?", "Say it in three words.", "Why?"]
 COLOURS = ((10, 20, 30), (200, 90, 30), (0, 0, 250))
 
 torch.set_num_threads(1)
@@ -25,6 +34,11 @@ torch.set_num_threads(1)
 @functools.cache
 def model(kind: str) -> TinyModel:
     return TinyModel(kind)
+
+
+@functools.cache
+def golden(name: str) -> LLM:
+    return LLM(str(GOLDEN / "checkpoints" / name), device="cpu", dtype="float64", engine=EngineOptions(num_threads=1))
 
 
 def make_prompt(rng: random.Random) -> PreparedPrompt:
@@ -65,18 +79,35 @@ def check_blocks(subject: Engine) -> None:
     assert kv.num_free == sum(count == 0 for count in kv.counts)
 
 
-def check_schedule(kind: str, seed: int) -> None:
+def check_tiny(kind: str, seed: int) -> None:
     rng = random.Random(f"{kind}{seed}")
-    requests = [(make_prompt(rng), make_sampling(rng)) for _ in range(rng.randrange(3, 9))]
-    fresh = {"prefix_caching": False, "max_batch_tokens": 512}
-    expected = [run(engine(model(kind), **fresh), request)[0] for request in requests]
+    check_schedule(model(kind), [(make_prompt(rng), make_sampling(rng)) for _ in range(rng.randrange(3, 9))], rng)
 
-    block_size = rng.choice((1, 4, 8))
+
+def check_golden(name: str, seed: int) -> None:
+    rng = random.Random(f"{name}{seed}")
+    llm = golden(name)
+    prompts = [
+        llm.processor.prepare_query(rng.choice(QUESTIONS), rng.choices(PICTURES, k=rng.choice((0, 1, 1, 2))))
+        for _ in range(rng.randrange(3, 6))
+    ]
+    check_schedule(llm.engine.model, [(one, make_sampling(rng)) for one in prompts], rng)
+
+
+def check_schedule(
+    subject_model: VisionLanguageModel, requests: list[tuple[PreparedPrompt, SamplingParams]], rng: random.Random
+) -> None:
+    """Every request by itself in an engine of its own; then all of them through one, at random."""
+    expected = [
+        run(engine(subject_model, blocks=300, prefix_caching=False), (one, sampling))[0] for one, sampling in requests
+    ]
+
+    block_size = rng.choice((1, 4, 8, 16))
     largest = max(  # blocks of the request that needs the most: the cache holds it, and not much else
         sampling.num_beams * -(-(one.num_tokens + sampling.max_new_tokens) // block_size) for one, sampling in requests
     )
     subject = engine(
-        model(kind),
+        subject_model,
         blocks=int(largest * rng.choice((1, 1.2, 1.5, 2, 8))),
         block_size=block_size,
         max_num_seqs=rng.choice((3, 4, 16)),
@@ -111,14 +142,26 @@ def check_schedule(kind: str, seed: int) -> None:
     assert subject.stats.free_blocks == subject.stats.total_blocks
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(QUICK))
 def test_batched_equals_alone(kind: str, seed: int) -> None:
-    check_schedule(kind, seed)
+    check_tiny(kind, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(QUICK, MANY))
 def test_batched_equals_alone_many(kind: str, seed: int) -> None:
-    check_schedule(kind, seed)
+    check_tiny(kind, seed)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_golden_checkpoints_batched_equal_alone(name: str) -> None:
+    check_golden(name, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("seed", range(1, 30))
+def test_golden_checkpoints_batched_equal_alone_many(name: str, seed: int) -> None:
+    check_golden(name, seed)
