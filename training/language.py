@@ -31,7 +31,7 @@ from training.vision import FOLDER as VISION_FOLDER
 
 FOLDER = RUNS / "language"
 # One step in so many trains on pictures that follow their question.
-_QUESTION_FIRST_EVERY = 10
+_QUESTION_FIRST_EVERY = 20
 # The first heads of these layers of the decoder are told which shape to look at: binding a word to a place is what
 # takes longest to come about by itself.
 _GUIDED_LAYERS = (1, 2)
@@ -49,7 +49,7 @@ class Settings:
     vision: Path
     init_from: Path | None
     batch: int = 8
-    questions: int = 16
+    questions: int = 22
     seen_only: int = 8
     rate: float = 1e-3
     tower_rate: float = 5e-4

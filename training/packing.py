@@ -21,6 +21,8 @@ from training.targets import GRID
 _PATCHES = GRID * GRID
 # Tokens of a bin: no block of one or two questions is longer.
 _BIN = 96
+# Bins of a sequence. Training asks a few questions more than these hold, so that hardly any room is left over.
+_BINS = 5
 # The shared part is padded to a multiple of this, so that the matrix products keep friendly sizes.
 _MULTIPLE = 8
 
@@ -58,11 +60,11 @@ class Batch:
 
 
 def packed(text: Text, questions: list[Question], system: str, two_turns: int) -> Sequence:
-    """Questions after the picture, a block each; the last `two_turns` blocks hold two, one after the other."""
+    """Questions after the picture, a block each; the first `two_turns` blocks hold two, one after the other."""
     ids = [*text.before_image(system), *[IMAGE] * _PATCHES]
     singles = len(questions) - 2 * two_turns
-    turns = [[q] for q in questions[:singles]]
-    turns += [questions[i : i + 2] for i in range(singles, len(questions), 2)]
+    turns = [questions[i : i + 2] for i in range(singles, len(questions), 2)]
+    turns += [[q] for q in questions[:singles]]
     return Sequence(Block(ids, [0.0] * len(ids), []), [_block(text, t) for t in turns])
 
 
@@ -165,15 +167,16 @@ def collate(items: list[Sequence]) -> Batch:
 
 
 def _bins(blocks: list[Block]) -> list[list[Block]]:
-    """The blocks in as few bins as the longest-first rule finds."""
+    """The blocks in at most `_BINS` bins, each in the first that has room; what fits nowhere is left out."""
     bins: list[list[Block]] = []
-    for block in sorted(blocks, key=lambda b: -len(b.ids)):
+    for block in blocks:
         for other in bins:
             if sum(len(b.ids) for b in other) + len(block.ids) <= _BIN:
                 other.append(block)
                 break
         else:
-            bins.append([block])
+            if len(bins) < _BINS:
+                bins.append([block])
     return bins
 
 

@@ -20,14 +20,14 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five")
 WEIGHTS: dict[str, float] = {
     "colour": 1.6,
     "shape": 1.2,
-    "count_all": 0.6,
+    "count_all": 0.4,
     "count_colour": 0.9,
     "count_kind": 1.1,
     "left_right": 2.4,
     "above_below": 2.2,
     "presence": 1.4,
     "check": 0.8,
-    "describe": 1.4,
+    "describe": 1.2,
     "absent": 1.0,
 }
 
@@ -63,7 +63,7 @@ def ask(
     asked = _KINDS[kind](view, held_out_phrases, rng)
     if asked is None:
         return None
-    short = bool(asked.short) and rng.random() < 0.45
+    short = bool(asked.short) and rng.random() < 0.3
     text = asked.text if held_out_phrases else casual(asked.text, rng)
     if short:
         return Question(kind, text + SHORT, asked.short, asked.about)
