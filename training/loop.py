@@ -6,7 +6,6 @@ because the machine is shared: a run of N minutes ends after N minutes of traini
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +21,9 @@ from torch.multiprocessing.spawn import spawn
 _SAVE_EVERY = 120.0  # seconds
 _LOG_EVERY = 60.0
 _WARM_UP = 150  # steps
+# The last share of the time, in which the learning rate falls to nothing. Until then it stays up, so that a run may be
+# prolonged while it still learns.
+_DECAY = 0.3
 _EMA = 0.998
 
 
@@ -123,9 +125,7 @@ class Trainer:
             self._log("end", self._check())
 
     def _schedule(self, progress: float) -> None:
-        factor = min(1.0, (self.step + 1) / _WARM_UP) * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        )
+        factor = min(1.0, (self.step + 1) / _WARM_UP, max(0.01, (1 - progress) / _DECAY))
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
 
