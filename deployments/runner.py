@@ -47,7 +47,7 @@ def main() -> int:
         if failure is None:
             stop.wait()
             print("Draining: no new request is let in, and those inside are finished.", flush=True)
-            serve.get_app_handle(APPLICATION).drain.remote().result()
+            serve.get_app_handle(APPLICATION).broadcast("drain").results()
     finally:
         serve.shutdown()
         ray.shutdown()
