@@ -10,7 +10,6 @@ from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 
-from deployments.check_config import check
 from deployments.local import LocalServeError, free_port, local_serve, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--answer", default=ANSWER, help="what the answer must contain")
     options = parser.parse_args(argv)
-    config = read_config(options.config, port=free_port(), model=options.model)
-    if faults := check(config):
-        print("\n".join(f"{options.config}: {fault}" for fault in faults), file=sys.stderr)
-        return 1
-
-    print("Starting Ray and the replicas ...", flush=True)
     try:
+        config = read_config(options.config, port=free_port(), model=options.model)
+        print("Starting Ray and the replicas ...", flush=True)
         with local_serve(config) as running:
             try:
                 answer = ask(running.url, options.image, options.question)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -22,7 +23,11 @@ from typing import Any
 
 import yaml
 
+from deployments.check_config import check
+
 START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
+"""Of a run that has nothing to drain."""
 
 
 class LocalServeError(Exception):
@@ -35,14 +40,12 @@ class LocalServe:
 
     Attributes:
         url: of its HTTP door, without a path.
-        ray_address: for other Ray jobs on this machine, together with `RAY_AUTH_MODE=token` and the token.
-        ray_token: what such a job sets as `RAY_AUTH_TOKEN`.
+        ray_address: for other Ray jobs on this machine that have the token.
         log: what Ray and the replicas print.
     """
 
     url: str
     ray_address: str
-    ray_token: str
     log: Path
 
 
@@ -51,7 +54,7 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
     """Runs an application while the block runs; then it drains and ends.
 
     It neither joins nor ends another Ray on the machine, and lets in only who has its token: the environment's
-    `RAY_AUTH_TOKEN`, or else a new one.
+    `RAY_AUTH_TOKEN`, or else a new one that nobody knows.
 
     Args:
         config: a Serve config with one application; its port must be free.
@@ -79,23 +82,34 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
             env=environment(token),
             start_new_session=True,  # Ctrl-C in the terminal is for us: we drain first
         )
-    keep_log = False
+    keep_log = ready = False
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        yield LocalServe(url, wait_until_ready(process, url, report, log), token, log)
+        running = LocalServe(url, wait_until_ready(process, url, report, log), log)
+        ready = True
+        yield running
     except Exception:
         keep_log = True
         raise
     finally:
-        end(process)
+        end(process, patience_s=None if ready else STOP_TIMEOUT_S)
         if not keep_log:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_config(path: Path, *, port: int | None = None, model: str | None = None) -> dict[str, Any]:
-    """A Serve config from its file, on another port or with another model."""
-    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """A Serve config from its file, on another port or with another model.
+
+    Raises:
+        LocalServeError: the file cannot be read, or the strict check finds fault with it.
+    """
+    try:
+        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise LocalServeError(f"{path} cannot be read: {error}") from None
+    if faults := check(config):
+        raise LocalServeError("\n".join(f"{path}: {fault}" for fault in faults))
     if port is not None:
         config.setdefault("http_options", {})["port"] = port
     if model is not None:
@@ -118,8 +132,10 @@ def demand_free_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            raise LocalServeError(f"Port {port} is in use; choose another with PORT=... or --port.") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise LocalServeError(f"Port {port} is in use; choose another with PORT=... or --port.") from None
+            raise LocalServeError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
 
 
 def environment(token: str) -> dict[str, str]:
@@ -157,12 +173,13 @@ def cannot_start(text: str, log: Path) -> LocalServeError:
     return LocalServeError(f"The application cannot start: {lines[-1] if lines else 'no reason given'}\nLog: {log}")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes], *, patience_s: float | None) -> None:
     """Lets the application drain and end; a second interrupt ends it at once. Its own process group, nobody else's."""
+    assert process.stdin is not None
+    process.stdin.close()
     try:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 from pathlib import Path
 
-from deployments.check_config import check
 from deployments.local import LocalServeError, local_serve, read_config
 
 
@@ -19,19 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="instead of the config's")
     parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
     options = parser.parse_args(argv)
-    config = read_config(options.config, port=options.port, model=options.model)
-    if faults := check(config):
-        print("\n".join(f"{options.config}: {fault}" for fault in faults), file=sys.stderr)
-        return 1
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print("Starting Ray and the replicas ...", flush=True)
     try:
+        config = read_config(options.config, port=options.port, model=options.model)
+        print("Starting Ray and the replicas ...", flush=True)
         with local_serve(config) as running:
             try:
-                token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={running.ray_token}"
-                print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})")
-                print(f"For other Ray jobs: RAY_ADDRESS={running.ray_address} {token}", flush=True)
+                print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
+                if "RAY_AUTH_TOKEN" in os.environ:
+                    print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)
                 threading.Event().wait()
             except KeyboardInterrupt:
                 print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
