@@ -27,7 +27,7 @@ from transformers import (
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
-from llava_serve.config import ImageOptions
+from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.llava import Llava
 from llava_serve.llm import as_message
 from llava_serve.processor import Processor
@@ -36,6 +36,7 @@ from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 Talk = list[dict[str, Any]]
 
 TOLERANCE = 2e-3
+ONE_THREAD = EngineOptions(num_threads=1)  # tiny models gain nothing from more, and wait for each other
 SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40), (33, 310), (1, 1), (392, 147)]
 """(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; the
 last has other rows where a quotient is cut off before it is rounded."""
@@ -184,7 +185,7 @@ def embeddings(model: Llava, prepared: PreparedPrompt) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens(name: str, folder_of: Any, reference_of: Any) -> None:
     talks = [TALKS[key] for key in ("30x30", "97x140", "text-only", "three-images", "two-turns")]
-    llm = LLM(str(folder_of(name)), device="cpu", dtype="float32")
+    llm = LLM(str(folder_of(name)), device="cpu", dtype="float32", engine=ONE_THREAD)
     results = llm.chat(talks, SamplingParams(temperature=0, max_new_tokens=10))
     reference = reference_of(name)
     for talk, result in zip(talks, results, strict=True):
@@ -196,7 +197,7 @@ def test_greedy_tokens(name: str, folder_of: Any, reference_of: Any) -> None:
 
 
 def test_a_query_is_a_chat_of_one_message(folder_of: Any) -> None:
-    llm = LLM(str(folder_of("llava-next-mistral-hub")), device="cpu", dtype="float32")
+    llm = LLM(str(folder_of("llava-next-mistral-hub")), device="cpu", dtype="float32", engine=ONE_THREAD)
     image = picture(70, 40)
     query = llm.processor.prepare_query("What is it?", [image])
     chat = prepare(llm.processor, [said("user", "What is it?", image)])

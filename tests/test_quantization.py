@@ -19,6 +19,7 @@ from variants import copy, logits, merged_by_peft, prepare, read, write
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import EngineOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.llava import Llava
 
@@ -111,7 +112,8 @@ def test_every_decoder_answers_through_the_engine(
     model = Llava.load(open_checkpoint(str(folder)), quantization=quantization)
     with caplog.at_level(logging.WARNING, "bitsandbytes"):
         expected = int(logits(model, prepared)[-1].argmax())
-        llm = LLM(str(folder), device="cpu", dtype="float32", quantization=quantization)
+        one_thread = EngineOptions(num_threads=1)
+        llm = LLM(str(folder), device="cpu", dtype="float32", quantization=quantization, engine=one_thread)
         assert llm.run([prepared], SamplingParams(temperature=0, max_new_tokens=4))[0].token_ids[0] == expected
     assert not [record for record in caplog.records if "will be cast" in record.getMessage()]
 
