@@ -73,6 +73,7 @@ class AsyncLLM:
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Close] = queue.SimpleQueue()
         self._consumers: dict[str, _Consumer] = {}
+        self._sent = self._taken = 0  # requests put into the inbox, by the callers, and out of it, by the engine
         self._stats = self._engine.stats
         self._beat = time.monotonic()
         self._dead = False
@@ -116,10 +117,11 @@ class AsyncLLM:
         request = self._engine.limits.accept(
             request_id or uuid.uuid4().hex, prepared, sampling or SamplingParams(), deadline=deadline, priority=priority
         )
-        if self._engine.num_requests + self._inbox.qsize() >= self._engine.limits.max_requests:
+        if self._engine.num_requests + self._sent - self._taken >= self._engine.limits.max_requests:
             raise CapacityError("The server is busy; try again later.")
         consumer = _Consumer(asyncio.get_running_loop(), asyncio.Queue())
         chunks = ChunkStream(self._tokenizer, request)
+        self._sent += 1
         self._inbox.put(_Add(request, consumer))
         try:
             while not chunks.done:
@@ -182,6 +184,7 @@ class AsyncLLM:
                     return False
 
     def _add(self, request: EngineRequest, consumer: _Consumer) -> None:
+        self._taken += 1
         try:
             self._engine.add(request)
         except LlavaServeError as error:
@@ -218,6 +221,7 @@ class AsyncLLM:
                 for _, output in batch:
                     if output is not None:
                         self._engine.abort(output.request_id)
+                        self._consumers.pop(output.request_id, None)
 
     def _fail_all(self) -> None:
         """Tells everyone who waits, or comes too late, that the loop has ended."""
