@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 from ray.serve.scripts import run as serve_run
 
 APPLICATION = "llava"
@@ -67,7 +67,8 @@ def _wait_until_running(stop: threading.Event) -> str | None:
         if application is not None and application.status == ApplicationStatus.RUNNING:
             return None
         if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
-            causes = [deployment.message for deployment in application.deployments.values() if deployment.message]
+            failed = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
+            causes = [each.message for each in application.deployments.values() if each.status in failed]
             return "\n".join([application.message, *causes])
     return "It was told to stop before it ran."
 
