@@ -29,7 +29,10 @@ def pack_linears(model: nn.Module) -> None:
     """Replaces every plain linear layer of a model, in place, where oneDNN has a layout for its precision."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
+    packable = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # not on processors without AVX-512
+        packable.add(torch.bfloat16)
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.weight.dtype in (torch.float32, torch.bfloat16):
+            if type(child) is nn.Linear and child.weight.dtype in packable:
                 setattr(module, name, PackedLinear(child))
