@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import Dtype, EngineOptions, ImageOptions, ModelOptions
 from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.sequence import EngineRequest
 from llava_serve.engine.stream import ChunkStream, collect
 from llava_serve.errors import RequestError
 from llava_serve.images.fetch import ImageSource, read_local_source
@@ -57,6 +59,7 @@ class LLM:
         self.engine: Engine = build_engine(options, engine or EngineOptions())
         self.spec: CheckpointSpec = self.engine.model.spec
         self.processor = Processor(self.spec, images or ImageOptions())
+        self._answers: dict[str, _Answer] = {}
 
     @overload
     def generate(
@@ -137,48 +140,65 @@ class LLM:
         return results[0] if single else results
 
     def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Answers a prepared prompt chunk by chunk. Closing the iterator ends the work."""
+        """Answers a prepared prompt chunk by chunk; several streams may be open. Closing the iterator ends the work."""
         request = self.engine.limits.accept(uuid.uuid4().hex, prepared, sampling or SamplingParams())
-        chunks = ChunkStream(self.processor.tokenizer, request)
-        self.engine.add(request)
+        answer = self._open(request)
         try:
-            while not chunks.done:
-                yield from self._advance({request.request_id: chunks}).get(request.request_id, ())
+            while not answer.stream.done or answer.chunks:
+                if not answer.chunks:
+                    self._step()
+                yield from answer.take()
         finally:
-            self.engine.abort(request.request_id)
+            self._close(request)
 
     def run(self, prepared: Iterable[PreparedPrompt], sampling: SamplingParams | None = None) -> list[GenerationResult]:
         """Answers prepared prompts, batched by the engine, in their order."""
         sampling = sampling or SamplingParams()
         requests = [self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling) for prompt in prepared]
-        answers = {request.request_id: list[Chunk]() for request in requests}
-        streams: dict[str, ChunkStream] = {}
-        queue = iter(requests)
-        coming = next(queue, None)
+        answers: list[_Answer] = []
         try:
-            while coming is not None or self.engine.has_work:
-                while coming is not None and self.engine.num_requests < self.engine.limits.max_requests:
-                    streams[coming.request_id] = ChunkStream(self.processor.tokenizer, coming)
-                    self.engine.add(coming)
-                    coming = next(queue, None)
-                for request_id, chunks in self._advance(streams).items():
-                    answers[request_id] += chunks
+            while len(answers) < len(requests) or not all(answer.stream.done for answer in answers):
+                while len(answers) < len(requests) and self.engine.num_requests < self.engine.limits.max_requests:
+                    answers.append(self._open(requests[len(answers)]))
+                self._step()
         finally:
             for request in requests:
-                self.engine.abort(request.request_id)
-        return [collect(request.prompt, answers[request.request_id]) for request in requests]
+                self._close(request)
+        return [collect(request.prompt, answer.take()) for request, answer in zip(requests, answers, strict=True)]
 
-    def _advance(self, streams: Mapping[str, ChunkStream]) -> dict[str, list[Chunk]]:
-        """One step of the engine, as new chunks by request."""
-        new: dict[str, list[Chunk]] = {}
+    def _open(self, request: EngineRequest) -> _Answer:
+        self.engine.add(request)
+        answer = _Answer(ChunkStream(self.processor.tokenizer, request))
+        self._answers[request.request_id] = answer
+        return answer
+
+    def _close(self, request: EngineRequest) -> None:
+        self.engine.abort(request.request_id)
+        self._answers.pop(request.request_id, None)
+
+    def _step(self) -> None:
+        """One step of the engine: new chunks go to whom they belong."""
         for output in self.engine.step():
-            chunk = streams[output.request_id].push(output)
+            answer = self._answers[output.request_id]
+            chunk = answer.stream.push(output)
             if chunk is None:
                 continue
             if chunk.finish_reason is not None and output.finish_reason is None:
                 self.engine.abort(output.request_id, output.index)
-            new.setdefault(output.request_id, []).append(chunk)
-        return new
+            answer.chunks.append(chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What has come of an answer and has not been taken yet."""
+
+    stream: ChunkStream
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def take(self) -> list[Chunk]:
+        taken = list(self.chunks)
+        self.chunks.clear()
+        return taken
 
 
 def as_message(message: ChatMessage, options: ImageOptions) -> Message:

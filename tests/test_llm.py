@@ -99,6 +99,16 @@ def test_the_stream_joined_is_the_answer() -> None:
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
 
 
+def test_streams_may_be_read_in_turn() -> None:
+    queries = ["What is this?", "Say it in three words."]
+    streams = [llm().stream(llm().processor.prepare_query(query), GREEDY) for query in queries]
+    texts = ["", ""]
+    for pair in itertools.zip_longest(*streams):
+        for at, chunk in enumerate(pair):
+            texts[at] += chunk.text if chunk else ""
+    assert texts == [result.text for result in llm().generate(queries, sampling=GREEDY)]
+
+
 def test_a_stream_that_is_closed_leaves_nothing_behind() -> None:
     stream = llm().stream(llm().processor.prepare_query("What is this?"), SamplingParams(ignore_eos=True))
     next(stream)
