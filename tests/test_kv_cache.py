@@ -8,8 +8,8 @@ import pytest
 from engine_tiny import picture, prompt
 
 from llava_serve.engine.holes import Holes
-from llava_serve.engine.kv_cache import Copy, KVCache
-from llava_serve.engine.sequence import EngineRequest, Sequence
+from llava_serve.engine.kv_cache import KVCache
+from llava_serve.engine.sequence import Copy, EngineRequest, Sequence
 from llava_serve.types import PreparedPrompt, SamplingParams
 
 

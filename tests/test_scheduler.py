@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from engine_tiny import picture, prompt
 
 from llava_serve.engine.features import FeatureLedger
@@ -156,6 +158,19 @@ def test_beams_that_gave_way_draw_together_again() -> None:
     assert parts(house.step(tokens=5)) == [("r0", 4, 7, False), ("r0", 4, 6, False)]
     assert parts(house.step()) == [("r0", 6, 7, False)]
     assert parts(house.step()) == [("r0", 7, 8, True), ("r0", 7, 8, True)]
+
+
+def test_beams_that_need_all_memory_enter_whatever_the_prefix_cache_has_kept() -> None:
+    for seed in range(100):
+        rng = random.Random(seed)
+        house = House(blocks=12)
+        for _ in range(6):
+            small = house.add(prompt([rng.randrange(9) for _ in range(rng.randrange(1, 20))]), most=rng.choice((1, 9)))
+            house.step()
+            house.scheduler.remove(small)
+        beams = house.add(prompt([9] * 13), most=4, beams=3)
+        house.step()
+        assert beams in house.scheduler.running
 
 
 def test_all_is_given_back() -> None:

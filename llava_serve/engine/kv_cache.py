@@ -11,21 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from llava_serve.engine.holes import Holes
-from llava_serve.engine.sequence import Extent, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Positions [source, source + length) of the memory go to [target, target + length), in the order given."""
-
-    source: int
-    target: int
-    length: int
+from llava_serve.engine.sequence import Copy, Extent, Sequence
 
 
 class KVCache:
@@ -146,6 +136,11 @@ class KVCache:
         self._drop(sequence.extent.start, sequence.extent.size)
         sequence.extent = None
         sequence.num_computed = sequence.num_committed = 0
+
+    def clear(self) -> None:
+        """Frees all that only the prefix cache holds."""
+        while self._unused:
+            self._evict(next(iter(self._unused)))
 
     def next_missing(self, sequence: Sequence) -> bytes | None:
         """Key of the first full block of the prompt that the prefix cache has not; None if it has them all."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from llava_serve.engine.kv_cache import Copy
+from llava_serve.engine.sequence import Copy
 
 
 class KVMemory:

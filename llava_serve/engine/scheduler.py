@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_serve.engine.features import FeatureLedger
-from llava_serve.engine.kv_cache import Copy, KVCache
+from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.pacer import Budget
-from llava_serve.engine.sequence import Group, Sequence
+from llava_serve.engine.sequence import Copy, Group, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,11 @@ class Scheduler:
                 break
             if computing and self._kv.next_missing(group.rows[0]) in computing:
                 continue
-            if not self._enter(group):
+            entered = self._enter(group)
+            if not entered and not self.running:
+                self._kv.clear()  # what the prefix cache keeps may lie in the way of rows that only just fit
+                entered = self._enter(group)
+            if not entered:
                 break
             rows -= len(group.rows)
             computing.update(key for row in group.active for key in self._kv.pending_keys(row))

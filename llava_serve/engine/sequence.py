@@ -68,6 +68,15 @@ class Extent:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Positions [source, source + length) of the memory go to [target, target + length), in the order given."""
+
+    source: int
+    target: int
+    length: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One row of work: a choice or a beam of a request.
