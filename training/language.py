@@ -50,9 +50,9 @@ class Settings:
     init_from: Path | None
     batch: int = 8
     questions: int = 22
-    seen_only: int = 8
-    rate: float = 1e-3
-    tower_rate: float = 5e-4
+    seen_only: int = 4
+    rate: float = 1.1e-3
+    tower_rate: float = 2e-4
     dense: float = 0.2
     look: float = 0.1
 
