@@ -28,7 +28,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_text(self, token_id: int) -> str:
-        """A token by itself, as one shows it beside its log-probability."""
+        """A token by itself, as one shows it beside its log-probability; empty for an id behind the vocabulary."""
 
     @abstractmethod
     def stays_open(self, token_id: int) -> bool:
@@ -91,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def token_text(self, token_id: int) -> str:
         if token_id >= self._pieces.get_piece_size():
-            return next(token for token, added in self._added.items() if added == token_id)
+            return next((token for token, added in self._added.items() if added == token_id), "")
         return str(self._pieces.id_to_piece(token_id)).replace("▁", " ")
 
     def stays_open(self, token_id: int) -> bool:

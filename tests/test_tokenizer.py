@@ -98,6 +98,7 @@ def test_added_tokens_have_ids_behind_the_vocabulary(yi_like: Tokenizer) -> None
     assert yi_like.size == 342
     assert [yi_like.token_id("<im_start>"), yi_like.token_id("<im_end>")] == [340, 341]
     assert yi_like.token_text(341) == "<im_end>"
+    assert yi_like.token_text(342) == ""
     assert yi_like.decode([340, *yi_like.encode([Text("a cat")])[1:], 341, 2]) == "a cat"
 
 

@@ -1,4 +1,4 @@
-"""`llava-serve serve`: the Serve application by Ray's own command, or the web app alone in this process."""
+"""`llava-serve serve`: the Serve application in a process of its own, or the web app alone in this one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def _serve_on_ray(config: Path) -> int:
     if check.returncode:
         return 2
     # In a session of its own, so that Ctrl-C reaches it once: from here.
-    process = subprocess.Popen([sys.executable, "-m", "ray.serve.scripts", "run", str(config)], start_new_session=True)
+    # Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the answers on their way.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deployments.serve", "--config", str(config)], start_new_session=True
+    )
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)

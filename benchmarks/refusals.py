@@ -1,0 +1,76 @@
+"""How long a full house takes to refuse, from the web app's first line to the first byte of its 429.
+
+python -m benchmarks.refusals
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llava_serve.api.app import create_app
+from llava_serve.config import ApiOptions
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+
+PATH = "/v1/chat/completions"
+BODY = {"model": "busy", "messages": [{"role": "user", "content": "Hello"}]}
+SCOPE = {"type": "http", "method": "POST", "path": PATH, "root_path": "", "query_string": b"", "headers": []}
+
+
+class Busy:
+    """A backend whose one guest never leaves."""
+
+    model_name = "busy"
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+
+    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        self.entered.set()
+        await asyncio.Event().wait()
+        raise AssertionError("never")
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        raise AssertionError("never")
+        yield
+
+    async def check_health(self) -> None:
+        return None
+
+
+async def measure(count: int = 2000) -> list[float]:
+    """Seconds of `count` refusals, one after the other."""
+    backend = Busy()
+    app = create_app(backend, ApiOptions(max_queue=1))
+    arriving: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
+    arriving.put_nowait({"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False})
+
+    async def ignore(message: MutableMapping[str, Any]) -> None:
+        return None
+
+    guest = asyncio.create_task(app(dict(SCOPE), arriving.get, ignore))
+    await backend.entered.wait()
+    times: list[float] = []
+    for _ in range(count):
+        began = time.perf_counter()
+
+        async def send(message: MutableMapping[str, Any], began: float = began) -> None:
+            if message["type"] == "http.response.start":
+                assert message["status"] == 429
+                times.append(time.perf_counter() - began)
+
+        await app(dict(SCOPE), asyncio.Event().wait, send)  # type: ignore[arg-type]
+    guest.cancel()
+    return times
+
+
+if __name__ == "__main__":
+    taken = np.array(asyncio.run(measure())) * 1e3
+    print(json.dumps({f"p{q}_ms": round(float(np.percentile(taken, q)), 3) for q in (50, 95, 99)}))
