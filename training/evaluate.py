@@ -7,6 +7,7 @@ python -m training.evaluate --each 20 --each-other 10   # quickly and roughly
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def score(condition: Condition, each: int, seed: int, answerer: Answerer, misses
             if not good and right[item.kind].count(False) < misses:
                 print(f"  {item.question.text!r}: {answer!r}, not {item.question.answer!r}")
             right[item.kind].append(good)
+        print(f"\r{condition.title}: {start + len(some)} of {len(items)}", end="", file=sys.stderr, flush=True)
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
@@ -123,8 +125,10 @@ def table(columns: dict[str, dict[str, float]], each: int) -> str:
 def library_answerer(model: str) -> Answerer:
     """Answers through `llava_serve.LLM`, the way everything else in this project answers."""
     from llava_serve import LLM, SamplingParams
+    from llava_serve.config import EngineOptions
 
-    llm = LLM(model)
+    # So small a model gains nothing from a second thread, and on a busy machine waits for it most of the time.
+    llm = LLM(model, engine=EngineOptions(num_threads=1))
     sampling = SamplingParams(temperature=0, max_new_tokens=64)
 
     def answer(pictures: list[Image.Image], questions: list[str]) -> list[str]:
