@@ -75,7 +75,8 @@ def _serve_on_ray(config: Path) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    return 0 if process.wait() in (0, -signal.SIGINT, -signal.SIGTERM) else 1
+    stopped_early = (130, -signal.SIGINT, -signal.SIGTERM)  # before the application was ready
+    return 0 if process.wait() in (0, *stopped_early) else 1
 
 
 def _serve_in_process(options: argparse.Namespace) -> int:
