@@ -1,4 +1,4 @@
-"""What tests share: one real Serve application on a Ray of its own, and the official client to ask it."""
+"""What tests share: one real Serve application on a Ray of its own, the official client to ask it, and tiny models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from hf_tiny import MODELS, write_model
+from variants import copy
 
 # Ray reads them when it is first imported: this process joins the application's Ray as another job.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -108,3 +111,38 @@ def question(text: str, *images: bytes) -> list[dict[str, Any]]:
     """OpenAI messages: the pictures, then the text."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture
+def llava_15(tmp_path: Path) -> Path:
+    return copy("llava-v1.5-tiny", tmp_path)
+
+
+@pytest.fixture
+def llava_16(tmp_path: Path) -> Path:
+    return copy("llava-v1.6-vicuna-tiny", tmp_path)
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    copy("vicuna-v1.5-tiny", tmp_path)
+    return copy("llava-v1.5-tiny-lora", tmp_path)
+
+
+@pytest.fixture
+def projector(tmp_path: Path) -> Path:
+    copy("vicuna-v1.5-tiny", tmp_path)
+    return copy("llava-v1-tiny-pretrain-projector", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a model once, when it is first asked for."""
+
+    @cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("hf") / name
+        write_model(folder, MODELS[name])
+        return folder
+
+    return write

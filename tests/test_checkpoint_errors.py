@@ -12,34 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from variants import TOWER, Weights, copy, read, refusal, write
+from variants import TOWER, Weights, read, refusal, write
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.llava import Llava
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-
-
-@pytest.fixture
-def llava_15(tmp_path: Path) -> Path:
-    return copy("llava-v1.5-tiny", tmp_path)
-
-
-@pytest.fixture
-def llava_16(tmp_path: Path) -> Path:
-    return copy("llava-v1.6-vicuna-tiny", tmp_path)
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    copy("vicuna-v1.5-tiny", tmp_path)
-    return copy("llava-v1.5-tiny-lora", tmp_path)
-
-
-@pytest.fixture
-def projector(tmp_path: Path) -> Path:
-    copy("vicuna-v1.5-tiny", tmp_path)
-    return copy("llava-v1-tiny-pretrain-projector", tmp_path)
 
 
 def without(name: str) -> Callable[[Weights], Weights]:

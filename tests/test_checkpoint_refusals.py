@@ -11,29 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from variants import TOWER, copy, edit, narrow, read, refusal, write
-
-
-@pytest.fixture
-def llava_15(tmp_path: Path) -> Path:
-    return copy("llava-v1.5-tiny", tmp_path)
-
-
-@pytest.fixture
-def llava_16(tmp_path: Path) -> Path:
-    return copy("llava-v1.6-vicuna-tiny", tmp_path)
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    copy("vicuna-v1.5-tiny", tmp_path)
-    return copy("llava-v1.5-tiny-lora", tmp_path)
-
-
-@pytest.fixture
-def projector(tmp_path: Path) -> Path:
-    copy("vicuna-v1.5-tiny", tmp_path)
-    return copy("llava-v1-tiny-pretrain-projector", tmp_path)
+from variants import TOWER, edit, narrow, read, refusal, write
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"llava"', "\x00\xff"])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_tiny import MODELS, write_json, write_model
+from hf_tiny import MODELS, write_json
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -41,19 +41,6 @@ SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40)
 """(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; the
 last has other rows where a quotient is cut off before it is rounded."""
 QUESTIONS = ["What is shown in this image?", "  Is the circle\nleft of the square?  ", "Wie heißt das 蓝色 one? ☃"]
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes a model once, when it is first asked for."""
-
-    @cache
-    def write(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("hf") / name
-        write_model(folder, MODELS[name])
-        return folder
-
-    return write
 
 
 class Reference:

@@ -5,32 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_tiny import MODELS, write_model
 from safetensors.torch import load_file, save_file
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.errors import CheckpointError
 from llava_serve.llava import Llava
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes a model once, when it is first asked for."""
-
-    @cache
-    def write(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("hf") / name
-        write_model(folder, MODELS[name])
-        return folder
-
-    return write
 
 
 def copy(folder: Path, to: Path) -> Path:
