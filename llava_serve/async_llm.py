@@ -12,9 +12,8 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from dataclasses import dataclass
-
-import torch
 
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import EngineOptions, ModelOptions
@@ -68,17 +67,19 @@ class AsyncLLM:
     """
 
     def __init__(self, options: ModelOptions, engine: EngineOptions | None = None) -> None:
-        self._engine: Engine = build_engine(options, engine or EngineOptions())
-        self.spec: CheckpointSpec = self._engine.model.spec
-        self._tokenizer = load_tokenizer(self.spec.tokenizer)
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Close] = queue.SimpleQueue()
         self._consumers: dict[str, _Consumer] = {}
         self._sent = self._taken = 0  # requests put into the inbox, by the callers, and out of it, by the engine
-        self._stats = self._engine.stats
         self._beat = time.monotonic()
         self._dead = False
-        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
+        built: Future[Engine] = Future()
+        arguments = (built, options, engine or EngineOptions())
+        self._thread = threading.Thread(target=self._run, args=arguments, name="engine", daemon=True)
         self._thread.start()
+        self._engine = built.result()
+        self._stats = self._engine.stats
+        self.spec: CheckpointSpec = self._engine.model.spec
+        self._tokenizer = load_tokenizer(self.spec.tokenizer)
 
     @property
     def model_name(self) -> str:
@@ -151,9 +152,18 @@ class AsyncLLM:
         self._inbox.put(_Close())
         self._thread.join()
 
-    def _run(self, num_threads: int) -> None:
-        """The engine's thread."""
-        torch.set_num_threads(num_threads)
+    def _run(self, built: Future[Engine], options: ModelOptions, engine: EngineOptions) -> None:
+        """The engine's thread.
+
+        The model is loaded here, too: each thread that computes with torch has OpenMP workers of its own, and once there
+        are more of them than cores, libgomp lets all of them sleep between two loops, which doubles a step's time.
+        """
+        try:
+            self._engine = build_engine(options, engine)
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(self._engine)
         try:
             while self._drain():
                 outputs = self._engine.step() if self._engine.has_work else []
