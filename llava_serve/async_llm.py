@@ -155,8 +155,8 @@ class AsyncLLM:
     def _run(self, built: Future[Engine], options: ModelOptions, engine: EngineOptions) -> None:
         """The engine's thread.
 
-        The model is loaded here, too: each thread that computes with torch has OpenMP workers of its own, and once there
-        are more of them than cores, libgomp lets all of them sleep between two loops, which doubles a step's time.
+        The model is loaded here, too: each thread that computes with torch has OpenMP workers of its own, and once
+        there are more of them than cores, libgomp lets all of them sleep between two loops: a step takes twice as long.
         """
         try:
             self._engine = build_engine(options, engine)

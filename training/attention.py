@@ -28,7 +28,7 @@ def packed_attention(
 
     With a mask [b, 1, q, k] of as many rows as there are queries, this is ordinary attention. With fewer rows, those
     are the rows of the bins, [b, 1, bins * s, p + s], and the p tokens before them attend causally. A module with a
-    list `watched` gets there what its first head's bins see of the shared part, [b, bins * s, p].
+    list `watched` gets there what the bins of its first two heads see of the shared part, [b, bins * s, p] each.
     """
     # Under autocast the rotation has made float32 of queries and keys.
     query, key = query.to(value.dtype) * scaling, key.to(value.dtype)
@@ -57,7 +57,7 @@ def packed_attention(
     seen_shared, seen_bin = torch.split(scores.softmax(dim=3), [p, s], dim=3)
     watched: list[torch.Tensor] | None = getattr(module, "watched", None)
     if watched is not None:
-        watched.append(seen_shared[:, 0])
+        watched += [seen_shared[:, 0], seen_shared[:, 1]]
     from_bin = seen_bin.reshape(b, h, in_bins // s, s, s) @ binned(own_value)
     rest = seen_shared @ shared_value + from_bin.view(b, h, in_bins, d)
     return torch.cat([first, rest], dim=2).transpose(1, 2).contiguous(), None

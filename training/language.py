@@ -32,9 +32,9 @@ from training.vision import FOLDER as VISION_FOLDER
 FOLDER = RUNS / "language"
 # One step in so many trains on pictures that follow their question.
 _QUESTION_FIRST_EVERY = 20
-# The first heads of these layers of the decoder are told which shape to look at: binding a word to a place is what
-# takes longest to come about by itself.
-_GUIDED_LAYERS = (1, 2)
+# The first two heads of these layers of the decoder are told which shape to look at: binding a word to a place is what
+# takes longest to come about by itself. One head of 64 values cannot carry the names of a shape and of its neighbours.
+_GUIDED_LAYERS = (1, 2, 3)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 _SAVE_EVERY = 120.0  # seconds
 _LOG_EVERY = 60.0
 _WARM_UP = 150  # steps
+_LONGEST_STEP = 10.0  # seconds: whoever was suspended did not train meanwhile
 # The last share of the time, in which the learning rate falls to nothing. Until then it stays up, so that a run may be
 # prolonged while it still learns.
 _DECAY = 0.3
@@ -98,7 +99,7 @@ class Trainer:
             loss, found = self.task.loss(self.step, self.rank)
             loss.backward()  # type: ignore[no-untyped-call]
             now = time.monotonic()
-            self._exchange(now - last)
+            self._exchange(min(now - last, _LONGEST_STEP))
             last = now
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

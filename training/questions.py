@@ -18,17 +18,17 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 # Kinds of question and how often training asks them. Looking up by kind and relations need more practice than the rest.
 WEIGHTS: dict[str, float] = {
-    "colour": 1.6,
-    "shape": 1.2,
-    "count_all": 0.4,
+    "colour": 1.0,
+    "shape": 0.9,
+    "count_all": 0.3,
     "count_colour": 0.9,
-    "count_kind": 1.1,
-    "left_right": 2.4,
-    "above_below": 2.2,
-    "presence": 1.4,
-    "check": 0.8,
-    "describe": 1.2,
-    "absent": 1.0,
+    "count_kind": 1.2,
+    "left_right": 3.0,
+    "above_below": 3.6,
+    "presence": 1.2,
+    "check": 1.0,
+    "describe": 1.4,
+    "absent": 1.2,
 }
 
 
@@ -102,6 +102,8 @@ def _colour(view: View, held: bool, rng: Rng) -> _Asked | None:
         return None
     i = single[int(rng.integers(len(single)))]
     colour, kind = view.names[i]
+    if len(view.names) == 1 and rng.random() < 0.3:
+        kind = _pick(rng, ["shape", "shape", "object"])
     return _Asked(phrase("colour", held, rng, a=kind), f"The {kind} is {colour}.", colour.capitalize(), (i,))
 
 
@@ -111,6 +113,9 @@ def _shape(view: View, held: bool, rng: Rng) -> _Asked | None:
         return None
     i = single[int(rng.integers(len(single)))]
     colour, kind = view.names[i]
+    if len(view.names) == 1 and rng.random() < 0.3:
+        text = phrase("shape_of_one", held, rng)
+        return _Asked(text, f"The shape is {article(kind)}.", kind.capitalize(), (i,))
     if rng.random() < 0.25:
         text = phrase("shape_of_colour", held, rng, c=colour)
     else:
