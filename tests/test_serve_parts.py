@@ -148,3 +148,14 @@ async def test_the_headers_that_steer_serve_are_taken_off() -> None:
     steering = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"accept", b"*/*")]
     await ask(HeaderGuard(app), steering)
     assert seen == [b"accept"]
+
+
+async def test_an_answer_carries_its_id_once() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"x-request-id", b"ours"), (b"content-length", b"0"), (b"X-Request-ID", b"serve's")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    start, body = await ask(HeaderGuard(app))
+    assert start["headers"] == [(b"x-request-id", b"ours"), (b"content-length", b"0")]
+    assert body["type"] == "http.response.body"
