@@ -18,6 +18,7 @@ from deployments.backend import HandleBackend
 from llava_serve.config import ImageOptions
 from llava_serve.engine.stream import collect
 from llava_serve.images.fetch import ImageSource, read_local_source
+from llava_serve.openai_messages import as_message
 from llava_serve.types import Chunk, GenerationResult, ImagePart, Message, PreparedPrompt, SamplingParams, TextPart
 
 T = TypeVar("T")
@@ -135,9 +136,6 @@ class LlavaClient:
         """Files and links are read here, where the caller is."""
         if isinstance(message, Message):
             return message
-        # Here, not above: it takes torch with it, which a job that sends `Message`s does without.
-        from llava_serve.llm import as_message
-
         return as_message(message, self._images)
 
 

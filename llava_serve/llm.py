@@ -13,13 +13,10 @@ from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.engine.stream import ChunkStream, collect
-from llava_serve.errors import RequestError
-from llava_serve.images.fetch import ImageSource, read_local_source
+from llava_serve.images.fetch import ImageSource
+from llava_serve.openai_messages import ChatMessage, as_message
 from llava_serve.processor import Processor
-from llava_serve.types import Chunk, GenerationResult, ImagePart, Message, PreparedPrompt, SamplingParams, TextPart
-
-ChatMessage = Message | Mapping[str, Any]
-"""A `Message`, or OpenAI's dict; {"type": "image", "image": ...} holds a path, URL, bytes or PIL image."""
+from llava_serve.types import Chunk, GenerationResult, Message, PreparedPrompt, SamplingParams
 
 
 class LLM:
@@ -199,32 +196,3 @@ class _Answer:
         taken = list(self.chunks)
         self.chunks.clear()
         return taken
-
-
-def as_message(message: ChatMessage, options: ImageOptions) -> Message:
-    """Reads OpenAI's form of a message; pictures are read where they are.
-
-    Raises:
-        RequestError: a role or part is not known; a picture cannot be read.
-    """
-    if isinstance(message, Message):
-        return message
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise RequestError(f"A message's role is system, user or assistant; got {role}.", "messages")
-    if isinstance(content, str):
-        return Message(role, (TextPart(content),))
-    if not isinstance(content, Sequence):
-        raise RequestError("A message's content is a text or a list of parts.", "messages")
-    return Message(role, tuple(_part(part, options) for part in content))
-
-
-def _part(part: Mapping[str, Any], options: ImageOptions) -> TextPart | ImagePart:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return TextPart(text)
-        case {"type": "image_url", "image_url": {"url": source}} | {"type": "image_url", "image_url": source}:
-            return ImagePart(read_local_source(source, options))
-        case {"type": "image", "image": source}:
-            return ImagePart(read_local_source(source, options))
-    raise RequestError("A part of a message is a text, an image_url or an image.", "messages")

@@ -29,7 +29,7 @@ from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.llava import Llava
-from llava_serve.llm import as_message
+from llava_serve.openai_messages import as_message
 from llava_serve.processor import Processor
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 
