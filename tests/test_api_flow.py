@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import time
+from typing import Any
 
 import pytest
 from api_server import BODY, MESSAGES, PATH, PacedBackend, app_over, official, wait_until
@@ -124,12 +125,41 @@ def test_half_an_answer_is_not_passed_off_as_a_whole_one(words: list[str]) -> No
 def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     with app_over(PacedBackend(pace_s=0.2)) as web:
+        began = time.perf_counter()
         raw = web.post(PATH, json=BODY | {"stream": True}).text
+        took = time.perf_counter() - began
         chunks = official(web).chat.completions.create(model="paced", messages=MESSAGES, stream=True)
         said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert said == "A red circle."
-    assert 2 <= raw.count(": keep-alive\n\n") <= 8
+    assert 3 <= raw.count(": keep-alive\n\n") <= took / 0.05
     assert raw.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("silent", [{"prepare_s": 0.3}, {"pace_s": 0.3}], ids=["prepare", "generate"])
+def test_silence_before_the_first_chunk_is_bridged_too(monkeypatch: pytest.MonkeyPatch, silent: Any) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    with app_over(PacedBackend(words=("Red.",), **silent)) as web:
+        with web.stream("POST", PATH, json=BODY | {"stream": True}) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert next(answer.iter_raw()) == b": keep-alive\n\n"
+        chunks = official(web).chat.completions.create(model="paced", messages=MESSAGES, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Red."
+        whole = web.post(PATH, json=BODY)
+    assert whole.json()["choices"][0]["message"]["content"] == "Red."
+
+
+def test_an_error_after_a_long_silence_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    failure = InvalidImageError("The picture is not one.", "messages")
+    with app_over(PacedBackend(prepare_s=0.2, failure=failure, fail_at=-1)) as web:
+        raw = web.post(PATH, json=BODY | {"stream": True})
+        with pytest.raises(APIError, match="The picture is not one"):
+            list(official(web).chat.completions.create(model="paced", messages=MESSAGES, stream=True))
+        assert web.post(PATH, json=BODY).status_code == 400
+    assert raw.status_code == 200
+    comment, *_, last = raw.text.removesuffix("\n\n").split("\n\n")
+    assert comment == ": keep-alive"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "invalid_image"
 
 
 @pytest.mark.parametrize("stage", ["prepare", "generate"])

@@ -49,6 +49,8 @@ NEUTRAL: list[dict[str, Any]] = [
     {"logprobs": False, "top_logprobs": 0},
     {"stream_options": {"include_usage": False}},
     {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {**PICTURE["image_url"], "detail": "auto"}}]}]},
+    {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {**PICTURE["image_url"], "detail": "low"}}]}]},
+    {"messages": [{**QUESTION, "name": "Ann"}]},
     {"messages": [{"role": "assistant", "content": "A.", "refusal": None, "tool_calls": None}, QUESTION]},
 ]
 
@@ -70,10 +72,10 @@ ASKING: list[tuple[dict[str, Any], str]] = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"temprature": 0}, "temprature"),
     ({"stream": True, "stream_options": {"interval": 5}}, "stream_options.interval"),
-    ({"messages": [{**QUESTION, "name": "Ann"}]}, "messages[0].name"),
+    ({"messages": [{**QUESTION, "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
     (
-        {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "detail": "low"}}]}]},
-        "messages[0].content[0].image_url.detail",
+        {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "crop": "left"}}]}]},
+        "messages[0].content[0].image_url.crop",
     ),
 ]
 
@@ -94,6 +96,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "'messages' must not be empty."),
     ({"messages": "hello"}, "messages", "'messages' must be a list."),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "'messages[0].content' is required."),
+    ({"messages": [{**QUESTION, "name": 5}]}, "messages[0].name", "'messages[0].name' must be a string."),
+    (
+        {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "detail": "more"}}]}]},
+        "messages[0].content[0].image_url.detail",
+        "'messages[0].content[0].image_url.detail' must be one of 'auto', 'low', 'high' or 'original'.",
+    ),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "'messages[0].content' must be a list."),
     ({"temperature": "hot"}, "temperature", "'temperature' must be a number."),
     ({"temperature": -1}, "temperature", "temperature must be between 0 and 100; got -1.0."),
@@ -161,7 +169,7 @@ def test_json_that_is_no_object_is_refused(web: httpx.Client) -> None:
 def test_messages_reach_the_library_as_they_were_written(web: httpx.Client, backend: PacedBackend) -> None:
     text = {"type": "text", "text": "and <image> this?"}
     messages = [
-        {"role": "developer", "content": "Be brief."},
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
         {"role": "user", "content": [{"type": "text", "text": "What is"}, PICTURE, text, PICTURE]},
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
         QUESTION,
@@ -170,7 +178,7 @@ def test_messages_reach_the_library_as_they_were_written(web: httpx.Client, back
     picture = ImagePart("data:image/png;base64,AAAA")
     assert backend.seen[-1] == (
         (
-            Message("system", (TextPart("Be brief."),)),
+            Message("system", (TextPart("Be "), TextPart("brief."))),
             Message("user", (TextPart("What is"), picture, TextPart("and <image> this?"), picture)),
             Message("assistant", (TextPart("A dog."),)),
             Message("user", (TextPart("What is it?"),)),
@@ -179,9 +187,13 @@ def test_messages_reach_the_library_as_they_were_written(web: httpx.Client, back
     )
 
 
-def test_a_picture_in_an_assistant_message_is_refused(web: httpx.Client) -> None:
-    response = ask(web, messages=[{"role": "assistant", "content": [PICTURE]}, QUESTION])
-    assert error_of(response)["param"] == "messages[0]"
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_a_picture_in_another_turn_than_the_users_is_refused(web: httpx.Client, role: str) -> None:
+    text = {"type": "text", "text": "See this:"}
+    response = ask(web, messages=[{"role": role, "content": [text, PICTURE]}, QUESTION])
+    error = error_of(response)
+    assert error["code"] == "unsupported_parameter"
+    assert error["param"] == "messages[0]"
 
 
 def test_sampling_reaches_the_library(web: httpx.Client, backend: PacedBackend) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -27,7 +27,8 @@ _CUT_SHORT = "The model ended the request before its answer was complete."
 class ChatAnswer(Response):
     """The response to one request: it does the work when it is sent, so that one task owns the work from end to end.
 
-    Errors before the first byte are raised; later ones become an event of the stream.
+    Errors before the first byte are raised; later ones become an event of the stream. The first byte of a stream is the
+    model's, or after `KEEP_ALIVE_S` of silence a comment's.
 
     Args:
         backend: what prepares and generates.
@@ -48,9 +49,9 @@ class ChatAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = EventSender(send)
-        streaming = False
+        alive = events.kept_alive() if self._request.stream else nullcontext()
         try:
-            async with while_client_waits(receive), before(self._deadline):
+            async with while_client_waits(receive), before(self._deadline), alive:
                 prepared = await self._backend.prepare(
                     self._messages, conv_mode=self._request.conv_mode, deadline=self._deadline
                 )
@@ -63,19 +64,17 @@ class ChatAnswer(Response):
                         raise EngineDeadError(_CUT_SHORT)
                     tally = Tally(prepared, self._sampling.n)
                     if self._request.stream:
-                        streaming = True
-                        await events.start()
                         await self._stream(events, first, chunks, tally)
                     else:
                         body = await self._whole(first, chunks, tally)
         except ClientDisconnect:
             raise
         except Exception as error:
-            if not streaming:
+            if not events.started:
                 raise
             log_if_internal(error, self._request_id)
             await events.write(event(json.dumps(error_body(error, self._request_id)).encode()))
-        if streaming:
+        if events.started:
             await events.end()
         else:
             await Response(body, media_type="application/json")(scope, receive, send)
@@ -91,10 +90,9 @@ class ChatAnswer(Response):
             if (said := events.event(chunk)) is not None:
                 await sender.write(event(said.json_bytes()))
 
-        async with sender.kept_alive():
-            await tell(first)
-            async for chunk in rest:
-                await tell(chunk)
+        await tell(first)
+        async for chunk in rest:
+            await tell(chunk)
         _demand_complete(tally)
         if (last := events.last(tally)) is not None:
             await sender.write(event(last.json_bytes()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from llava_serve.api.schema import ChatRequest, ImageUrl, StreamOptions, Wire, WireMessage
+from llava_serve.api.schema import ChatRequest, StreamOptions, Wire, WireMessage
 from llava_serve.errors import UnsupportedParameterError
 
 Neutral = Callable[[object], bool]
@@ -39,7 +39,6 @@ NEUTRAL: Mapping[type[Wire], Mapping[str, Neutral]] = {
         "verbosity": _one_of("medium"),
     },
     WireMessage: {"tool_calls": _one_of([]), "annotations": _one_of([])},
-    ImageUrl: {"detail": _one_of("auto")},
     StreamOptions: {"include_obfuscation": _one_of(False)},
 }
 """What a field may say without asking for anything; null says nothing anywhere.

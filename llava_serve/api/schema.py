@@ -25,9 +25,12 @@ class ImageUrl(Wire):
 
     Attributes:
         url: a `data:` URL with the picture in base64.
+        detail: OpenAI's hint at what to spend on the picture; accepted and not followed, as vLLM does, since a
+            checkpoint reads every picture in the one way that it was trained on.
     """
 
     url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class Part(Wire):
@@ -48,10 +51,17 @@ def _as_parts(content: Any) -> Any:
 
 
 class WireMessage(Wire):
-    """One turn. `developer` is OpenAI's newer name for `system`."""
+    """One turn.
+
+    Attributes:
+        role: `developer` is OpenAI's newer name for `system`.
+        content: a text, or parts in any order; pictures stand in the user's turns only.
+        name: of the speaker; accepted and not looked at, since no template has a place for it.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
+    name: str | None = None
 
 
 class StreamOptions(Wire):

@@ -28,22 +28,27 @@ def event(data: bytes) -> bytes:
 class EventSender:
     """Writes an event stream to a client, with comments where it falls silent.
 
+    Attributes:
+        started: the status is 200; before the first bytes another one may still be chosen.
+
     Args:
         send: of the ASGI request.
     """
 
     def __init__(self, send: Send) -> None:
+        self.started = False
         self._send = send
         self._last = 0.0
-
-    async def start(self) -> None:
-        """From here on the status is 200."""
-        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        self._writing = asyncio.Lock()
 
     async def write(self, data: bytes) -> None:
-        """Sends bytes that are one or more whole events."""
-        self._last = asyncio.get_running_loop().time()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        """Sends bytes that are one or more whole events, or a comment; the first ones settle the status."""
+        async with self._writing:
+            self._last = asyncio.get_running_loop().time()
+            if not self.started:
+                self.started = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         """Nothing comes after it."""
@@ -51,12 +56,13 @@ class EventSender:
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[None]:
-        """Sends comments on silence while the block runs."""
+        """Sends comments on silence while the block runs, before the first event too."""
         beat = asyncio.create_task(self._beat())
         try:
             yield
         finally:
-            beat.cancel()
+            async with self._writing:  # no comment is cut in two
+                beat.cancel()
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
