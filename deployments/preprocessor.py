@@ -27,7 +27,7 @@ class ImagePreprocessor:
     """
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
-        spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+        spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
         self._processor = Processor(spec, images)
         self._threads = ThreadPoolExecutor(THREADS, "prepare")
         self._metrics = PreprocessorMetrics()

@@ -18,7 +18,12 @@ _log = logging.getLogger(__name__)
 
 
 def open_checkpoint(
-    model: str, model_base: str | None = None, vision_tower: str | None = None, conv_mode: str | None = None
+    model: str,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    conv_mode: str | None = None,
+    *,
+    weights: bool = True,
 ) -> CheckpointSpec:
     """Says what a checkpoint is, by what its files say.
 
@@ -27,11 +32,13 @@ def open_checkpoint(
         model_base: the base of a LoRA or projector-only checkpoint.
         vision_tower: overrides the checkpoint's own.
         conv_mode: overrides the detected template.
+        weights: demand that they are there too, and fetch them where the hub has the checkpoint. Without them a
+            checkpoint is an adapter if a base is named: what its files say is left to who loads them.
 
     Raises:
         CheckpointError: not a checkpoint that can be served; the message says why and what to do.
     """
-    folder = find_folder(model, "model")
+    folder = find_folder(model, "model", weights=weights)
     config = read_json(folder, "config.json")
     if config.get("quantization_config"):
         raise CheckpointError(
@@ -40,7 +47,7 @@ def open_checkpoint(
         )
     reader = read_original if is_original(config) else read_hf
     try:
-        spec = reader(folder, config, model_base, vision_tower)
+        spec = reader(folder, config, model_base, vision_tower, weights=weights)
     except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
         raise CheckpointError(
             f"config.json in {folder}, or another .json file of the checkpoint, holds a value that makes no sense "

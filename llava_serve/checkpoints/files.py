@@ -9,19 +9,21 @@ from typing import Any
 from llava_serve.errors import CheckpointError
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
-_USEFUL = ("*.json", "*.model", "*.jinja", "*.safetensors", "*.bin")
+_DESCRIPTION = ("*.json", "*.model", "*.jinja")
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def find_folder(name: str, what: str, *parents: Path) -> Path:
+def find_folder(name: str, what: str, *parents: Path, weights: bool = True) -> Path:
     """The folder that `name` means: `builtin`, a folder, or a hub id.
 
     Args:
         name: what someone wrote.
         what: it is for, in the message of an error.
         parents: where a relative name may begin, first match wins; none is the working directory alone.
+        weights: fetch them too, where the folder comes from the hub.
 
     Raises:
-        CheckpointError: there is none, and the hub neither has it in its cache nor can be reached.
+        CheckpointError: there is none, and the hub neither has all of it in its cache nor can be reached.
     """
     if name == "builtin":
         return BUILTIN
@@ -31,24 +33,55 @@ def find_folder(name: str, what: str, *parents: Path) -> Path:
             return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"There is no folder {name!r} for the {what}.")
-    return _from_hub(name, what)
+    return _from_hub(name, what, weights=weights)
 
 
-def _from_hub(name: str, what: str) -> Path:
+def _from_hub(name: str, what: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    for cached_only in (True, False):
-        try:
-            return Path(snapshot_download(name, local_files_only=cached_only, allow_patterns=list(_USEFUL)))
-        except LocalEntryNotFoundError:
-            continue
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise _absent(name, what) from error
-    raise _absent(name, what)
+    wanted = [*_DESCRIPTION, *(_WEIGHTS if weights else ())]
+    partial: Path | None = None
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+        if not _lacks(folder, weights=weights):
+            return folder
+        partial = folder
+    except LocalEntryNotFoundError as error:
+        begun = getattr(error, "snapshot_path", None)
+        partial = None if begun is None else Path(begun)
+    except (HFValidationError, OSError) as error:
+        raise _absent(name, what, None) from error
+    # A revision that was begun is completed: the tiers shall not serve two.
+    revision = None if partial is None else partial.name
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError) as error:
+        raise _absent(name, what, partial) from error
+    if _lacks(folder, weights=weights):
+        raise _absent(name, what, folder)
+    return folder
 
 
-def _absent(name: str, what: str) -> CheckpointError:
+def _lacks(folder: Path, *, weights: bool) -> bool:
+    """Whether a snapshot has a gap that shows. The hub's client sees them all, but only where it keeps the listing of
+    the repository, which older ones did not."""
+    if not (folder / "config.json").is_file():
+        return True
+    if not weights:
+        return False
+    try:
+        return not weight_files(folder) and first_file(folder, "adapter_config.json", "mm_projector.bin") is None
+    except CheckpointError:
+        return True
+
+
+def _absent(name: str, what: str, partial: Path | None) -> CheckpointError:
+    if partial is not None:
+        return CheckpointError(
+            f"The {what} {name!r} is only partly in the local hub cache ({partial}), and the hub cannot give the rest. "
+            "Download it again, or name a folder."
+        )
     return CheckpointError(
         f"The {what} {name!r} is neither a folder nor in the local hub cache, and the hub cannot give it. "
         "Download it first, or name a folder."

@@ -32,7 +32,9 @@ _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _IMAGE_TOKEN_ID = 32000
 
 
-def read_hf(folder: Path, config: dict[str, Any], base: str | None, tower: str | None) -> CheckpointSpec:
+def read_hf(
+    folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+) -> CheckpointSpec:
     """Reads it; arguments and errors as `read_original`."""
     kind = str(config.get("model_type"))
     _refuse_relatives(kind, folder)
@@ -43,7 +45,7 @@ def read_hf(folder: Path, config: dict[str, Any], base: str | None, tower: str |
         )
     text = _text_config(config, kind)
     vision = _vision_config(config)
-    if not weight_files(folder):
+    if weights and not weight_files(folder):
         raise CheckpointError(
             f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin; copy them there."
         )

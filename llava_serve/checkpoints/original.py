@@ -27,7 +27,9 @@ def is_original(config: dict[str, Any]) -> bool:
     return any(name in _DECODERS for name in classes) or "mm_vision_tower" in config or "mm_projector_type" in config
 
 
-def read_original(folder: Path, config: dict[str, Any], base: str | None, tower: str | None) -> CheckpointSpec:
+def read_original(
+    folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+) -> CheckpointSpec:
     """Reads it.
 
     Args:
@@ -35,17 +37,18 @@ def read_original(folder: Path, config: dict[str, Any], base: str | None, tower:
         config: its config.json.
         base: the language model or LLaVA that a LoRA or a projector is an addition to.
         tower: overrides `mm_vision_tower`.
+        weights: as `open_checkpoint` has it.
 
     Raises:
         CheckpointError: something is missing or not supported; the message names it.
     """
-    adapter = _adapter(folder)
-    base_folder = _base_folder(folder, adapter, base)
+    adapter = _adapter(folder) if weights else _named_adapter(folder, base)
+    base_folder = _base_folder(folder, adapter, base, weights=weights)
     _refuse_unsupported(config)
     decoder = _decoder(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
-    tower_folder = _tower_folder(folder, config, tower)
+    tower_folder = _tower_folder(folder, config, tower, weights=weights)
     vision = read_vision_config(tower_folder)
     image = _image_processing(config, tower_folder, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
@@ -100,7 +103,13 @@ def _adapter(folder: Path) -> Adapter | None:
     )
 
 
-def _base_folder(folder: Path, adapter: Adapter | None, base: str | None) -> Path | None:
+def _named_adapter(folder: Path, base: str | None) -> Adapter | None:
+    if base is None:
+        return None
+    return "lora" if (folder / "adapter_config.json").is_file() else "projector"
+
+
+def _base_folder(folder: Path, adapter: Adapter | None, base: str | None, *, weights: bool) -> Path | None:
     if adapter is None:
         if base is not None:
             raise CheckpointError(f"{folder.name} holds full weights and takes no model_base; leave it out.")
@@ -110,8 +119,8 @@ def _base_folder(folder: Path, adapter: Adapter | None, base: str | None) -> Pat
         wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
         hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
         raise CheckpointError(f"{folder.name} holds only a {kind}; name the model it adds to with model_base{hint}.")
-    base_folder = find_folder(base, "base model", Path(), folder.parent)
-    if not weight_files(base_folder):
+    base_folder = find_folder(base, "base model", Path(), folder.parent, weights=weights)
+    if weights and not weight_files(base_folder):
         raise CheckpointError(
             f"The base model {base_folder} holds no weights, neither model.safetensors nor pytorch_model.bin; name a "
             "full model with model_base."
@@ -151,13 +160,13 @@ def _decoder(config: dict[str, Any]) -> str:
     )
 
 
-def _tower_folder(folder: Path, config: dict[str, Any], override: str | None) -> Path:
+def _tower_folder(folder: Path, config: dict[str, Any], override: str | None, *, weights: bool) -> Path:
     if override is not None:
-        return find_folder(override, "vision tower")
+        return find_folder(override, "vision tower", weights=weights)
     name = config.get("mm_vision_tower") or config.get("vision_tower")
     if not name:
         raise CheckpointError("config.json lacks mm_vision_tower; name one with vision_tower.")
-    return find_folder(str(name), "vision tower", folder, Path())
+    return find_folder(str(name), "vision tower", folder, Path(), weights=weights)
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
