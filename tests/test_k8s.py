@@ -31,6 +31,7 @@ ON_PURPOSE = {
     "applications.llava.deployments.LlavaModel.num_replicas",
     "applications.llava.deployments.LlavaModel.autoscaling_config",
     "applications.llava.deployments.LlavaModel.max_ongoing_requests",
+    "applications.llava.deployments.LlavaModel.request_router_config.request_router_kwargs.slack",
     "applications.llava.deployments.LlavaModel.ray_actor_options.num_cpus",
     "applications.llava.deployments.LlavaModel.ray_actor_options.num_gpus",
 }

@@ -1,0 +1,100 @@
+"""The choice of a model replica, without Ray: what was seen draws, and load decides."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from deployments import router
+from deployments.router import Affinity
+
+SLACK = 4
+
+
+def idle(*names: str) -> dict[str, int]:
+    return dict.fromkeys(names, 0)
+
+
+def test_a_key_stays_where_it_was_seen() -> None:
+    affinity = Affinity(SLACK)
+    for number in range(50):
+        first = affinity.choose(f"picture {number}", idle("a", "b", "c"))
+        loads = {**idle("a", "b", "c"), first: SLACK}
+        assert affinity.choose(f"picture {number}", loads) == first
+
+
+def test_a_replica_with_much_more_to_do_gives_the_key_away_and_both_have_seen_it() -> None:
+    affinity = Affinity(SLACK)
+    first = affinity.choose("hot", idle("a", "b"))
+    [other] = {"a", "b"} - {first}
+    assert affinity.choose("hot", {first: SLACK + 1, other: 0}) == other
+    assert affinity.choose("hot", {first: 2, other: 3}) == first
+    assert affinity.choose("hot", {first: 3, other: 2}) == other
+
+
+def test_new_keys_go_to_the_less_loaded_of_two() -> None:
+    affinity = Affinity(SLACK)
+    for number in range(50):
+        assert affinity.choose(str(number), {"a": 3, "b": 2}) == "b"
+
+
+def test_new_keys_are_spread_when_nothing_else_decides() -> None:
+    affinity = Affinity(SLACK)
+    chosen = Counter(affinity.choose(str(number), idle("a", "b", "c", "d")) for number in range(1000))
+    assert all(200 < count < 300 for count in chosen.values())
+
+
+def test_processes_that_do_not_know_of_each_other_choose_alike() -> None:
+    here, there = Affinity(SLACK), Affinity(SLACK)
+    for number in range(50):
+        assert here.choose(str(number), idle("a", "b", "c")) == there.choose(str(number), idle("c", "a", "b"))
+
+
+def test_a_replica_that_is_gone_is_not_chosen_and_few_keys_move_with_the_number_of_replicas() -> None:
+    affinity = Affinity(SLACK)
+    keys = [str(number) for number in range(300)]
+    before = {key: affinity.choose(key, idle("a", "b", "c")) for key in keys}
+    after = {key: affinity.choose(key, idle("a", "b")) for key in keys}
+    assert all(after[key] == before[key] for key in keys if before[key] != "c")
+    fresh = Affinity(SLACK)
+    grown = {key: fresh.choose(key, idle("a", "b", "c", "d")) for key in keys}
+    assert all(grown[key] in (before[key], "d") for key in keys)
+
+
+def test_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "REMEMBERED_KEYS", 3)
+    affinity = Affinity(SLACK)
+    places = {key: affinity.choose(key, idle("a", "b")) for key in ("1", "2", "3", "4")}
+    for key in ("4", "3", "2", "1"):  # asking is using: the oldest comes last
+        loads = {replica: 1 if replica == places[key] else 0 for replica in ("a", "b")}
+        assert (affinity.choose(key, loads) == places[key]) == (key != "1")
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_distinct_keys_are_balanced_as_by_two_random_choices(replicas: int) -> None:
+    names = [str(number) for number in range(replicas)]
+    draw = random.Random(replicas)
+    affinity = Affinity(SLACK)
+    number = iter(range(10**9))
+
+    def by_affinity(loads: dict[str, int]) -> str:
+        return affinity.choose(f"picture {next(number)}", loads)
+
+    def by_chance(loads: dict[str, int]) -> str:
+        return min(draw.sample(names, 2), key=loads.__getitem__)
+
+    def excess(choose: object) -> float:
+        """Of the most loaded replica above the mean, with 8 requests per replica that end in random order."""
+        running: list[str] = []
+        total = 0.0
+        for _ in range(5000):
+            loads = {name: running.count(name) for name in names}
+            running.append(choose(loads))  # type: ignore[operator]
+            if len(running) > 8 * replicas:
+                running.pop(draw.randrange(len(running)))
+            total += max(running.count(name) for name in names) - len(running) / replicas
+        return total / 5000
+
+    assert excess(by_affinity) < 1.1 * excess(by_chance)
