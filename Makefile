@@ -14,7 +14,7 @@ LOG := $(VENV)/install.log
 
 help:
 	@echo "make demo          a Ray Serve application answers a question about a picture"
-	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=)"
+	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env)"
 	@echo "make test          the quick tests        make test-slow   the rest"
 	@echo "make check         format, lint, types, floors, serve_config.yaml"
 	@echo "make eval-builtin  measures the model that ships"
@@ -36,7 +36,7 @@ demo: setup
 	@$(BIN)/python -m deployments.demo --config $(CONFIG)
 
 serve: setup
-	@$(BIN)/python -m deployments.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
+	@$(BIN)/python -m deployments.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE))
 
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow"

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from deployments.check_config import check
+from deployments.profile import own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -50,7 +51,9 @@ class LocalServe:
 
 
 @contextmanager
-def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> Iterator[LocalServe]:
+def local_serve(
+    config: Mapping[str, Any], *, num_cpus: int | None = None, profile: Mapping[str, str] | None = None
+) -> Iterator[LocalServe]:
     """Runs an application while the block runs; then it drains and ends.
 
     It neither joins nor ends another Ray on the machine, and lets in only who has its token: the environment's
@@ -59,6 +62,7 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
     Args:
         config: a Serve config with one application; its port must be free.
         num_cpus: what Ray may count on; None takes the machine's cores, and two where there is one.
+        profile: variables that choose Serve's proxy and transport (`read_profile`); None takes Serve's own defaults.
 
     Raises:
         LocalServeError: the port is taken, or the application cannot start.
@@ -73,13 +77,14 @@ def local_serve(config: Mapping[str, Any], *, num_cpus: int | None = None) -> It
     command = [sys.executable, "-m", "deployments.runner", str(config_file)]
     command += ["--ray-dir", str(folder / "ray"), "--report", str(report)]
     command += ["--num-cpus", str(num_cpus or max(2, os.cpu_count() or 1))]
+    settings = dict(profile) | own_places(folder, free_ports(3)) if profile else {}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(token),
+            env=environment(token) | settings,
             start_new_session=True,  # Ctrl-C in the terminal is for us: we drain first
         )
     keep_log = ready = False
@@ -120,10 +125,16 @@ def read_config(path: Path, *, port: int | None = None, model: str | None = None
 
 def free_port() -> int:
     """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, each another one."""
+    with ExitStack() as open_probes:
+        probes = [open_probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def demand_free_port(host: str, port: int) -> None:

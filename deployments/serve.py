@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from deployments.local import LocalServeError, local_serve, read_config
+from deployments.profile import ProfileError, read_profile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument("--port", type=int, help="instead of the config's")
     parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
+    parser.add_argument("--profile", type=Path, help="a file of settings for Serve's proxy and transport")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = read_config(options.config, port=options.port, model=options.model)
+        profile = read_profile(options.profile) if options.profile else None
         print("Starting Ray and the replicas ...", flush=True)
-        with local_serve(config) as running:
+        with local_serve(config, profile=profile) as running:
             try:
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
                 threading.Event().wait()
             except KeyboardInterrupt:
                 print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
-    except LocalServeError as error:
+    except (LocalServeError, ProfileError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ def add_to(commands: flags.Commands) -> None:
         description="Starts the application of a Serve config on Ray, or with --in-process the web app alone.",
     )
     parser.add_argument("config", nargs="?", type=Path, help="serve_config.yaml by default")
+    parser.add_argument("--profile", type=Path, help="settings for Ray Serve's proxy and transport: production.env")
     parser.add_argument("--in-process", action="store_true", help="without Ray: one model, in this process")
     flags.add_model_flags(parser)
     parser.add_argument("--host", help="127.0.0.1 by default; 0.0.0.0 opens it to the network")
@@ -47,17 +48,17 @@ def add_to(commands: flags.Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serves until it is told to stop."""
     if options.in_process:
-        if options.config is not None:
-            raise RequestError("--in-process takes no config: the flags say it all.")
+        if options.config is not None or options.profile is not None:
+            raise RequestError("--in-process takes no config and no profile: the flags say it all.")
         return _serve_in_process(options)
     for name in _IN_PROCESS_ONLY:
         if getattr(options, name) is not None:
             flag = "--load-" + options.quantization if name == "quantization" else "--" + name.replace("_", "-")
             raise RequestError(f"{flag} goes with --in-process; for Ray it stands in the config.")
-    return _serve_on_ray(options.config or Path("serve_config.yaml"))
+    return _serve_on_ray(options.config or Path("serve_config.yaml"), options.profile)
 
 
-def _serve_on_ray(config: Path) -> int:
+def _serve_on_ray(config: Path, profile: Path | None) -> int:
     """Ray drops what it does not know in a config; so that is looked for first."""
     if not config.is_file():
         raise RequestError(f"There is no config {config}; name one, or serve with --in-process.")
@@ -66,9 +67,9 @@ def _serve_on_ray(config: Path) -> int:
         return 2
     # In a session of its own, so that Ctrl-C reaches it once: from here.
     # Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the answers on their way.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deployments.serve", "--config", str(config)], start_new_session=True
-    )
+    command = [sys.executable, "-m", "deployments.serve", "--config", str(config)]
+    command += ["--profile", str(profile)] if profile is not None else []
+    process = subprocess.Popen(command, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)

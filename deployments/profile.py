@@ -1,0 +1,53 @@
+"""Profiles: files of environment variables that choose Serve's proxy and transport. `production.env` is one.
+
+Serve reads these variables when a process imports it, and they must be the same in every process of a cluster.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+
+class ProfileError(Exception):
+    """The file cannot be read, or holds what is no setting of Serve; the message is for the terminal."""
+
+
+def read_profile(path: Path) -> dict[str, str]:
+    """The variables of a file of `NAME=value` lines.
+
+    Raises:
+        ProfileError: the file is not there, or names what is no setting of Serve.
+    """
+    if not path.is_file():
+        raise ProfileError(f"There is no profile {path}.")
+    profile: dict[str, str] = {}
+    for name, value in dotenv_values(path, interpolate=False).items():
+        if not name.startswith("RAY_SERVE_") or not value:
+            raise ProfileError(f"{path}: {name}: a profile holds lines RAY_SERVE_...=value.")
+        profile[name] = value
+    return profile
+
+
+def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
+    """Where HAProxy has its files and side doors, so that two applications on one machine do not share them.
+
+    Args:
+        folder: of this application alone; short, since sockets lie in it.
+        ports: three free ones.
+    """
+    stats, metrics, fallback = ports
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        # The application is drained before it is ended, so nothing waits for a load balancer to take notice.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+    }
