@@ -35,12 +35,12 @@ def make_tiles(image: Image.Image, processing: ImageProcessing) -> NDArray[np.ui
         InvalidImageError: so thin that it would be blown up beyond measure.
     """
     if processing.aspect == "anyres":
-        views = _anyres_views(image, processing)
+        views = [_resize(view, processing) for view in _anyres_views(image, processing)]
     elif processing.aspect == "pad":
         views = [_pad_to_square(image, processing)]
     else:
-        views = [image]
-    return np.stack([np.asarray(_fit(view, processing)) for view in views])
+        views = [_resize(image, processing)]
+    return np.stack([np.asarray(_crop(view, processing)) for view in views])
 
 
 def num_features(size: Size, processing: ImageProcessing) -> int:
@@ -127,20 +127,32 @@ def _anyres_views(image: Image.Image, processing: ImageProcessing) -> list[Image
 
 
 def _pad_to_square(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+    """Lays a picture on a square of the mean colour, and resizes that."""
     side = max(image.size)
     _bound(image.size, (side, side))
+    new = _resized((side, side), processing) if processing.do_resize else (side, side)
+    canvas_width = side
+    if processing.do_resize and image.width == side:
+        # Pillow resizes the rows, rounds, and then the columns. Rows of one colour stay as they are: so the padding
+        # above and below can wait for the columns, with the same pixels and a fraction of the memory.
+        image = image.resize((new[0], image.height), Image.Resampling(processing.resample))
+        canvas_width = new[0]
     red, green, blue = (int(channel * 255) for channel in processing.mean)
-    square = Image.new("RGB", (side, side), (red, green, blue))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    square = Image.new("RGB", (canvas_width, side), (red, green, blue))
+    square.paste(image, ((canvas_width - image.width) // 2, (side - image.height) // 2))
+    return square.resize(new, Image.Resampling(processing.resample)) if processing.do_resize else square
 
 
-def _fit(image: Image.Image, processing: ImageProcessing) -> Image.Image:
-    """Resizes and crops to one tile, as CLIP's processor does."""
-    if processing.do_resize:
-        new = _resized(image.size, processing)
-        _bound(image.size, new)
-        image = image.resize(new, Image.Resampling(processing.resample))
+def _resize(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+    if not processing.do_resize:
+        return image
+    new = _resized(image.size, processing)
+    _bound(image.size, new)
+    return image.resize(new, Image.Resampling(processing.resample))
+
+
+def _crop(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+    """Crops to one tile, as CLIP's processor does."""
     if processing.do_center_crop:
         height, width = processing.crop_size
         top, left = (image.height - height) // 2, (image.width - width) // 2
