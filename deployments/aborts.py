@@ -17,14 +17,14 @@ REMEMBERED_S = 60.0
 
 
 class AbortSender:
-    """Tells all model replicas which calls were left; the caller does not know which replica has them.
+    """Tells all replicas of a deployment which calls were left; the caller does not know which replica has them.
 
     Args:
-        model: handle to `LlavaModel`.
+        deployment: handle to one that has an `abort`.
     """
 
-    def __init__(self, model: DeploymentHandle) -> None:
-        self._model = model
+    def __init__(self, deployment: DeploymentHandle) -> None:
+        self._deployment = deployment
         self._left: list[str] = []
         self._sending: set[asyncio.Task[None]] = set()
 
@@ -37,10 +37,12 @@ class AbortSender:
             task.add_done_callback(self._sending.discard)
 
     async def _send(self) -> None:
-        await asyncio.sleep(GATHER_S)
-        left, self._left = self._left, []
+        try:
+            await asyncio.sleep(GATHER_S)
+        finally:  # a loop that ends here must not leave ids behind: the next one would wait for this task
+            left, self._left = self._left, []
         with suppress(DeploymentUnavailableError, TimeoutError):  # a replica that is gone works for nobody
-            await self._model.broadcast("abort", left).results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
+            await self._deployment.broadcast("abort", left).results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
 
 
 class AbortedCalls:

@@ -1,17 +1,18 @@
-"""Two handles that look like the library: what the web app and other Ray jobs stand on."""
+"""Two handles that look like the library: what the ingress stands on."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.aborts import AbortSender
-from deployments.calls import call
+from deployments.calls import call, stream
 from deployments.deadline import until
-from llava_serve.errors import EngineDeadError, LlavaServeError
+from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
 
 HEALTH_TIMEOUT_S = 5.0
@@ -49,22 +50,17 @@ class HandleBackend:
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
     ) -> AsyncGenerator[Chunk]:
         """Streams the answer from the model tier. Closing the generator ends the work there."""
+        async with aclosing(self.groups(prepared, sampling, request_id=request_id, deadline=deadline)) as groups:
+            async for group in groups:
+                for chunk in group:
+                    yield chunk
+
+    def groups(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[list[Chunk]]:
+        """As `generate`, in the groups in which the chunks come."""
         call_id = f"{request_id}-{uuid.uuid4().hex}"  # callers may choose request ids, and choose the same
-        ended = False
-        try:
-            async with call(self._generate, prepared, sampling, call_id, deadline) as response:
-                while not ended:
-                    async with until(deadline):
-                        chunks: list[Chunk] | None = await anext(response, None)
-                    ended = chunks is None
-                    for chunk in chunks or ():
-                        yield chunk
-        except LlavaServeError:
-            ended = True
-            raise
-        finally:
-            if not ended:
-                self._aborts.send(call_id)
+        return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling)
 
     async def check_health(self) -> None:
         """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""

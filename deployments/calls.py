@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -10,6 +10,8 @@ from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.aborts import AbortSender
+from deployments.deadline import until
 from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
 
 
@@ -27,6 +29,34 @@ async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
         with suppress(Exception):  # of a call that never reached a replica: what it failed with is on its way already
             response.cancel()
         raise
+
+
+async def stream(
+    method: DeploymentHandle, aborts: AbortSender, call_id: str, deadline: float, *args: object
+) -> AsyncGenerator[Any]:
+    """What a streaming call yields. Closing the generator ends the work at the replica.
+
+    Args:
+        method: takes `args`, then `call_id` and `deadline`.
+        aborts: to the same deployment.
+        call_id: of this call alone.
+        deadline: seconds since the epoch.
+    """
+    ended = False
+    try:
+        async with call(method, *args, call_id, deadline) as response:
+            while not ended:
+                async with until(deadline):
+                    item = await anext(response, None)
+                ended = item is None
+                if not ended:
+                    yield item
+    except LlavaServeError:
+        ended = True
+        raise
+    finally:
+        if not ended:
+            aborts.send(call_id)
 
 
 @contextmanager

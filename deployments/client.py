@@ -13,36 +13,47 @@ from typing import Any, TypeAlias, TypeVar
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
-from deployments.backend import HandleBackend
+from deployments.aborts import AbortSender
+from deployments.calls import stream
+from deployments.deadline import until
 from llava_serve.config import ImageOptions
 from llava_serve.engine.stream import collect
-from llava_serve.images.fetch import ImageSource, read_local_source
-from llava_serve.openai_messages import as_message
-from llava_serve.types import Chunk, GenerationResult, ImagePart, Message, PreparedPrompt, SamplingParams, TextPart
+from llava_serve.errors import UnknownModelError
+from llava_serve.images.fetch import ImageSource
+from llava_serve.openai_messages import ChatMessage, as_message
+from llava_serve.types import Chunk, GenerationResult, Message, PreparedPrompt, SamplingParams
 
 T = TypeVar("T")
 Image: TypeAlias = ImageSource | ray.ObjectRef
 """A path, a URL, encoded bytes, a PIL image, uint8 [height, width, 3], or a reference to one of them."""
-Messages = Sequence[Message | Mapping[str, Any]]
-"""`Message`s, or OpenAI's dicts."""
+Messages = Sequence[ChatMessage]
+"""`Message`s, or OpenAI's dicts; {"type": "image", "image": ...} holds an `Image`."""
 
 
 class LlavaClient:
-    """Asks the running application. It goes to the two tiers straight, not through the HTTP ingress.
+    """Asks the running application, through its ingress: the house is the same as for HTTP, and so are its limits.
 
     `ask`, `chat` and `stream` are for code without an event loop, `ask_async`, `chat_async` and `stream_async` for code
     in one. All raise the library's own errors.
 
     Args:
         app: the application's name.
-        timeout_s: a request's time, where it names none.
+        timeout_s: a request's time, where it names none; the application's `max_timeout_s` holds all the same.
         images: what pictures are read.
+
+    Raises:
+        UnknownModelError: no such application runs on this cluster.
     """
 
     def __init__(self, app: str = "llava", *, timeout_s: float = 120, images: ImageOptions | None = None) -> None:
-        preprocessor, model = (serve.get_deployment_handle(name, app) for name in ("ImagePreprocessor", "LlavaModel"))
-        self._backend = HandleBackend(app, preprocessor, model)
+        try:
+            ingress = serve.get_app_handle(app)
+        except RayServeException:
+            raise UnknownModelError(f"There is no application '{app}' on this Ray cluster.") from None
+        self._generate = ingress.options(method_name="generate", stream=True)
+        self._aborts = AbortSender(ingress)
         self._timeout_s = timeout_s
         self._images = images or ImageOptions()
 
@@ -91,10 +102,10 @@ class LlavaClient:
 
     async def ask_async(self, image: Image, question: str, sampling: SamplingParams | None = None) -> str:
         """As `ask`."""
-        source = await image if isinstance(image, ray.ObjectRef) else image
-        picture = ImagePart(await asyncio.to_thread(read_local_source, source, self._images))
-        message = Message("user", (picture, TextPart(question)))
-        return (await self.chat_async([message], sampling or SamplingParams(temperature=0))).text
+        messages = [
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
+        ]
+        return (await self.chat_async(messages, sampling or SamplingParams(temperature=0))).text
 
     async def chat_async(
         self,
@@ -105,9 +116,9 @@ class LlavaClient:
         timeout_s: float | None = None,
     ) -> GenerationResult:
         """As `chat`."""
-        prepared, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
-        async with aclosing(answer) as chunks:
-            return collect(prepared, [chunk async for chunk in chunks])
+        prompt, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
+        async with aclosing(answer) as groups:
+            return collect(prompt, [chunk async for group in groups for chunk in group])
 
     async def stream_async(
         self,
@@ -119,24 +130,39 @@ class LlavaClient:
     ) -> AsyncGenerator[Chunk]:
         """As `stream`. Left early, it must be closed (`contextlib.aclosing`) for the work to end."""
         _, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
-        async with aclosing(answer) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        async with aclosing(answer) as groups:
+            async for group in groups:
+                for chunk in group:
+                    yield chunk
 
     async def _begin(
         self, messages: Messages, sampling: SamplingParams | None, conv_mode: str | None, timeout_s: float | None
-    ) -> tuple[PreparedPrompt, AsyncGenerator[Chunk]]:
+    ) -> tuple[PreparedPrompt, AsyncGenerator[list[Chunk]]]:
+        """The prompt, without its tiles, and the answer in groups."""
         deadline = time.time() + (timeout_s or self._timeout_s)
-        read = [await asyncio.to_thread(self._read, message) for message in messages]
-        prepared = await self._backend.prepare(read, conv_mode=conv_mode, deadline=deadline)
-        sampling = sampling or SamplingParams()
-        return prepared, self._backend.generate(prepared, sampling, request_id=uuid.uuid4().hex, deadline=deadline)
+        async with until(deadline):
+            read = [await self._read(message) for message in messages]
+        answer = stream(
+            self._generate, self._aborts, uuid.uuid4().hex, deadline, read, sampling or SamplingParams(), conv_mode
+        )
+        prompt: PreparedPrompt = await anext(answer)
+        return prompt, answer
 
-    def _read(self, message: Message | Mapping[str, Any]) -> Message:
-        """Files and links are read here, where the caller is."""
+    async def _read(self, message: ChatMessage) -> Message:
+        """Files, links and references are read here, where the caller is."""
         if isinstance(message, Message):
             return message
-        return as_message(message, self._images)
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            message = {**message, "content": [await _fetched(part) for part in content]}
+        return await asyncio.to_thread(as_message, message, self._images)
+
+
+async def _fetched(part: Any) -> Any:
+    """A part of a message with its picture in the place of a reference to it."""
+    if isinstance(part, Mapping) and isinstance(part.get("image"), ray.ObjectRef):
+        return {**part, "image": await part["image"]}
+    return part
 
 
 @cache

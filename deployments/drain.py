@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_serve.api.errors import error_response
 from llava_serve.errors import CapacityError
 
+SENTENCE = "The server is shutting down; try again later."
+
 
 class DrainGate:
-    """Stands before the web app and counts who is inside.
+    """Stands before the web app and counts who is inside, by this door or another.
 
     Serve's own shutdown ends its HTTP proxy first, and with it every answer on its way; so the house is emptied before.
     """
@@ -28,13 +32,20 @@ class DrainGate:
             await self._app(scope, receive, send)
             return
         if self._closed:
-            refusal = error_response(CapacityError("The server is shutting down; try again later."))
-            await refusal(scope, receive, send)
+            await error_response(CapacityError(SENTENCE))(scope, receive, send)
             return
+        with self.guest():
+            await self._app(scope, receive, send)
+
+    @contextmanager
+    def guest(self) -> Iterator[None]:
+        """A request that a drain waits for; `CapacityError` if one has begun."""
+        if self._closed:
+            raise CapacityError(SENTENCE)
         self._inside += 1
         self._empty.clear()
         try:
-            await self._app(scope, receive, send)
+            yield
         finally:
             self._inside -= 1
             if not self._inside:

@@ -12,7 +12,7 @@ from openai import RateLimitError
 
 
 def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> None:
-    backend = PacedBackend(pace_s=0.2)
+    backend = PacedBackend(pace_s=1)
     with app_over(backend, max_queue=1) as web:
         guest = threading.Thread(target=lambda: web.post(PATH, json=BODY))
         guest.start()
@@ -25,7 +25,7 @@ def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> N
         assert refused.headers["retry-after"] == "1"
         with pytest.raises(RateLimitError):
             official(web).chat.completions.create(model="paced", messages=MESSAGES)
-        answer = official(web, retries=2).chat.completions.create(model="paced", messages=MESSAGES)
+        answer = official(web, retries=5).chat.completions.create(model="paced", messages=MESSAGES)
         assert answer.choices[0].message.content == "A red circle."
         guest.join()
 

@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from llava_serve.api.access import AccessGate
-from llava_serve.api.admission import Admission
+from llava_serve.api.admission import Admission, House
 from llava_serve.api.answers import Answer, Model, ModelList
 from llava_serve.api.backend import Backend
 from llava_serve.api.chat import ChatAnswer
@@ -36,12 +36,13 @@ class Health(Answer):
     model: str
 
 
-def create_app(backend: Backend, options: ApiOptions) -> FastAPI:
+def create_app(backend: Backend, options: ApiOptions, house: House | None = None) -> FastAPI:
     """Makes the web app; it runs under uvicorn and as a Ray Serve ingress.
 
     Args:
         backend: what prepares prompts and generates chunks.
         options: access and limits.
+        house: where requests that come by other doors are counted too; None is the app's own.
     """
     app = DescribedApp(title="llava-serve", version="1", docs_url=None, redoc_url=None)
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
@@ -78,7 +79,7 @@ def create_app(backend: Backend, options: ApiOptions) -> FastAPI:
 
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The last one added is the first one met.
-    app.add_middleware(Admission, max_queue=options.max_queue, max_body_bytes=options.max_body_bytes)
+    app.add_middleware(Admission, house=house or House(options.max_queue), max_body_bytes=options.max_body_bytes)
     if options.api_keys:
         app.add_middleware(AccessGate, keys=options.api_keys)
     app.add_middleware(FrontDoor)

@@ -93,7 +93,7 @@ class ChatAnswer(Response):
         await tell(first)
         async for chunk in rest:
             await tell(chunk)
-        _demand_complete(tally)
+        demand_complete(tally)
         if (last := events.last(tally)) is not None:
             await sender.write(event(last.json_bytes()))
         await sender.write(DONE)
@@ -105,11 +105,15 @@ class ChatAnswer(Response):
         async for chunk in rest:
             tally.add(chunk)
             answer.add(chunk)
-        _demand_complete(tally)
+        demand_complete(tally)
         return answer.completion(self._id, self._backend.model_name, tally).json_bytes()
 
 
-def _demand_complete(tally: Tally) -> None:
-    """A stream that just ends was aborted behind: half an answer is not passed off as a whole one."""
+def demand_complete(tally: Tally) -> None:
+    """A stream that just ends was aborted behind: half an answer is not passed off as a whole one.
+
+    Raises:
+        EngineDeadError: a choice has not told why it ended.
+    """
     if not tally.complete:
         raise EngineDeadError(_CUT_SHORT)
