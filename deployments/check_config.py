@@ -19,8 +19,10 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import DEPLOYMENTS, AppArgs
+from llava_serve.config import RoutingOptions
 
 IMPORT_PATH = "deployments.app:build_app"
+ROUTER = "deployments.router:AffinityRouter"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,9 +74,19 @@ def check_application(application: Mapping[str, Any], path: str) -> Iterator[str
     for number, name in enumerate(named):
         if name not in DEPLOYMENTS:
             yield unknown(f"{path}deployments[{number}].name: {name}", name, DEPLOYMENTS)
+        yield from check_routing(deployments_of(application)[number], f"{path}deployments[{number}].")
     for name in DEPLOYMENTS:
         if name not in named:
             yield f"{path}deployments: {name} is missing; Serve would give it one whole CPU"
+
+
+def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
+    """What Serve would find out in the replicas, where every call then waits for ever."""
+    routing = deployment.get("request_router_config") or {}
+    if routing.get("request_router_class") == ROUTER:
+        arguments = routing.get("request_router_kwargs") or {}
+        path += "request_router_config.request_router_kwargs."
+        yield from list(unknown_keys(arguments, RoutingOptions, path)) or wrong_values(arguments, RoutingOptions, path)
 
 
 def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:

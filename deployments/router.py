@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from llava_serve.config import RoutingOptions
 from llava_serve.types import PreparedPrompt
 
 LEADING_TOKENS = 128
@@ -34,9 +35,9 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
     queue_len_response_deadline_s = 1.0
     """An engine at work answers late, and Serve's 0.1 s would send the request away from what it has seen."""
 
-    def initialize_state(self, *, slack: int) -> None:
-        """Called by Serve with the config's `request_router_kwargs`; they are those of `Affinity`."""
-        self._affinity = Affinity(slack)
+    def initialize_state(self, **options: int) -> None:
+        """Called by Serve with the config's `request_router_kwargs`: the fields of `RoutingOptions`."""
+        self._affinity = Affinity(RoutingOptions(**options).slack)
 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None

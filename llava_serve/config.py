@@ -82,6 +82,16 @@ class ImageOptions(Options):
     max_per_request: int = Field(default=16, ge=0)
 
 
+class RoutingOptions(Options):
+    """How calls choose a model replica.
+
+    Attributes:
+        slack: requests that a replica may have above the least loaded one, and still get what it has seen.
+    """
+
+    slack: int = Field(default=8, ge=0)
+
+
 class ApiOptions(Options):
     """The web app's own limits.
 
