@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -76,13 +77,19 @@ class _Generation(Extension):
 
 
 def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
-    def refuse(message: str) -> None:
-        raise RequestError(f"The model's chat template refuses the conversation: {message}", "messages")
-
-    extensions = [loopcontrols, _Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals["raise_exception"] = refuse
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
+        return _compiled(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
     except TemplateError as error:
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
+
+
+@lru_cache(maxsize=8)  # a model has one; compiling it takes longer than all else that happens to a small prompt
+def _compiled(template: str) -> Template:
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def _refuse(message: str) -> None:
+    raise RequestError(f"The model's chat template refuses the conversation: {message}", "messages")

@@ -55,7 +55,10 @@ class Detokenizer:
         """New text; the window moves on once what is behind it cannot change."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
-        decided = text if last else self._tokenizer.decode(self._ids[: self._decided_ids()]).rstrip(_UNDECIDED)
+        count = len(self._ids) if last else self._decided_ids()
+        decided = text if count == len(self._ids) else self._tokenizer.decode(self._ids[:count])
+        if not last:
+            decided = decided.rstrip(_UNDECIDED)
         new = decided[len(self._decoded) :]
         self._decoded = max(self._decoded, decided, key=len)
         if len(self._ids) > 2 * _WINDOW and self._decoded == text:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_tiny import TinyModel, alone, engine, picture, prompt, run
 from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
 from llava_serve.engine.packing import PackedLinear, pack_linears
 from llava_serve.errors import DeadlineExceededError
@@ -83,6 +84,24 @@ def test_packed_layers_give_what_plain_ones_give() -> None:
         pack_linears(plain)
         assert isinstance(plain[0], PackedLinear)
         torch.testing.assert_close(plain(inputs), expected)
+
+
+def test_layers_of_one_input_are_multiplied_together_and_only_in_their_order() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, attention_bias=True,
+    )  # fmt: skip
+    model = LlamaModel(config).eval()
+    with torch.inference_mode():
+        inputs = torch.randn(1, 5, 32)
+        expected = model(inputs_embeds=inputs).last_hidden_state
+        pack_linears(model)
+        torch.testing.assert_close(model(inputs_embeds=inputs).last_hidden_state, expected)
+        attention = model.layers[0].self_attn
+        attention.q_proj(inputs)
+        with pytest.raises(AssertionError, match="same input"):
+            attention.k_proj(inputs.clone())
 
 
 def test_double_precision_is_left_alone() -> None:

@@ -6,6 +6,7 @@ into the memory; then every sequence attends to its own extent.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from llava_serve.engine.memory import KVMemory
+from llava_serve.engine.memory import KVMemory, Run
 
 IMPLEMENTATION = "llava_serve"
 """The name under which transformers' models find `attend`."""
@@ -58,10 +59,9 @@ class PackedStep:
         self._spans = spans
         self._dtype = dtype
         self._lengths = [span.length for span in spans]
-        self.positions = torch.tensor([at for span in spans for at in range(span.start, span.start + span.length)])
-        offsets = torch.tensor([span.base for span in spans]).repeat_interleave(torch.tensor(self._lengths))
-        self._targets = (self.positions + offsets).to(device)
-        self.positions = self.positions.to(device)
+        positions = [at for span in spans for at in range(span.start, span.start + span.length)]
+        self.positions = torch.tensor(positions, device=device)
+        self._runs = _runs(spans, device)
         self._reaches: dict[int | None, list[_Reach]] = {}
 
     def attend(
@@ -84,7 +84,7 @@ class PackedStep:
         Returns:
             [1, tokens, heads, head_dim].
         """
-        self._memory.write(layer, self._targets, key[0], value[0])
+        self._memory.write(layer, self._runs, key[0], value[0])
         keys, values = (memory[None] for memory in self._memory.layers[layer])
         if window not in self._reaches:
             self._reaches[window] = [self._reach(span, window, slopes) for span in self._spans]
@@ -100,7 +100,7 @@ class PackedStep:
                 torch.split_with_sizes(query, self._lengths, dim=2), self._reaches[window], strict=True
             )
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)
 
     def _reach(self, span: Span, window: int | None, slopes: torch.Tensor | None) -> _Reach:
         end = span.start + span.length
@@ -131,6 +131,16 @@ class PackedStep:
         if window is not None:
             hidden |= keys <= queries - window
         return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _runs(spans: list[Span], device: torch.device) -> list[Run]:
+    """Where a step's tokens are written: those of the rows that decode, which come first, in one go."""
+    decoding = list(itertools.takewhile(lambda span: span.length == 1, spans))
+    runs = [Run(span.row, span.length, span.base + span.start) for span in spans[len(decoding) :]]
+    if decoding:
+        targets = torch.tensor([span.base + span.start for span in decoding], device=device)
+        runs.insert(0, Run(0, len(decoding), targets=targets))
+    return runs
 
 
 def _attend(

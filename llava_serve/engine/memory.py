@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from llava_serve.engine.sequence import Copy
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where `length` tokens of a packed step, from `row`, are written: at `targets` [length], or else from `start`."""
+
+    row: int
+    length: int
+    start: int = 0
+    targets: torch.Tensor | None = None
+
+
 class KVMemory:
     """Keys and values of all layers, [layers, 2, kv_heads, positions, head_dim].
 
-    A sequence's positions are neighbours, so that its keys and values are views. On a CPU the memory is touched, and
-    so taken from the system, only as it is first written.
+    A sequence's positions are neighbours, so that its keys and values are views.
     """
 
     def __init__(
         self, layers: int, kv_heads: int, positions: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._memory = torch.empty(layers, 2, kv_heads, positions, head_dim, dtype=dtype, device=device)
+        shape = (layers, 2, kv_heads, positions, head_dim)
+        self._memory = _allocate(math.prod(shape), dtype, device).view(shape)
         self.layers = [(layer[0], layer[1]) for layer in self._memory]
 
     def copy(self, copies: Iterable[Copy]) -> None:
@@ -30,8 +44,23 @@ class KVMemory:
                 source = source.clone()
             self._memory[..., move.target : move.target + move.length, :].copy_(source)
 
-    def write(self, layer: int, targets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes keys and values [kv_heads, tokens, head_dim] to the positions `targets` [tokens]."""
-        k, v = self.layers[layer]
-        k.index_copy_(1, targets, keys)
-        v.index_copy_(1, targets, values)
+    def write(self, layer: int, runs: Iterable[Run], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes keys and values [kv_heads, tokens, head_dim], run by run."""
+        for memory, new in zip(self.layers[layer], (keys, values), strict=True):
+            for run in runs:
+                part = new.narrow(1, run.row, run.length)
+                if run.targets is None:
+                    memory.narrow(1, run.start, run.length).copy_(part)
+                else:
+                    memory.index_copy_(1, run.targets, part)
+
+
+def _allocate(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory with any content. On a CPU it is taken from the system only as it is first written, in large pages where
+    there are any: with small ones the first write of a prompt takes as long as a decode step."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(elements, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, elements * dtype.itemsize)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
