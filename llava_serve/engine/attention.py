@@ -14,7 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from llava_serve.engine import varlen
 from llava_serve.engine.memory import KVMemory, Run
+from llava_serve.engine.varlen import VarlenAttention
 
 IMPLEMENTATION = "llava_serve"
 """The name under which transformers' models find `attend`."""
@@ -63,6 +65,10 @@ class PackedStep:
         self.positions = torch.tensor(positions, device=device)
         self._runs = _runs(spans, device)
         self._reaches: dict[int | None, list[_Reach]] = {}
+        self._varlen: VarlenAttention | None = None
+        if varlen.available(device, dtype, memory.kv_heads, memory.head_dim):
+            ends = [span.start + span.length for span in spans]
+            self._varlen = VarlenAttention(self._lengths, [span.base for span in spans], ends, device)
 
     def attend(
         self,
@@ -85,6 +91,8 @@ class PackedStep:
             [1, tokens, heads, head_dim].
         """
         self._memory.write(layer, self._runs, key[0], value[0])
+        if self._varlen is not None and slopes is None:
+            return self._varlen.attend(query, *self._memory.layers[layer], scaling, window)
         keys, values = (memory[None] for memory in self._memory.layers[layer])
         if window not in self._reaches:
             self._reaches[window] = [self._reach(span, window, slopes) for span in self._spans]

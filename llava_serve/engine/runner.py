@@ -62,7 +62,9 @@ class Runner:
         if not jobs:
             return
         tiles = torch.cat([torch.from_numpy(job.tiles) for job in jobs])
-        features = self._model.tower_features(tiles.to(self._model.device))
+        if self._model.device.type == "cuda":  # from pinned memory, so that this thread does not wait for the copy
+            tiles = tiles.pin_memory()
+        features = self._model.tower_features(tiles)
         parts = torch.split_with_sizes(features, [len(job.tiles) for job in jobs])
         for job, part in zip(jobs, parts, strict=True):
             if job.first == 0:

@@ -1,0 +1,51 @@
+"""What is special to CUDA: attention over extents, and the same answers as on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION
+
+from llava_serve.engine.attention import PackedStep, Span
+from llava_serve.engine.memory import KVMemory
+from llava_serve.engine.varlen import available
+from llava_serve.types import SamplingParams
+
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+
+
+def attended(device: str, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+    """A step of a prompt's second piece and two rows that decode, over a memory of random content."""
+    generator = torch.Generator().manual_seed(0)
+    memory = KVMemory(1, KV_HEADS, 256, HEAD_DIM, dtype, torch.device(device))
+    for half in memory.layers[0]:
+        half.copy_(torch.randn(half.shape, generator=generator))
+    spans = [Span(0, 1, 160, 30), Span(1, 1, 0, 99), Span(2, 20, 112, 12)]
+    query = torch.randn(1, HEADS, 22, HEAD_DIM, generator=generator).to(device, dtype)
+    key, value = (torch.randn(1, KV_HEADS, 22, HEAD_DIM, generator=generator).to(device, dtype) for _ in range(2))
+    step = PackedStep(memory, spans, dtype, torch.device(device))
+    return step.attend(0, query, key, value, None, window).float().cpu()
+
+
+def test_attention_over_extents_is_not_tried_on_a_cpu_or_in_full_precision() -> None:
+    assert not available(torch.device("cpu"), torch.bfloat16, KV_HEADS, HEAD_DIM)
+    assert not available(torch.device("cuda"), torch.float32, KV_HEADS, HEAD_DIM)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_over_extents_gives_what_the_plain_one_gives(dtype: torch.dtype, window: int | None) -> None:
+    assert available(torch.device("cuda"), dtype, KV_HEADS, HEAD_DIM)
+    torch.testing.assert_close(
+        attended("cuda", dtype, window), attended("cpu", torch.float32, window), atol=2e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_builtin_model_answers_on_cuda_as_on_a_cpu(dtype: str) -> None:
+    from llava_serve.llm import LLM
+
+    llm = LLM("builtin", device="cuda", dtype=dtype)
+    assert DEMO_ANSWER in llm.generate(DEMO_QUESTION, [DEMO_IMAGE], SamplingParams(temperature=0)).text
