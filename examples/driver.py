@@ -1,0 +1,39 @@
+"""Asks the running application from a driver: any Python process that has joined the application's Ray cluster."""
+
+from pathlib import Path
+
+import ray
+
+import llava_serve
+from deployments.client import LlavaClient
+from llava_serve import SamplingParams
+from llava_serve.errors import InvalidImageError
+
+PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
+
+ray.init(address="auto", log_to_driver=False)  # RAY_ADDRESS says which cluster
+llava = LlavaClient()
+
+# One question about one picture. It may be a path, a link, bytes, a PIL image, a numpy array, or a Ray reference.
+print(llava.ask(PICTURE, "What colour is the circle?"))
+
+# A conversation, in OpenAI's form, and all that is known of its answer.
+messages = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": PICTURE},
+            {"type": "text", "text": "What colour is the circle?"},
+        ],
+    },
+    {"role": "assistant", "content": "The circle is red."},
+    {"role": "user", "content": "How many shapes are there?"},
+]
+answer = llava.chat(messages, SamplingParams(temperature=0, max_new_tokens=32))
+print(answer.text, answer.finish_reason, answer.num_prompt_tokens)
+
+# What goes wrong is told by the library's own errors, as over HTTP by a status.
+try:
+    llava.ask(b"not a picture", "What is this?")
+except InvalidImageError as error:
+    print(f"Refused: {error}")

@@ -1,0 +1,31 @@
+"""Prints an answer as it comes, and leaves another one before its end."""
+
+from contextlib import closing
+from pathlib import Path
+
+import ray
+
+import llava_serve
+from deployments.client import LlavaClient
+from llava_serve import SamplingParams
+
+PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
+MESSAGES = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Describe the picture."}],
+    }
+]
+
+ray.init(address="auto", log_to_driver=False)  # RAY_ADDRESS says which cluster
+llava = LlavaClient()
+
+for chunk in llava.stream(MESSAGES, SamplingParams(temperature=0, max_new_tokens=64)):
+    print(chunk.text, end="", flush=True)
+print()
+
+# Whoever has heard enough closes the stream: the engine then stops working on it.
+endless = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+with closing(llava.stream(MESSAGES, endless)) as chunks:
+    next(chunks)
+print("Left.")
