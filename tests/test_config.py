@@ -91,6 +91,10 @@ TYPOS: list[tuple[Callable[[Config], object], str]] = [
         "applications[0].deployments[2].backpressure_config.status: unknown; did you mean status_code?",
     ),
     (
+        lambda c: deployment(c, "LlavaModel")["request_router_config"].update(request_router_kwargs={"slak": 4}),
+        "applications[0].deployments[2].request_router_config.request_router_kwargs.slak: unknown; did you mean slack?",
+    ),
+    (
         lambda c: deployment(c, "LlavaModel").update(name="LavaModel"),
         "applications[0].deployments[2].name: LavaModel: unknown; did you mean LlavaModel?",
     ),
@@ -115,7 +119,7 @@ def test_a_deployment_that_is_not_named_is_refused(config: Config) -> None:
 
 
 def test_what_does_not_fit_is_refused(config: Config) -> None:
-    deployment(config, "LlavaModel")["num_replicas"] = 2
+    deployment(config, "LlavaModel")["autoscaling_config"]["max_replicas"] = 2
     assert check(config, cpus=2) == ["the replicas take up to 3.25 CPUs, and there are 2"]
     assert check(config) == []
 

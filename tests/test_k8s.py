@@ -28,8 +28,8 @@ ON_PURPOSE = {
     "applications.llava.deployments.ImagePreprocessor.autoscaling_config.min_replicas",
     "applications.llava.deployments.ImagePreprocessor.autoscaling_config.max_replicas",
     "applications.llava.deployments.ImagePreprocessor.ray_actor_options.num_cpus",
-    "applications.llava.deployments.LlavaModel.num_replicas",
-    "applications.llava.deployments.LlavaModel.autoscaling_config",
+    "applications.llava.deployments.LlavaModel.autoscaling_config.max_replicas",
+    "applications.llava.deployments.LlavaModel.autoscaling_config.target_ongoing_requests",
     "applications.llava.deployments.LlavaModel.max_ongoing_requests",
     "applications.llava.deployments.LlavaModel.request_router_config.request_router_kwargs.slack",
     "applications.llava.deployments.LlavaModel.ray_actor_options.num_cpus",
@@ -95,6 +95,14 @@ def test_the_replicas_fit_the_worker_groups(manifest: dict[str, Any], on_kuberne
         there_gpus += group["maxReplicas"] * float(limits.get("nvidia.com/gpu", 0))
     assert cpus <= there_cpus
     assert gpus <= there_gpus
+
+
+def test_the_model_tier_grows_before_a_batch_is_full(on_kubernetes: dict[str, Any]) -> None:
+    for config in (yaml.safe_load(CONFIG.read_text()), on_kubernetes):
+        [application] = config["applications"]
+        batch = application["args"]["engine"]["max_num_seqs"]
+        [model] = [each for each in application["deployments"] if each["name"] == "LlavaModel"]
+        assert model["autoscaling_config"]["target_ongoing_requests"] == round(0.7 * batch)
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
