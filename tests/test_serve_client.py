@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import ray
 from conftest import DEMO_IMAGE, DEMO_QUESTION, question
 from PIL import Image
+from ray import serve
+from serve_house import house
 
+from deployments.aborts import AbortSender
 from deployments.client import LlavaClient
-from llava_serve import SamplingParams
-from llava_serve.errors import DeadlineExceededError, InvalidImageError, PromptTooLongError
+from llava_serve import Message, SamplingParams
+from llava_serve.errors import (
+    CapacityError,
+    DeadlineExceededError,
+    InvalidImageError,
+    PromptTooLongError,
+    UnknownModelError,
+)
+from llava_serve.types import PreparedPrompt, TextPart
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
+FOREVER = SamplingParams(max_new_tokens=1500, ignore_eos=True)
+HELLO = [Message("user", (TextPart("Hello"),))]
+LIGHT = """
+import sys
+import ray
+from deployments.client import LlavaClient
+from llava_serve import SamplingParams
+
+ray.init(address="auto", log_to_driver=False)
+content = [{"type": "image", "image": sys.argv[1]}, {"type": "text", "text": sys.argv[2]}]
+print(LlavaClient().chat([{"role": "user", "content": content}], SamplingParams(temperature=0, max_new_tokens=40)).text)
+print(*sorted(name for name in ("torch", "transformers") if name in sys.modules))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +112,18 @@ def test_from_a_task_and_an_actor(ray_job: None, over_http: str) -> None:
     ray.kill(asker)
 
 
+def test_a_reference_stands_in_a_conversation_too(llava: LlavaClient, over_http: str) -> None:
+    content = [{"type": "image", "image": ray.put(DEMO_IMAGE.read_bytes())}, {"type": "text", "text": DEMO_QUESTION}]
+    assert llava.chat([{"role": "user", "content": content}], GREEDY).text == over_http
+
+
+def test_a_client_needs_no_torch(served: Any, over_http: str) -> None:
+    command = [sys.executable, "-c", LIGHT, str(DEMO_IMAGE), DEMO_QUESTION]
+    environment = os.environ | {"RAY_ADDRESS": served.ray_address}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.splitlines() == [over_http, ""]
+
+
 def test_the_errors_are_the_librarys(llava: LlavaClient) -> None:
     with pytest.raises(InvalidImageError):
         llava.ask(b"not a picture", DEMO_QUESTION)
@@ -91,14 +132,76 @@ def test_the_errors_are_the_librarys(llava: LlavaClient) -> None:
     assert refusal.value.got > refusal.value.limit
     with pytest.raises(DeadlineExceededError):
         llava.chat(question("Hello"), timeout_s=1e-6)
+    with pytest.raises(UnknownModelError, match="no application 'lama'"):
+        LlavaClient("lama")
+
+
+def test_the_house_is_the_same_as_for_http(served: Any, ray_job: None) -> None:
+    with house(served, "narrow", max_queue=1) as url:
+        narrow = LlavaClient("narrow")
+        guest = narrow.stream(HELLO, FOREVER)
+        next(guest)
+        with pytest.raises(CapacityError):
+            narrow.chat(HELLO, GREEDY)
+        ask = {"model": "builtin", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+        refused = httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60)
+        assert refused.status_code == 429
+        guest.close()
+        answered = time.monotonic() + 60
+        while httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).status_code != 200:
+            assert time.monotonic() < answered, "the place was not freed"
+
+
+def test_nobody_has_more_time_than_the_application_gives(served: Any, ray_job: None) -> None:
+    with house(served, "brief", max_timeout_s=0.3) as _, pytest.raises(DeadlineExceededError):
+        LlavaClient("brief").chat(HELLO, FOREVER, timeout_s=120)
+
+
+def test_a_drain_waits_for_a_client_and_refuses_the_next(served: Any, ray_job: None) -> None:
+    with house(served, "leaving"):
+        leaving = LlavaClient("leaving")
+        guest = leaving.stream(HELLO, SamplingParams(max_new_tokens=60, ignore_eos=True), timeout_s=240)
+        tokens = len(next(guest).token_ids)
+        drain = serve.get_app_handle("leaving").broadcast("drain")  # begins when its results are asked for
+        drained = Thread(target=drain.results)
+        drained.start()
+
+        def knock_until_the_drain_has_begun() -> None:
+            while True:
+                leaving.chat(HELLO, SamplingParams(max_new_tokens=1))
+
+        with pytest.raises(CapacityError, match="shutting down"):
+            knock_until_the_drain_has_begun()
+        tokens += sum(len(chunk.token_ids) for chunk in guest)
+        assert tokens == 60
+        drained.join(60)
+        assert not drained.is_alive()
+
+
+async def test_an_abort_ends_a_call_whose_cancel_is_lost(ray_job: None) -> None:
+    ingress = serve.get_app_handle("llava")
+    calls = ingress.options(method_name="generate", stream=True)
+    aborts = AbortSender(ingress)
+
+    async def tokens_of(call_id: str) -> int:
+        tokens = 0
+        async for item in calls.remote(HELLO, FOREVER, None, call_id, time.time() + 120):
+            if isinstance(item, PreparedPrompt):
+                aborts.send(call_id)
+            else:
+                tokens += sum(len(chunk.token_ids) for chunk in item)
+        return tokens
+
+    assert await tokens_of("left on its way") < 1500
+    # An abort may also overtake the call that it is about.
+    assert await tokens_of("left on its way") == 0
 
 
 def test_a_stream_that_is_left_frees_the_engine(
     llava: LlavaClient, engine_stats: Callable[[], dict[str, Any]], wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
     before = engine_stats()["generated_tokens"]
-    forever = SamplingParams(max_new_tokens=1500, ignore_eos=True)
-    stream = llava.stream(question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()), forever)
+    stream = llava.stream(question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()), FOREVER)
     next(stream)
     stream.close()
     wait_until(lambda: engine_stats()["running"] == 0)
