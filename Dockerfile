@@ -12,7 +12,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY llava_serve llava_serve
 COPY deployments deployments
 ARG PIP_ARGS=""
-RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt .
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt . \
+    && python -m deployments.haproxy /usr/local/bin/haproxy-without-splice
 
 # A container is reached through its port mapping, never by its own loopback.
 COPY serve_config.yaml ./

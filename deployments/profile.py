@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+from deployments.haproxy import write_launcher
+
 
 class ProfileError(Exception):
     """The file cannot be read, or holds what is no setting of Serve; the message is for the terminal."""
@@ -38,7 +40,10 @@ def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
         ports: three free ones.
     """
     stats, metrics, fallback = ports
+    launcher = folder / "haproxy"
+    write_launcher(launcher)
     return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),

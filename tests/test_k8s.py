@@ -12,6 +12,7 @@ import yaml
 from conftest import CONFIG, ROOT
 
 from deployments.check_config import check
+from deployments.profile import read_profile
 
 SCHEMA = json.loads((ROOT / "tests" / "schemas" / "rayservice.json").read_text())
 
@@ -67,13 +68,12 @@ def test_it_differs_from_serve_config_only_where_it_says(on_kubernetes: dict[str
     assert set(differences(yaml.safe_load(CONFIG.read_text()), on_kubernetes)) == ON_PURPOSE
 
 
-def test_every_process_has_the_same_serve_environment(manifest: dict[str, Any]) -> None:
+def test_every_process_has_the_production_profile(manifest: dict[str, Any]) -> None:
     cluster = manifest["spec"]["rayClusterConfig"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     environments = [group["template"]["spec"]["containers"][0]["env"] for group in groups]
-    local = yaml.safe_load(CONFIG.read_text())["controller_options"]["runtime_env"]["env_vars"]
     for environment in environments:
-        assert {each["name"]: each["value"] for each in environment} == local
+        assert {each["name"]: each["value"] for each in environment} == read_profile(ROOT / "production.env")
 
 
 def test_a_pod_outlives_its_longest_answer(manifest: dict[str, Any], on_kubernetes: dict[str, Any]) -> None:

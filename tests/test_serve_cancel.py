@@ -97,14 +97,6 @@ async def test_a_burst_of_clients_that_leave_leaves_nothing(served: Any, engine_
     assert await tokens_when_quiet(engine_stats) - before < LONG
 
 
-@pytest.mark.slow
-async def test_bursts_of_a_hundred_ten_times_in_a_row_leave_nothing(served: Any, engine_stats: Stats) -> None:
-    for _ in range(10):
-        before = await tokens_when_quiet(engine_stats)
-        await burst(served.url, 100, within_s=0.4)  # most of them leave before
-        assert await tokens_when_quiet(engine_stats) - before < LONG
-
-
 async def test_an_abort_ends_a_call_whose_cancel_is_lost(served: Any, ray_job: None) -> None:
     calls = serve.get_deployment_handle("LlavaModel", "llava").options(method_name="generate", stream=True)
     prepared = Processor(open_checkpoint("builtin"), ImageOptions()).prepare([Message("user", (TextPart("Hello"),))])

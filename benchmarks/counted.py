@@ -1,0 +1,78 @@
+"""The application with one more door: `GET /left` tells what is still there of all requests, in every tier.
+
+For `benchmarks.leaving` and the burst tests. One replica per tier; all that works is the real thing.
+"""
+
+# No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from deployments.app import AppArgs
+from deployments.ingress import Ingress
+from deployments.model import LlavaModel
+from deployments.preprocessor import ImagePreprocessor
+from llava_serve.config import ApiOptions
+
+
+async def other_tasks() -> list[str]:
+    """The tasks of the replica's event loop by the names of their coroutines, but for the one that asks."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    return sorted(getattr(task.get_coro(), "__qualname__", "") for task in others)
+
+
+class CountedPreprocessor(ImagePreprocessor):
+    """The real picture tier, and its tasks."""
+
+    async def tasks(self) -> list[str]:
+        return await other_tasks()
+
+
+class CountedModel(LlavaModel):
+    """The real model tier, its tasks, and its engine."""
+
+    async def tasks(self) -> list[str]:
+        return await other_tasks()
+
+
+class CountedIngress(Ingress):
+    """The real front door, with the other one beside it."""
+
+    def __init__(
+        self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
+    ) -> None:
+        super().__init__(model_name, options, preprocessor, model)
+        self._preprocessor = preprocessor
+        self._model = model
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        app = FastAPI()
+        app.add_api_route("/left", self.left)
+        app.mount("/", super().__serve_build_asgi_app__())
+        return app
+
+    async def left(self) -> Mapping[str, int | list[str]]:
+        """Sequences and blocks of the engine, and tasks of the replicas; a replica at rest has some tasks too."""
+        stats: dict[str, Any] = await self._model.stats.remote()
+        return {
+            "sequences": stats["running"] + stats["waiting"],
+            "blocks": stats["total_blocks"] - stats["free_blocks"],
+            "tasks_ingress": await other_tasks(),
+            "tasks_picture_tier": await self._preprocessor.tasks.remote(),
+            "tasks_model": await self._model.tasks.remote(),
+        }
+
+
+def build_app(args: AppArgs) -> Application:
+    """As `deployments.app.build_app`, with the counted parts under the real ones' names."""
+    preprocessor = serve.deployment(CountedPreprocessor, name="ImagePreprocessor").bind(args.model_options, args.images)
+    model = serve.deployment(CountedModel, name="LlavaModel").bind(args.model_options, args.engine)
+    ingress = serve.deployment(serve.ingress()(CountedIngress), name="Ingress")
+    return ingress.bind(args.model_name, args.api, preprocessor, model)
