@@ -1,0 +1,160 @@
+"""The application with a paced stand-in for the model and a clock at every stage: what `benchmarks.overhead` measures.
+
+Ingress, picture tier, handles and proxy are the real ones. The stages write down when they were reached, in seconds
+since the epoch; the stamps travel in the prepared prompt and in the text of the first chunk, to the client. The
+question is an order to the stand-in, as JSON: see `Order`.
+"""
+
+# No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from deployments.app import AppArgs
+from deployments.backend import HandleBackend
+from deployments.coalesce import coalesce
+from deployments.ingress import Ingress
+from deployments.preprocessor import ImagePreprocessor
+from llava_serve.config import ApiOptions, ImageOptions, ModelOptions
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams, TextPart
+
+
+@dataclass(frozen=True)
+class Order:
+    """How fast the stand-in answers.
+
+    Attributes:
+        first_s: until the first token.
+        gap_s: between tokens; 0 makes them as fast as they are taken.
+        grouped: as the real model replica sends them, in groups; else every token is a message of its own.
+    """
+
+    first_s: float
+    gap_s: float
+    grouped: bool
+
+
+def stamped(prompt: PreparedPrompt, **stamps: float) -> PreparedPrompt:
+    """The prompt with more stamps in its text."""
+    return dataclasses.replace(prompt, prompt=json.dumps({**json.loads(prompt.prompt), **stamps}))
+
+
+def read_stamps(text: str) -> tuple[dict[str, float], str]:
+    """The stamps at the beginning of an answer, and what was grouped with them."""
+    stamps, end = json.JSONDecoder().raw_decode(text)
+    return stamps, text[end:]
+
+
+class StampedIngress(Ingress):
+    """The real front door over a backend with a clock."""
+
+    def __init__(
+        self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
+    ) -> None:
+        super().__init__(model_name, options, preprocessor, model)
+        self._backend = StampedBackend(model_name, preprocessor, model)
+        self._backend.timeout_s = options.default_timeout_s
+
+
+class StampedBackend(HandleBackend):
+    """The real backend with a clock before and behind each call."""
+
+    timeout_s: float
+
+    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        called = time.time()
+        prepared = await super().prepare(messages, conv_mode=conv_mode, deadline=deadline)
+        return stamped(prepared, arrived=deadline - self.timeout_s, parsed=called, prepared=time.time())
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        async with aclosing(super().generate(prepared, sampling, request_id=request_id, deadline=deadline)) as chunks:
+            first = await anext(chunks)
+            stamps, rest = read_stamps(first.text)
+            yield dataclasses.replace(first, text=json.dumps({**stamps, "back": time.time()}) + rest)
+            async for chunk in chunks:
+                yield chunk
+
+
+class StampedPreprocessor(ImagePreprocessor):
+    """The real picture tier with a clock around the work."""
+
+    def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
+        super().__init__(model, images)
+        self._processor: Any = StampedProcessor(self._processor)
+
+    async def prepare(self, messages: Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
+        reached = time.time()
+        return stamped(await super().prepare(messages, conv_mode, deadline), reached=reached)
+
+
+class StampedProcessor:
+    """A processor with a clock; it hands the question on."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def prepare(self, messages: Sequence[Message], *, conv_mode: str | None = None) -> PreparedPrompt:
+        began = time.time()
+        prepared: PreparedPrompt = self._processor.prepare(messages, conv_mode=conv_mode)
+        (order,) = (part.text for part in messages[-1].parts if isinstance(part, TextPart))
+        return dataclasses.replace(
+            prepared, prompt=json.dumps({"order": json.loads(order), "began": began, "ended": time.time()})
+        )
+
+
+class PacedModel:
+    """Stands in for `LlavaModel`: takes the same calls, and answers at the pace that the question orders."""
+
+    def __init__(self, model: ModelOptions) -> None:
+        self._name = model.model
+
+    async def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, call_id: str, deadline: float
+    ) -> AsyncGenerator[list[Chunk]]:
+        """Streams `max_new_tokens` tokens."""
+        stamps = {**json.loads(prepared.prompt), "asked": time.time()}
+        order = Order(**stamps.pop("order"))
+        chunks = paced(order, stamps, sampling.max_new_tokens)
+        if order.grouped:
+            async for group in coalesce(chunks):
+                yield group
+        else:
+            async for chunk in chunks:
+                yield [chunk]
+
+    async def abort(self, call_ids: Sequence[str]) -> None:
+        """Calls here end when they are cancelled."""
+
+    async def health(self) -> None:
+        """Always well."""
+
+
+async def paced(order: Order, stamps: dict[str, float], tokens: int) -> AsyncGenerator[Chunk]:
+    """One chunk per token; those that are late by a turn of the event loop do not make the next ones late."""
+    clock = asyncio.get_running_loop().time
+    start = clock() + order.first_s
+    for number in range(tokens):
+        if (wait := start + number * order.gap_s - clock()) > 0:
+            await asyncio.sleep(wait)
+        text = json.dumps({**stamps, "made": time.time()}) if number == 0 else " word"
+        yield Chunk(0, text, (number,), "length" if number == tokens - 1 else None)
+
+
+def build_app(args: AppArgs) -> Application:
+    """As `deployments.app.build_app`, with the stamped parts under the real ones' names."""
+    preprocessor = serve.deployment(StampedPreprocessor, name="ImagePreprocessor").bind(args.model_options, args.images)
+    model = serve.deployment(PacedModel, name="LlavaModel").bind(args.model_options)
+    ingress = serve.deployment(serve.ingress()(StampedIngress), name="Ingress")
+    return ingress.bind(args.model_name, args.api, preprocessor, model)

@@ -1,0 +1,272 @@
+"""The picture tier on 12-megapixel JPEGs: pictures per second, time to one more replica, and what a hop costs.
+
+    python -m benchmarks.pictures [--rounds 5] [--pictures 40] [--output benchmarks/results/pictures.json]
+
+The application of `serve_config.yaml` runs on a Ray of its own, and is asked for its health over HTTP all the time.
+Beside it stand two more picture tiers, of one replica and of two, which get the same pictures through handles, in turn.
+`hops` is a call between two replicas by each of Serve's two transports: by reference (Ray's object store) or by value
+(gRPC).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import secrets
+import statistics
+import threading
+import time
+import urllib.request
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Ray reads them when it is imported.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+import numpy as np
+import psutil
+import ray
+from PIL import Image
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.local import free_port, local_serve, read_config
+from deployments.preprocessor import ImagePreprocessor
+from llava_serve.config import ImageOptions, ModelOptions
+from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
+
+CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
+SIZE = 4000, 3000
+FREE = {"num_cpus": 0.01}  # of Ray's account: the application itself takes all that a machine of two cores has
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=40, help="per round")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with local_serve(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
+        load = os.getloadavg()[0]
+        report = {
+            "cpu_cores": os.cpu_count(),
+            "load_before": round(load, 1),
+            "rate": rate(running.url, options.rounds, options.pictures),
+            "one_more_replica": one_more_replica(options.rounds),
+            "hops": hops(100),
+        }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def ray_job(address: str) -> Iterator[None]:
+    """Joins a Ray, and leaves it before it ends: its end would end this process without a word."""
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def photographs(count: int = 4) -> list[bytes]:
+    """JPEGs of 12 megapixels and about 3 MB, as a telephone takes them."""
+    rng = np.random.default_rng(0)
+    photos = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 255, (75, 100, 3), dtype=np.uint8))
+        soft = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
+        grain = rng.normal(0, 4, (SIZE[1], SIZE[0], 1)).astype(np.float32)
+        file = io.BytesIO()
+        Image.fromarray(np.clip(soft + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        photos.append(file.getvalue())
+    return photos
+
+
+def tier(name: str, replicas: int) -> DeploymentHandle:
+    """Runs a picture tier of its own, and returns when all its replicas do."""
+    deployment = serve.deployment(ImagePreprocessor).options(
+        num_replicas=replicas, max_ongoing_requests=64, ray_actor_options=FREE
+    )
+    return serve.run(deployment.bind(ModelOptions(), ImageOptions()), name=name, route_prefix=None)
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """The replicas of a tier, by the title that Ray gives them; only those of our own Ray."""
+    title = f"ray::ServeReplica:{name}:ImagePreprocessor"
+    return [each for each in psutil.Process().children(recursive=True) if title in " ".join(each.cmdline())]
+
+
+def rate(url: str, rounds: int, pictures: int) -> dict[str, Any]:
+    """Pictures per second of one replica and of two; rounds alternate, so that a slow minute hits both."""
+    photos = photographs()
+    prompts = [[Message("user", (ImagePart(photo), TextPart("What is this?")))] for photo in photos]
+    handles = {replicas: tier(f"tier{replicas}", replicas) for replicas in (1, 2)}
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    spent: dict[int, list[float]] = {1: [], 2: []}
+    for handle in handles.values():
+        _prepare(handle, prompts, 8)
+    with polled(f"{url}/health") as idle:
+        time.sleep(5)
+    with polled(f"{url}/health") as busy:
+        for _ in range(rounds):
+            for replicas, handle in handles.items():
+                before, start = _processor_time(f"tier{replicas}"), time.perf_counter()
+                _prepare(handle, prompts, pictures)
+                rates[replicas].append(pictures / (time.perf_counter() - start))
+                spent[replicas].append((_processor_time(f"tier{replicas}") - before) / pictures)
+    ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+    return {
+        "picture_bytes": [len(photo) for photo in photos],
+        "pictures_per_s": {replicas: _rounded(each, 2) for replicas, each in rates.items()},
+        "two_over_one_by_round": _rounded(ratios, 2),
+        "two_over_one": round(statistics.median(ratios), 2),
+        "processor_ms_per_picture": {replicas: _rounded(each, 1, 1000) for replicas, each in spent.items()},
+        "health_ms": {"idle": _percentiles(idle), "meanwhile": _percentiles(busy)},
+    }
+
+
+def _prepare(handle: DeploymentHandle, prompts: Sequence[list[Message]], count: int) -> None:
+    """Sends so many pictures, eight at once."""
+
+    def one(number: int) -> None:
+        prompt = prompts[number % len(prompts)]
+        prepared = handle.prepare.remote(prompt, None, time.time() + 600).result(timeout_s=600)
+        assert len(prepared.tiles) == 1
+
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(one, range(count)))
+
+
+def _processor_time(name: str) -> float:
+    times = [each.cpu_times() for each in processes(name)]
+    return sum(each.user + each.system for each in times)
+
+
+@contextmanager
+def polled(url: str, every_s: float = 0.05) -> Iterator[list[float]]:
+    """Seconds of each answer of a URL while the block runs, asked for again and again."""
+    times: list[float] = []
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(every_s):
+            start = time.perf_counter()
+            with urllib.request.urlopen(url, timeout=60) as response:
+                assert response.status == 200
+                response.read()
+            times.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield times
+    finally:
+        stop.set()
+        thread.join()
+
+
+def one_more_replica(rounds: int) -> dict[str, Any]:
+    """Seconds from asking for a second replica to its being ready, and what its process has spent by then."""
+    ready, processor, memory = [], [], []
+    for _ in range(rounds):
+        tier("tier1", 1)
+        before = {each.pid for each in processes("tier1")}
+        start = time.perf_counter()
+        tier("tier1", 2)
+        ready.append(time.perf_counter() - start)
+        [new] = [each for each in processes("tier1") if each.pid not in before]
+        times = new.cpu_times()
+        processor.append(times.user + times.system)
+        memory.append(new.memory_info().rss / 2**20)
+    serve.delete("tier1")
+    serve.delete("tier2")
+    return {
+        "ready_s": _rounded(ready, 2),
+        "processor_s": _rounded(processor, 2),
+        "resident_mb": _rounded(memory, 0),
+    }
+
+
+class Far:
+    """Stands where the picture tier and the model stand, and does nothing."""
+
+    async def take(self, messages: Sequence[Message]) -> int:
+        """A picture goes in."""
+        return len(messages)
+
+    async def give(self, tiles: int) -> PreparedPrompt:
+        """Tiles come out."""
+        return PreparedPrompt(np.zeros(600, np.int32), tiles=(np.ones((tiles, 336, 336, 3), np.uint8),))
+
+    async def answer(self, prepared: PreparedPrompt) -> AsyncGenerator[int]:
+        """Tiles go in, and a stream begins."""
+        yield len(prepared.token_ids)
+
+    async def spent(self) -> float:
+        """Processor seconds of this process."""
+        return time.process_time()
+
+
+class Near:
+    """Stands where the ingress stands."""
+
+    def __init__(self, far: DeploymentHandle) -> None:
+        self._far = far
+
+    async def measure(self, what: str, by_reference: bool, count: int) -> tuple[list[float], float]:
+        """Seconds of each call, and the processor seconds of both ends per call."""
+        far = self._far.options(_by_reference=by_reference)
+        picture = [Message("user", (ImagePart(os.urandom(3_100_000)), TextPart("What is this?")))]
+        prepared = {tiles: await Far().give(tiles) for tiles in (1, 5)}
+        calls: dict[str, Callable[[], Any]] = {
+            "picture in": lambda: far.take.remote(picture),
+            "1 tile out": lambda: far.give.remote(1),
+            "5 tiles out": lambda: far.give.remote(5),
+            "1 tile in": lambda: anext(far.answer.options(stream=True).remote(prepared[1])),
+            "5 tiles in": lambda: anext(far.answer.options(stream=True).remote(prepared[5])),
+        }
+        for _ in range(5):
+            await calls[what]()
+        times = []
+        spent = time.process_time() + await far.spent.remote()
+        for _ in range(count):
+            start = time.perf_counter()
+            await calls[what]()
+            times.append(time.perf_counter() - start)
+        return times, (time.process_time() + await far.spent.remote() - spent) / count
+
+
+def hops(count: int) -> dict[str, Any]:
+    """A call between replicas by each transport, one after the other."""
+    limit = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 << 20)}}
+    place = {"ray_actor_options": FREE | {"runtime_env": limit}}
+    far = serve.deployment(Far).options(**place).bind()
+    near = serve.run(serve.deployment(Near).options(**place).bind(far), name="hops", route_prefix=None)
+    found: dict[str, Any] = {}
+    for what in ("picture in", "1 tile out", "5 tiles out", "1 tile in", "5 tiles in"):
+        found[what] = {}
+        for name, by_reference in (("by reference", True), ("by value", False)):
+            times, spent = near.measure.remote(what, by_reference, count).result(timeout_s=600)
+            found[what][name] = _percentiles(times) | {"processor_ms": round(1000 * spent, 2)}
+    return found
+
+
+def _rounded(values: Sequence[float], digits: int, factor: float = 1) -> list[float]:
+    return [round(factor * value, digits) for value in values]
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    return {f"p{q}": round(1000 * float(np.percentile(seconds, q)), 2) for q in (50, 95, 99)}
+
+
+if __name__ == "__main__":
+    main()
