@@ -53,6 +53,7 @@ class EngineOptions(Options):
         feature_cache_bytes: memory of the image-feature cache.
         block_size: positions per block.
         prefix_caching: keep and reuse the KV of prompts.
+        cuda_graphs: on CUDA, launch decode steps as graphs; takes some seconds at the start, and some memory.
         num_threads: of torch on a CPU; None takes all cores of the machine.
     """
 
@@ -65,6 +66,7 @@ class EngineOptions(Options):
     feature_cache_bytes: int = Field(default=256 << 20, ge=0)
     block_size: int = Field(default=16, ge=1)
     prefix_caching: bool = True
+    cuda_graphs: bool = True
     num_threads: int | None = Field(default=None, ge=1)
 
 

@@ -6,11 +6,15 @@ import pytest
 import torch
 from conftest import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION
 
+from llava_serve.config import EngineOptions
 from llava_serve.engine.attention import PackedStep, Span
+from llava_serve.engine.graphs import buckets, decode_input
 from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.varlen import available
+from llava_serve.llm import LLM
 from llava_serve.types import SamplingParams
 
+GREEDY = SamplingParams(temperature=0)
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 
 
@@ -42,10 +46,29 @@ def test_attention_over_extents_gives_what_the_plain_one_gives(dtype: torch.dtyp
     )
 
 
+def test_every_batch_has_a_bucket_and_the_rest_of_it_touches_no_sequence() -> None:
+    assert buckets(1) == [1]
+    assert buckets(20) == [1, 2, 4, 8, 16, 20]
+    spans = [Span(0, 1, 160, 30), Span(1, 1, 0, 99)]
+    assert decode_input([7, 9], spans, rows=4, spare=256).tolist() == [[7, 9, 0, 0], [30, 99, 0, 0], [160, 0, 256, 256]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_graphs_answer_as_their_kernels_do(rows: int) -> None:
+    texts = []
+    for cuda_graphs in (False, True):
+        options = EngineOptions(max_num_seqs=8, cuda_graphs=cuda_graphs)
+        llm = LLM("builtin", device="cuda", dtype="bfloat16", engine=options)
+        assert (llm.engine._runner._graphs is not None) == cuda_graphs
+        answers = llm.generate([DEMO_QUESTION] * rows, images=[[DEMO_IMAGE]] * rows, sampling=GREEDY)
+        texts.append([answer.text for answer in answers])
+    assert texts[0] == texts[1]
+    assert DEMO_ANSWER in texts[0][0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_builtin_model_answers_on_cuda_as_on_a_cpu(dtype: str) -> None:
-    from llava_serve.llm import LLM
-
     llm = LLM("builtin", device="cuda", dtype=dtype)
-    assert DEMO_ANSWER in llm.generate(DEMO_QUESTION, [DEMO_IMAGE], SamplingParams(temperature=0)).text
+    assert DEMO_ANSWER in llm.generate(DEMO_QUESTION, images=[DEMO_IMAGE], sampling=GREEDY).text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -49,8 +49,27 @@ class _Reach:
     causal: bool
 
 
+class Step(Protocol):
+    """What the model is given of a step: positions [tokens], and attention that knows all sequences' memory."""
+
+    positions: torch.Tensor
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        slopes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `PackedStep.attend`."""
+        ...
+
+
 class PackedStep:
-    """What attention must know of a step.
+    """A step of any tokens of any sequences.
 
     Args:
         spans: the sequences, in the order in which their tokens are packed.
@@ -68,7 +87,7 @@ class PackedStep:
         self._varlen: VarlenAttention | None = None
         if varlen.available(device, dtype, memory.kv_heads, memory.head_dim):
             ends = [span.start + span.length for span in spans]
-            self._varlen = VarlenAttention(self._lengths, [span.base for span in spans], ends, device)
+            self._varlen = VarlenAttention.of(self._lengths, [span.base for span in spans], ends, device)
 
     def attend(
         self,
@@ -173,11 +192,11 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    step: PackedStep,
+    step: Step,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`PackedStep.attend` in the form of transformers' `AttentionInterface`; `step` comes through the model's call."""
+    """`Step.attend` in the form of transformers' `AttentionInterface`; `step` comes through the model's call."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     return step.attend(layer, query, key, value, scaling, sliding_window), None
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
-from llava_serve.engine.attention import IMPLEMENTATION, PackedStep
+from llava_serve.engine.attention import IMPLEMENTATION, Step
 
 
 class Decoder:
@@ -36,8 +36,11 @@ class Decoder:
             self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
         else:
             language_model.set_attn_implementation(IMPLEMENTATION)
+        floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
+        self.recordable = floats and not self._replaced
+        """Its steps can be CUDA graphs: no biased attention, and no quantized layers, whose kernels ask the host."""
 
-    def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor:
+    def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
         for module in self._replaced:
             module.step = step
@@ -60,7 +63,7 @@ class Decoder:
 class _MptAttention(nn.Module):
     """MPT's attention over the engine's memory, with the weights of the module that it replaces."""
 
-    step: PackedStep
+    step: Step
 
     def __init__(self, original: MptAttention, device: torch.device) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Engine:
         features = FeatureLedger(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, features, options.max_num_seqs)
         self._pacer = Pacer(options.max_batch_tokens, options.max_batch_tiles)
-        self._runner = Runner(model, self._kv.num_blocks, options.block_size)
+        self._runner = Runner(model, self._kv.num_blocks, options)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
         self.limits = Limits(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[Group]] = {}

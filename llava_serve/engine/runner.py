@@ -7,8 +7,10 @@ import itertools
 import torch
 
 from llava_serve.config import EngineOptions
+from llava_serve.engine import varlen
 from llava_serve.engine.attention import PackedStep, Span
 from llava_serve.engine.decoder import Decoder
+from llava_serve.engine.graphs import DecodeGraphs
 from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.model import VisionLanguageModel
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
@@ -20,17 +22,24 @@ class Runner:
     """Owns every tensor of the engine: the KV memory and the pictures' features.
 
     Args:
-        blocks, block_size: of the KV memory; a block is `block_size` positions.
+        blocks: of the KV memory, which has one position more: the graphs' spare one.
     """
 
-    def __init__(self, model: VisionLanguageModel, blocks: int, block_size: int) -> None:
+    def __init__(self, model: VisionLanguageModel, blocks: int, options: EngineOptions) -> None:
         self._model = model
-        self._block_size = block_size
+        self._block_size = block_size = options.block_size
         self._features: dict[str, torch.Tensor] = {}
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
         layers, kv_heads, head_dim = _kv_shape(model)
-        self._memory = KVMemory(layers, kv_heads, blocks * block_size, head_dim, model.dtype, model.device)
+        positions = blocks * block_size
+        self._memory = KVMemory(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
         self._decoder = Decoder(model.language_model)
+        self._graphs: DecodeGraphs | None = None
+        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.recordable
+        if fast and options.cuda_graphs:
+            keys = min(positions, model.spec.context_length)
+            graphs = DecodeGraphs(self._decoder, model.embed, self._memory, options.max_num_seqs, keys, positions)
+            self._graphs = graphs if graphs.capture() else None
 
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Does the step's work.
@@ -45,6 +54,8 @@ class Runner:
         if not schedule.segments:
             return torch.empty(0, 0)
         spans = self._pack(schedule.segments)
+        if self._graphs is not None and all(_decodes(segment) for segment in schedule.segments):
+            return self._graphs.run([segment.sequence.token_ids[-1] for segment in schedule.segments], spans)
         step = PackedStep(self._memory, spans, self._model.dtype, self._model.device)
         hidden = self._decoder.forward(self._embed(schedule.segments), step)
         drawn = [
@@ -108,6 +119,11 @@ class Runner:
             embeddings[first - segment.start : last - segment.start] = picture[first - start : last - start]
             if last == end:
                 del self._embeddings[key]
+
+
+def _decodes(segment: Segment) -> bool:
+    """The segment is a sequence's last token, and that is text."""
+    return segment.draws and segment.end - segment.start == 1 and segment.sequence.token_ids[-1] != IMAGE_TOKEN_ID
 
 
 def _kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:

@@ -21,21 +21,26 @@ _TOLERANCE = 2e-2
 
 
 class VarlenAttention:
-    """The extents of one step.
+    """The extents of one step, as int32 tensors on the device.
 
     Args:
-        lengths: tokens of each sequence in the step, as they are packed.
-        bases: where each extent begins in the memory.
-        ends: keys of each sequence, those of this step included.
+        rows: [sequences + 1], where each sequence's tokens begin in the step, and its end.
+        bases: [sequences + 1], where each extent begins in the memory; nothing reads the last.
+        used: [sequences], keys of each sequence, those of this step included.
+        max_q, max_k: the most tokens and keys of a sequence.
     """
 
-    def __init__(self, lengths: list[int], bases: list[int], ends: list[int], device: torch.device) -> None:
-        self._max_q, self._max_k = max(lengths), max(ends)
+    def __init__(self, rows: torch.Tensor, bases: torch.Tensor, used: torch.Tensor, max_q: int, max_k: int) -> None:
+        self._rows, self._bases, self._used = rows, bases, used
+        self._max_q, self._max_k = max_q, max_k
+
+    @classmethod
+    def of(cls, lengths: list[int], bases: list[int], ends: list[int], device: torch.device) -> VarlenAttention:
+        """Of each sequence's tokens, as they are packed, where its extent begins, and its keys."""
         rows = [*accumulate(lengths, initial=0)]
-        # One entry more than there are sequences is asked for; with `seqused_k` nothing reads it.
         bounds = torch.tensor([rows, [*bases, bases[-1] + ends[-1]], [*ends, 0]], dtype=torch.int32)
-        self._rows, self._bases, used = _to(bounds, device)
-        self._used = used[:-1].contiguous()
+        on_device = to_device(bounds, device)
+        return cls(on_device[0], on_device[1], on_device[2, :-1].contiguous(), max(lengths), max(ends))
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None, window: int | None
@@ -91,7 +96,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, kv_heads: int, head_dim: i
 
     keys, values, query = draw(64), draw(64), draw(4)
     bases, lengths, ends = [40, 8], [1, 3], [17, 20]  # out of order, with a gap between
-    got = VarlenAttention(lengths, bases, ends, device).attend(query[None], keys, values, None, None)[0]
+    got = VarlenAttention.of(lengths, bases, ends, device).attend(query[None], keys, values, None, None)[0]
     row = 0
     for base, length, end in zip(bases, lengths, ends, strict=True):
         seen = torch.ones(length, end, dtype=torch.bool, device=device).tril(end - length)
@@ -107,5 +112,6 @@ def _agrees(device: torch.device, dtype: torch.dtype, kv_heads: int, head_dim: i
     return True
 
 
-def _to(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy there; on CUDA from pinned memory, so that this thread does not wait for it."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
