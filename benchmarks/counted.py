@@ -1,12 +1,14 @@
-"""The application with one more door: `GET /left` tells what is still there of all requests, in every tier.
+"""The application with two more doors: `GET /left` tells what is still there of all requests, in every tier, and
+`GET /engine` where the engine stands.
 
-For `benchmarks.leaving` and the burst tests. One replica per tier; all that works is the real thing.
+For `benchmarks.pressure` and the burst tests. One replica per tier; all that works is the real thing.
 """
 
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,9 +19,27 @@ from starlette.types import ASGIApp
 
 from deployments.app import AppArgs
 from deployments.ingress import Ingress
+from deployments.local import free_port, read_config
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ApiOptions
+
+CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
+
+
+def counted_config(**api: Any) -> dict[str, Any]:
+    """`serve_config.yaml` with the doors, on a free port, and one replica per tier, so that they tell of all.
+
+    Args:
+        api: changed options of the ingress.
+    """
+    config = read_config(CONFIG, port=free_port())
+    (application,) = config["applications"]
+    application["import_path"] = "benchmarks.counted:build_app"
+    application["args"]["api"].update(api)
+    for deployment in application["deployments"]:
+        deployment.pop("autoscaling_config", None)
+    return config
 
 
 async def other_tasks() -> list[str]:
@@ -55,12 +75,18 @@ class CountedIngress(Ingress):
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = FastAPI()
         app.add_api_route("/left", self.left)
+        app.add_api_route("/engine", self.engine)
         app.mount("/", super().__serve_build_asgi_app__())
         return app
 
+    async def engine(self) -> Mapping[str, Any]:
+        """The engine's stats."""
+        stats: dict[str, Any] = await self._model.stats.remote()
+        return stats
+
     async def left(self) -> Mapping[str, int | list[str]]:
         """Sequences and blocks of the engine, and tasks of the replicas; a replica at rest has some tasks too."""
-        stats: dict[str, Any] = await self._model.stats.remote()
+        stats = await self.engine()
         return {
             "sequences": stats["running"] + stats["waiting"],
             "blocks": stats["total_blocks"] - stats["free_blocks"],

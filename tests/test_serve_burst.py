@@ -8,10 +8,11 @@ import urllib.request
 from typing import Any
 
 import pytest
-from conftest import CONFIG, ROOT
+from conftest import ROOT
 from test_serve_cancel import burst
 
-from deployments.local import free_port, local_serve, read_config
+from benchmarks.counted import counted_config
+from deployments.local import local_serve
 from deployments.profile import read_profile
 
 CLIENTS = 100
@@ -24,16 +25,6 @@ def left(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(f"{url}/left", timeout=60) as response:
         counts: dict[str, Any] = json.loads(response.read())
     return counts
-
-
-def counted_config() -> dict[str, Any]:
-    """`serve_config.yaml` with the door that tells what is left, and one replica per tier, so that it tells of all."""
-    config = read_config(CONFIG, port=free_port())
-    (application,) = config["applications"]
-    application["import_path"] = "benchmarks.counted:build_app"
-    for deployment in application["deployments"]:
-        deployment.pop("autoscaling_config", None)
-    return config
 
 
 async def at_rest(url: str) -> dict[str, Any]:

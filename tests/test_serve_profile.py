@@ -14,9 +14,10 @@ import pytest
 from conftest import CONFIG, DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, ROOT, question
 from openai import OpenAI
 from PIL import Image
-from test_serve_burst import at_rest, counted_config, left
+from test_serve_burst import at_rest, left
 from test_serve_cancel import burst
 
+from benchmarks.counted import counted_config
 from deployments.local import local_serve, read_config
 from deployments.profile import ProfileError, read_profile
 

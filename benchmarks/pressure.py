@@ -1,0 +1,142 @@
+"""A crowd above capacity, and clients that leave: what each gets, how soon a refusal comes, when work ends.
+
+    python -m benchmarks.pressure [--profile production.env] [--rate 60] [--output benchmarks/results/pressure.json]
+
+The application of `serve_config.yaml` with a smaller house and a door that tells what is left (`benchmarks.counted`),
+under Serve's defaults and then under each profile. The crowd is open-loop: 200 clients, at the stated rate whatever
+becomes of those before, each with a picture of its own. Then clients leave one after the other from long answers,
+streamed and not; the time is from closing the socket to an engine that is seen empty, asked every few milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from benchmarks.counted import counted_config
+from benchmarks.workload import make_picture
+from deployments.local import local_serve
+from deployments.profile import read_profile
+
+CROWD = 200
+SEATS = 32
+TOKENS = 64
+LONG = 1500
+JSON = {"Content-Type": "application/json"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path, action="append", default=[], help="repeatable; beside Serve's defaults")
+    parser.add_argument("--rate", type=float, default=60, help="clients per second")
+    parser.add_argument("--leavers", type=int, default=40, help="of each kind")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_profile(p) for p in options.profile}
+    result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": CROWD, "clients_per_s": options.rate}
+    result["seats"] = SEATS
+    for name, profile in profiles.items():
+        with local_serve(counted_config(max_queue=SEATS), profile=profile) as running:
+            result[name] = asyncio.run(measure(running.url, options.rate, options.leavers))
+        print(json.dumps({name: result[name]}), flush=True)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+async def measure(url: str, rate: float, leavers: int) -> dict[str, Any]:
+    timeout = aiohttp.ClientTimeout(total=600)
+    crowd = [body(number, TOKENS, number % 2 == 0) for number in range(CROWD)]
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        await asyncio.gather(*(ask(session, url, one) for one in crowd[:4]))  # warms up
+        began = time.perf_counter()
+        answers = await asyncio.gather(*(come(session, url, one, at / rate) for at, one in enumerate(crowd)))
+        seconds = time.perf_counter() - began
+        left = {}
+        for kind, stream in (("unstreamed", False), ("streamed", True)):
+            left[kind] = percentiles([await leave(session, url, number, stream) for number in range(leavers)])
+    outcomes = Counter(outcome for outcome, _ in answers)
+    return {
+        "outcomes": dict(outcomes),
+        "answers_per_s": round(outcomes["answer"] / seconds, 1),
+        "refused_after_ms": percentiles([taken for outcome, taken in answers if outcome == "429 with Retry-After"]),
+        "empty_after_leaving_ms": left,
+    }
+
+
+async def come(session: aiohttp.ClientSession, url: str, asked: bytes, after_s: float) -> tuple[str, float]:
+    """A client of the crowd, at its own time."""
+    await asyncio.sleep(after_s)
+    return await ask(session, url, asked)
+
+
+async def ask(session: aiohttp.ClientSession, url: str, asked: bytes) -> tuple[str, float]:
+    """One question: what it got, and after how many seconds the head of that came."""
+    sent = time.perf_counter()
+    async with session.post(f"{url}/v1/chat/completions", data=asked, headers=JSON) as response:
+        taken = time.perf_counter() - sent
+        text = await response.text()
+    if response.status == 200 and '"finish_reason":"length"' in text.replace(" ", ""):
+        return "answer", taken
+    if response.status == 429 and "Retry-After" in response.headers:
+        return "429 with Retry-After", taken
+    return f"{response.status}: {text[:200]}", taken
+
+
+async def leave(session: aiohttp.ClientSession, url: str, number: int, stream: bool) -> float:
+    """Seconds from leaving a long answer to an empty engine."""
+    task = asyncio.create_task(read(session, url, number, stream))
+    await until(session, url, working=True)
+    await asyncio.sleep(random.Random(number).uniform(0, 0.3))
+    assert not task.done(), "it was to be longer"
+    task.cancel()
+    gone = time.perf_counter()
+    await until(session, url, working=False)
+    return time.perf_counter() - gone
+
+
+async def read(session: aiohttp.ClientSession, url: str, number: int, stream: bool) -> None:
+    async with session.post(f"{url}/v1/chat/completions", data=body(number, LONG, stream), headers=JSON) as response:
+        async for _ in response.content:
+            pass
+
+
+async def until(session: aiohttp.ClientSession, url: str, *, working: bool) -> None:
+    """Asks the engine until there are sequences in it, or none."""
+    while True:
+        async with session.get(f"{url}/engine") as response:
+            stats = await response.json()
+        if bool(stats["running"] + stats["waiting"]) == working:
+            return
+        await asyncio.sleep(0.005)
+
+
+def body(number: int, tokens: int, stream: bool) -> bytes:
+    """A question with a picture of its own, and an answer of just so many tokens."""
+    parts = [
+        {"type": "image_url", "image_url": {"url": make_picture(number)}},
+        {"type": "text", "text": f"Question {number}: what is this?"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    fields = {"model": "builtin", "messages": messages, "max_tokens": tokens, "stream": stream, "ignore_eos": True}
+    return json.dumps(fields).encode()
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50, p95 and p99 in milliseconds."""
+    if not seconds:
+        return {}
+    return {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 1) for q in (50, 95, 99)}
+
+
+if __name__ == "__main__":
+    main()
