@@ -187,10 +187,11 @@ def test_all_is_given_back() -> None:
 def test_the_pacer_gives_prefill_what_those_who_talk_can_bear() -> None:
     pacer = Pacer(1000, 8)
     assert pacer.budget(0).tokens == 1000
+    assert pacer.budget(4).tokens == 4  # what a step takes without prefill must be known first
+    pacer.observe(0.010, decoding=4, tokens=0, tiles=0)
     unknown = pacer.budget(4)
     assert unknown.tokens == 4 + 64
     assert unknown.take_tiles(5) == 1
-    pacer.observe(0.010, decoding=4, tokens=0, tiles=0)
     pacer.observe(0.010 + 0.020, decoding=4, tokens=200, tiles=0)
     budget = pacer.budget(4)
     assert budget.tokens == 4 + 125  # 12.5 ms beside the 10 of a decode step
@@ -198,6 +199,18 @@ def test_the_pacer_gives_prefill_what_those_who_talk_can_bear() -> None:
     budget = pacer.budget(4)
     assert budget.take_tiles(5) == 1
     assert budget.tokens < 100
+
+
+def test_the_pacer_looks_again_what_a_step_without_prefill_takes() -> None:
+    pacer = Pacer(1000, 8)
+    pacer.observe(0.010, decoding=1, tokens=0, tiles=0)
+    steps = 0
+    while pacer.budget(1).tokens > 1:
+        pacer.observe(0.020, decoding=1, tokens=100, tiles=0)
+        steps += 1
+    assert 1 < steps < 100
+    pacer.observe(0.010, decoding=1, tokens=0, tiles=0)
+    assert pacer.budget(1).tokens > 1
 
 
 def test_a_tile_too_dear_is_taken_alone() -> None:

@@ -39,6 +39,7 @@ class Engine:
         self._scheduler = Scheduler(self._kv, features, options.max_num_seqs)
         self._pacer = Pacer(options.max_batch_tokens, options.max_batch_tiles)
         self._runner = Runner(model, self._kv.num_blocks, options)
+        self._pacer.observe(self._runner.warm_up(), 0, 0, 1)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
         self.limits = Limits(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[Group]] = {}
@@ -111,7 +112,8 @@ class Engine:
         logits = self._runner.run(schedule)
         self._record(schedule)
         outputs += self._draw(schedule, logits)
-        self._pacer.observe(time.perf_counter() - started, decoding, schedule.num_tokens - decoding, schedule.num_tiles)
+        prefill = max(0, schedule.num_tokens - decoding)  # a row that could decode may still wait for a picture
+        self._pacer.observe(time.perf_counter() - started, decoding, prefill, schedule.num_tiles)
         return outputs
 
     def _expire(self) -> list[Output]:

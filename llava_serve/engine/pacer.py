@@ -12,8 +12,10 @@ _LEAST_TOKENS = 32
 """Prefill that every step may do: a prompt must end some day."""
 _FIRST_TOKENS = 64
 """Prefill of a step while its cost is not known."""
-_STEPS = 15
+_STEPS = 7
 """Decode steps of which the median is taken."""
+_AGAIN = 32
+"""Steps with prefill after which there is one without: under a steady load there would be none to compare with."""
 _MEMORY = 0.75
 """What a measurement still counts for after the next one."""
 
@@ -70,11 +72,14 @@ class Pacer:
         self._max_tiles = max_tiles
         self._token, self._tile = _Rate(), _Rate()
         self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._since = 0  # steps with prefill since one without
 
     def budget(self, decoding: int) -> Budget:
         """What fits into the next step, beside `decoding` rows that advance by one position each."""
         if not decoding:
             return Budget(self._max_tokens, self._max_tiles)
+        if not self._steps or self._since >= _AGAIN:
+            return Budget(decoding, 0)
         step, token, tile = self._step, self._token.value, self._tile.value
         room = max(_LEAST_TOKENS, int((_STRETCH - 1) * step / token)) if step and token else _FIRST_TOKENS
         tile_cost = int(tile / token) if tile and token else room
@@ -82,6 +87,7 @@ class Pacer:
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` positions of prompts and `tiles` beside its decoding rows."""
+        self._since += 1
         rest = seconds - self._step if decoding else seconds
         if tiles:
             self._tile.add(rest - tokens * self._token.value, tiles)
@@ -89,6 +95,7 @@ class Pacer:
             self._token.add(rest, tokens)
         elif decoding:
             self._steps.append(seconds)
+            self._since = 0
 
     @property
     def _step(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import torch
 
@@ -40,6 +41,15 @@ class Runner:
             keys = min(positions, model.spec.context_length)
             graphs = DecodeGraphs(self._decoder, model.embed, self._memory, options.max_num_seqs, keys, positions)
             self._graphs = graphs if graphs.capture() else None
+
+    def warm_up(self) -> float:
+        """Seconds of a tile through the tower, but for the first time, in which libraries set up what they need."""
+        height, width = self._model.spec.image.crop_size
+        tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+        for _ in range(2):
+            began = time.perf_counter()
+            float(self._model.tower_features(tile).sum())  # on CUDA this waits for it
+        return time.perf_counter() - began
 
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Does the step's work.
