@@ -123,6 +123,8 @@ def rate(url: str, rounds: int, pictures: int) -> dict[str, Any]:
                 _prepare(handle, prompts, pictures)
                 rates[replicas].append(pictures / (time.perf_counter() - start))
                 spent[replicas].append((_processor_time(f"tier{replicas}") - before) / pictures)
+    for replicas in handles:
+        serve.delete(f"tier{replicas}")
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     return {
         "picture_bytes": [len(photo) for photo in photos],
@@ -152,7 +154,7 @@ def _processor_time(name: str) -> float:
 
 
 @contextmanager
-def polled(url: str, every_s: float = 0.05) -> Iterator[list[float]]:
+def polled(url: str, every_s: float = 0.1) -> Iterator[list[float]]:
     """Seconds of each answer of a URL while the block runs, asked for again and again."""
     times: list[float] = []
     stop = threading.Event()
@@ -175,20 +177,18 @@ def polled(url: str, every_s: float = 0.05) -> Iterator[list[float]]:
 
 
 def one_more_replica(rounds: int) -> dict[str, Any]:
-    """Seconds from asking for a second replica to its being ready, and what its process has spent by then."""
+    """Seconds from asking for a replica to its being ready, and what its process has spent by then."""
     ready, processor, memory = [], [], []
-    for _ in range(rounds):
-        tier("tier1", 1)
-        before = {each.pid for each in processes("tier1")}
+    for round_ in range(rounds):
+        name = f"new{round_}"
         start = time.perf_counter()
-        tier("tier1", 2)
+        tier(name, 1)
         ready.append(time.perf_counter() - start)
-        [new] = [each for each in processes("tier1") if each.pid not in before]
+        (new,) = processes(name)
         times = new.cpu_times()
         processor.append(times.user + times.system)
         memory.append(new.memory_info().rss / 2**20)
-    serve.delete("tier1")
-    serve.delete("tier2")
+        serve.delete(name)
     return {
         "ready_s": _rounded(ready, 2),
         "processor_s": _rounded(processor, 2),

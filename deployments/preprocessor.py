@@ -14,9 +14,6 @@ from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.processor import Processor
 from llava_serve.types import Message, PreparedPrompt
 
-THREADS = 2
-"""Requests prepared at once in one replica: bounds the memory of decoded pictures. The tier scales by replicas."""
-
 
 class ImagePreprocessor:
     """Fetches, decodes, tiles, renders and tokenizes.
@@ -29,7 +26,8 @@ class ImagePreprocessor:
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
         self._processor = Processor(spec, images)
-        self._threads = ThreadPoolExecutor(THREADS, "prepare")
+        # One request at a time: a replica is a core, and holds one decoded picture. The tier scales by replicas.
+        self._thread = ThreadPoolExecutor(1, "prepare")
         self._metrics = PreprocessorMetrics()
 
     async def prepare(self, messages: Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
@@ -47,4 +45,4 @@ class ImagePreprocessor:
             self._metrics.prepared(prepared, time.perf_counter() - start)
             return prepared
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
