@@ -41,7 +41,7 @@ class HandleBackend:
         return self._model_name
 
     async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
-        """Fetches, decodes, tiles, renders and tokenizes, in the picture tier."""
+        """Decodes, tiles, renders and tokenizes, in the picture tier."""
         async with until(deadline), call(self._prepare, messages, conv_mode, deadline) as response:
             prepared: PreparedPrompt = await response
             return prepared

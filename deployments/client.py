@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 from deployments.aborts import AbortSender
 from deployments.calls import stream
 from deployments.deadline import until
+from llava_serve.api.admission import demand_size
 from llava_serve.config import ImageOptions
 from llava_serve.engine.stream import collect
 from llava_serve.errors import UnknownModelError
@@ -30,6 +31,9 @@ Image: TypeAlias = ImageSource | ray.ObjectRef
 """A path, a URL, encoded bytes, a PIL image, uint8 [height, width, 3], or a reference to one of them."""
 Messages = Sequence[ChatMessage]
 """`Message`s, or OpenAI's dicts; {"type": "image", "image": ...} holds an `Image`."""
+
+MAX_BYTES = 60 << 20
+"""Of the pictures of one request: the production profile's transport takes no more (production.env)."""
 
 
 class LlavaClient:
@@ -142,6 +146,7 @@ class LlavaClient:
         deadline = time.time() + (timeout_s or self._timeout_s)
         async with until(deadline):
             read = [await self._read(message) for message in messages]
+        demand_size(read, MAX_BYTES)
         answer = stream(
             self._generate, self._aborts, uuid.uuid4().hex, deadline, read, sampling or SamplingParams(), conv_mode
         )

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.aborts import AbortedCalls
 from deployments.backend import HandleBackend
 from deployments.drain import DrainGate
-from llava_serve.api.admission import House
+from llava_serve.api.admission import House, demand_size
 from llava_serve.api.app import create_app
 from llava_serve.api.chat import demand_complete
 from llava_serve.api.completion import Tally
@@ -71,6 +71,7 @@ class Ingress:
         """
         try:
             with self._gate.guest(), self._house.guest():
+                demand_size(messages, self._options.max_body_bytes)
                 deadline = min(deadline, time.time() + self._options.max_timeout_s)
                 if call_id in self._aborted:
                     return

@@ -48,6 +48,12 @@ class LocalServe:
     url: str
     ray_address: str
     log: Path
+    process: subprocess.Popen[bytes]
+
+    def wait(self) -> None:
+        """Returns never: raises `LocalServeError` when the application has ended by itself."""
+        self.process.wait()
+        raise LocalServeError(f"The application has ended by itself.\nLog: {self.log}")
 
 
 @contextmanager
@@ -91,7 +97,7 @@ def local_serve(
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        running = LocalServe(url, wait_until_ready(process, url, report, log), log)
+        running = LocalServe(url, wait_until_ready(process, url, report, log), log, process)
         ready = True
         yield running
     except Exception:

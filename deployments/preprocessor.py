@@ -11,12 +11,13 @@ from deployments.deadline import check_deadline
 from deployments.metrics import PreprocessorMetrics
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
+from llava_serve.errors import DeadlineExceededError
 from llava_serve.processor import Processor
 from llava_serve.types import Message, PreparedPrompt
 
 
 class ImagePreprocessor:
-    """Fetches, decodes, tiles, renders and tokenizes.
+    """Decodes, tiles, renders and tokenizes.
 
     Args:
         model: which checkpoint's description to follow; its weights are not read.
@@ -35,14 +36,23 @@ class ImagePreprocessor:
 
         Raises:
             RequestError: the input is at fault; the class says how.
-            DeadlineExceededError: the time was up before the work began.
+            DeadlineExceededError: the time was up before the work was done.
         """
+        left = False
+
+        def check() -> None:
+            check_deadline(deadline)
+            if left:
+                raise DeadlineExceededError("Nobody waits for the answer.")
 
         def work() -> PreparedPrompt:
-            check_deadline(deadline)
+            check()
             start = time.perf_counter()
-            prepared = self._processor.prepare(messages, conv_mode=conv_mode)
+            prepared = self._processor.prepare(messages, conv_mode=conv_mode, check=check)
             self._metrics.prepared(prepared, time.perf_counter() - start)
             return prepared
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            left = True

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 from deployments.local import LocalServeError, local_serve, read_config
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)
-                threading.Event().wait()
+                running.wait()
             except KeyboardInterrupt:
                 print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
     except (LocalServeError, ProfileError) as error:

@@ -28,6 +28,8 @@ from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
 
 _logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 1.0
+_STUCK_S = 300.0
+"""A turn that takes longer never ends: a kernel that hangs. The longest step of a large model on a CPU is a minute."""
 _DEAD = "The engine has stopped."
 
 
@@ -87,8 +89,8 @@ class AsyncLLM:
 
     @property
     def healthy(self) -> bool:
-        """The engine's loop is alive."""
-        return not self._dead and self._thread.is_alive()
+        """The engine's loop is alive, and has not been stuck in a turn for minutes."""
+        return not self._dead and self._thread.is_alive() and time.monotonic() - self._beat < _STUCK_S
 
     def stats(self) -> EngineStats:
         """Where the engine stood after its last turn, and how long ago that was."""
@@ -118,7 +120,7 @@ class AsyncLLM:
         request = self._engine.limits.accept(
             request_id or uuid.uuid4().hex, prepared, sampling or SamplingParams(), deadline=deadline, priority=priority
         )
-        if self._engine.num_requests + self._sent - self._taken >= self._engine.limits.max_requests:
+        if self._engine.num_requests + self._sent - self._taken >= self._engine.limits.max_sequences:
             raise CapacityError("The server is busy; try again later.")
         consumer = _Consumer(asyncio.get_running_loop(), asyncio.Queue())
         chunks = ChunkStream(self._tokenizer, request)
@@ -150,7 +152,8 @@ class AsyncLLM:
     def close(self) -> None:
         """Ends the engine's thread. Requests that are still open fail with `EngineDeadError`."""
         self._inbox.put(_Close())
-        self._thread.join()
+        if self.healthy:
+            self._thread.join()
 
     def _run(self, built: Future[Engine], options: ModelOptions, engine: EngineOptions) -> None:
         """The engine's thread.
@@ -163,6 +166,7 @@ class AsyncLLM:
         except BaseException as error:
             built.set_exception(error)
             return
+        self._beat = time.monotonic()
         built.set_result(self._engine)
         try:
             while self._drain():

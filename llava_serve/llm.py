@@ -155,7 +155,7 @@ class LLM:
         answers: list[_Answer] = []
         try:
             while len(answers) < len(requests) or not all(answer.stream.done for answer in answers):
-                while len(answers) < len(requests) and self.engine.num_requests < self.engine.limits.max_requests:
+                while len(answers) < len(requests) and self.engine.has_room(requests[len(answers)]):
                     answers.append(self._open(requests[len(answers)]))
                 self._step()
         finally:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from llava_serve.chat_template import render_chat_template
 from llava_serve.checkpoints import CheckpointSpec
@@ -40,19 +39,26 @@ class Processor:
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._special_tokens = _special_tokens(spec)
 
-    def prepare(self, messages: Sequence[Message], *, conv_mode: str | None = None) -> PreparedPrompt:
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        *,
+        conv_mode: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> PreparedPrompt:
         """Prepares a conversation. The pictures are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
             messages: system (optional, first), then user and assistant; the last is the user's.
             conv_mode: overrides the checkpoint's template.
+            check: called before each picture; what it raises ends the work.
 
         Raises:
             RequestError: the conversation or a picture cannot be used; `PromptTooLongError` says got and limit.
         """
         key = conv_mode or self.spec.conv_mode
         own_breaks = self._is_chat_template(key)
-        return self._prepare(messages if own_breaks else [chat_message(message) for message in messages], key)
+        return self._prepare(messages if own_breaks else [chat_message(message) for message in messages], key, check)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -67,7 +73,9 @@ class Processor:
         parts = [ImagePart(read_local_source(source, self.options)) for source in images]
         return self._prepare([query_message(query, parts, line_breaks=not self._is_chat_template(key))], key)
 
-    def _prepare(self, messages: Sequence[Message], key: str) -> PreparedPrompt:
+    def _prepare(
+        self, messages: Sequence[Message], key: str, check: Callable[[], None] | None = None
+    ) -> PreparedPrompt:
         system, turns = split_system(messages)
         parts = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
         if len(parts) > self.options.max_per_request:
@@ -77,29 +85,41 @@ class Processor:
             )
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
-        images = [self._decode(part) for part in parts]
-        sizes = tuple(image.size for image in images)
-        counts = [num_features(size, self.spec.image) for size in sizes]
+        length = len(input_ids) - len(parts)
+        sizes, counts, tiles = [], [], []
+        for part in parts:
+            if check is not None:
+                check()
+            size, count, own = self._see(part, self.spec.context_length - length)
+            sizes.append(size)
+            counts.append(count)
+            tiles.append(own)
+            length += count
+        if length >= self.spec.context_length:
+            raise PromptTooLongError(length, self.spec.context_length - 1)
         token_ids, image_spans = _expand(input_ids, counts)
-        # Before any tile is made: a refused prompt costs no more than decoding.
-        if len(token_ids) >= self.spec.context_length:
-            raise PromptTooLongError(len(token_ids), self.spec.context_length - 1)
-        tiles = tuple(make_tiles(image, self.spec.image) for image in images)
         stop_token_ids, stop = self._ends(key)
         return PreparedPrompt(
             token_ids=token_ids,
             image_spans=image_spans,
-            tiles=tiles,
-            image_sizes=sizes,
+            tiles=tuple(tiles),
+            image_sizes=tuple(sizes),
             digests=tuple(digest(*one, self.spec.image) for one in zip(tiles, sizes, strict=True)),
             prompt=prompt_text(spans),
             stop_token_ids=stop_token_ids,
             stop=stop,
         )
 
-    def _decode(self, part: ImagePart) -> Image.Image:
+    def _see(self, part: ImagePart, room: int) -> tuple[tuple[int, int], int, NDArray[np.uint8]]:
+        """A picture's size, its positions, and its tiles if there is room for those.
+
+        It is decoded only in here: a large one takes hundreds of megabytes.
+        """
         data = read_request_source(part.source, self.options)
-        return decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
+        image = decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
+        count = num_features(image.size, self.spec.image)
+        tiles = make_tiles(image, self.spec.image) if count < room else np.empty(0, np.uint8)
+        return image.size, count, tiles
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
         if self._is_chat_template(key):

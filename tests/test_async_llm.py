@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
+from llava_serve.engine.engine import Engine
+from llava_serve.engine.sequence import Output
 from llava_serve.errors import CapacityError, DeadlineExceededError, EngineDeadError, PromptTooLongError, RequestError
 from llava_serve.llm import LLM
 from llava_serve.processor import Processor
@@ -163,6 +166,36 @@ async def test_a_dead_engine_fails_everyone_at_once(subject: AsyncLLM) -> None:
     assert not subject.healthy
     with pytest.raises(EngineDeadError):
         await collect(subject, prepare(subject))
+
+
+async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_serve.async_llm._STUCK_S", 0.2)
+    monkeypatch.setattr("llava_serve.async_llm._HEARTBEAT_S", 0.05)
+    hangs = threading.Event()
+    step = Engine.step
+
+    def hang(engine: Engine) -> list[Output]:
+        hangs.wait(60)
+        return step(engine)
+
+    await until(lambda: subject.healthy)
+    monkeypatch.setattr(Engine, "step", hang)
+    task = asyncio.create_task(collect(subject, prepare(subject)))
+    await until(lambda: not subject.healthy)
+    hangs.set()
+    await task
+    await until(lambda: subject.healthy)
+
+
+async def test_the_house_counts_sequences(subject: AsyncLLM) -> None:
+    many = SamplingParams(seed=1, n=12, max_new_tokens=1500, ignore_eos=True)
+    stream = subject.generate(prepare(subject), many)
+    await anext(stream)
+    with pytest.raises(CapacityError):
+        await anext(subject.generate(prepare(subject), GREEDY))
+    await stream.aclose()
+    await idle(subject)
+    assert await collect(subject, prepare(subject))
 
 
 async def test_closing_answers_those_who_wait() -> None:

@@ -14,17 +14,22 @@ from conftest import CONFIG, ROOT
 from deployments.check_config import check
 from deployments.profile import read_profile
 
+OF_PODS = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "HF_HUB_OFFLINE"}
+"""Settings of the pods beside the production profile."""
+
 SCHEMA = json.loads((ROOT / "tests" / "schemas" / "rayservice.json").read_text())
 
 ON_PURPOSE = {
-    "proxy_location",  # a proxy on every node with replicas, and none on the head
+    "proxy_location",  # a proxy on every node with replicas
     "http_options.host",
     "controller_options",  # the pods' environment says it to every process
     "applications.llava.args.model",
+    "applications.llava.args.vision_tower",
     "applications.llava.args.device",
     "applications.llava.args.engine.max_num_seqs",
     "applications.llava.deployments.Ingress.num_replicas",
     "applications.llava.deployments.Ingress.autoscaling_config",
+    "applications.llava.deployments.Ingress.max_replicas_per_node",
     "applications.llava.deployments.Ingress.ray_actor_options.num_cpus",
     "applications.llava.deployments.ImagePreprocessor.autoscaling_config.min_replicas",
     "applications.llava.deployments.ImagePreprocessor.autoscaling_config.max_replicas",
@@ -73,13 +78,16 @@ def test_every_process_has_the_production_profile(manifest: dict[str, Any]) -> N
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     environments = [group["template"]["spec"]["containers"][0]["env"] for group in groups]
     for environment in environments:
-        assert {each["name"]: each["value"] for each in environment} == read_profile(ROOT / "production.env")
+        settings = {each["name"]: each["value"] for each in environment if each["name"] not in OF_PODS}
+        assert settings == read_profile(ROOT / "production.env")
 
 
 def test_a_pod_outlives_its_longest_answer(manifest: dict[str, Any], on_kubernetes: dict[str, Any]) -> None:
     longest = max(each["graceful_shutdown_timeout_s"] for each in on_kubernetes["applications"][0]["deployments"])
     for group in manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
-        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > longest + 30
+        [container] = group["template"]["spec"]["containers"]
+        [drain] = [each["value"] for each in container["env"] if each["name"].startswith("RAY_GRACEFUL")]
+        assert longest < float(drain) < group["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 def test_the_replicas_fit_the_worker_groups(manifest: dict[str, Any], on_kubernetes: dict[str, Any]) -> None:
@@ -91,7 +99,7 @@ def test_the_replicas_fit_the_worker_groups(manifest: dict[str, Any], on_kuberne
     there_cpus = there_gpus = 0.0
     for group in manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        there_cpus += group["maxReplicas"] * float(limits["cpu"])
+        there_cpus += group["maxReplicas"] * float(group["rayStartParams"].get("num-cpus", limits["cpu"]))
         there_gpus += group["maxReplicas"] * float(limits.get("nvidia.com/gpu", 0))
     assert cpus <= there_cpus
     assert gpus <= there_gpus

@@ -25,6 +25,7 @@ from deployments.aborts import AbortSender
 from deployments.client import LlavaClient
 from llava_serve import Message, SamplingParams
 from llava_serve.errors import (
+    BodyTooLargeError,
     CapacityError,
     DeadlineExceededError,
     InvalidImageError,
@@ -150,6 +151,13 @@ def test_the_house_is_the_same_as_for_http(served: Any, ray_job: None) -> None:
         answered = time.monotonic() + 60
         while httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).status_code != 200:
             assert time.monotonic() < answered, "the place was not freed"
+
+
+def test_a_request_is_no_larger_than_over_http(served: Any, ray_job: None, llava: LlavaClient) -> None:
+    with house(served, "low", max_body_bytes=1000) as _, pytest.raises(BodyTooLargeError, match=r"0\.000954 MiB"):
+        LlavaClient("low").ask(DEMO_IMAGE, DEMO_QUESTION)
+    with pytest.raises(BodyTooLargeError, match="60 MiB"):  # more than the transport takes: not sent at all
+        llava.chat(question("What are these?", *[bytes(16 << 20)] * 4))
 
 
 def test_nobody_has_more_time_than_the_application_gives(served: Any, ray_job: None) -> None:

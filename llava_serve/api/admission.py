@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_serve.errors import BodyTooLargeError, CapacityError
+from llava_serve.types import ImagePart
+from llava_serve.types import Message as Turn
 
 
 class House:
@@ -32,6 +34,19 @@ class House:
             yield
         finally:
             self._inside -= 1
+
+
+def demand_size(messages: Sequence[Turn], most: int) -> None:
+    """Raises `BodyTooLargeError` if the pictures of a conversation have more than `most` bytes together."""
+    parts = (part for message in messages for part in message.parts)
+    size = sum(len(part.source) for part in parts if isinstance(part, ImagePart))
+    _demand_fit(size, most)
+
+
+def _demand_fit(size: int, most: int) -> None:
+    if size > most:
+        limit = most / (1 << 20)
+        raise BodyTooLargeError(f"The request is larger than {limit:.3g} MiB, which is the most this server takes.")
 
 
 class Admission:
@@ -58,16 +73,11 @@ class Admission:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            self._demand_fit(received)
+            _demand_fit(received, self._max_body_bytes)
             return message
 
         with self._house.guest():
             declared = Headers(scope=scope).get("content-length", "")
             if declared.isdecimal():
-                self._demand_fit(int(declared))
+                _demand_fit(int(declared), self._max_body_bytes)
             await self._app(scope, receive_counted, send)
-
-    def _demand_fit(self, size: int) -> None:
-        if size > self._max_body_bytes:
-            limit = self._max_body_bytes / (1 << 20)
-            raise BodyTooLargeError(f"The request is larger than {limit:.3g} MiB, which is the most this server takes.")

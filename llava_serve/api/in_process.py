@@ -38,12 +38,20 @@ class InProcessBackend:
     async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes in a thread."""
 
-        def work() -> PreparedPrompt:
-            if time.time() >= deadline:
-                raise DeadlineExceededError("The request's time was up before its pictures were looked at.", "timeout")
-            return self._processor.prepare(messages, conv_mode=conv_mode)
+        left = False
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        def check() -> None:
+            if left or time.time() >= deadline:
+                raise DeadlineExceededError("The request's time was up before its pictures were looked at.", "timeout")
+
+        def work() -> PreparedPrompt:
+            check()
+            return self._processor.prepare(messages, conv_mode=conv_mode, check=check)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            left = True
 
     def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float

@@ -44,7 +44,7 @@ class Engine:
         self.limits = Limits(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[Group]] = {}
         self._searches: dict[Group, BeamSearch] = {}
-        self._arrivals = 0
+        self._arrivals = self._num_sequences = 0
         self._steps = self._cached = self._computed = self._generated = 0
 
     @property
@@ -77,7 +77,7 @@ class Engine:
             CapacityError: the queue is full.
             RequestError: a request of this id is in the engine.
         """
-        if self.num_requests >= self.limits.max_requests:
+        if not self.has_room(request):
             raise CapacityError("The server is busy; try again later.")
         if request.request_id in self._groups:
             raise RequestError(f"A request with the id {request.request_id} is still running.")
@@ -90,8 +90,13 @@ class Engine:
                 self._searches[groups[-1]] = BeamSearch(groups[-1])
             self._arrivals += 1
         self._groups[request.request_id] = groups
+        self._num_sequences += _num_sequences(request)
         for group in groups:
             self._scheduler.add(group)
+
+    def has_room(self, request: EngineRequest) -> bool:
+        """The queue has place for all sequences of a request; where there is nobody else, for any."""
+        return not self._groups or self._num_sequences + _num_sequences(request) <= self.limits.max_sequences
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one choice of it, without further output. Unknown ones are ignored: they have ended."""
@@ -202,6 +207,7 @@ class Engine:
     def _end(self, group: Group) -> None:
         """Takes a group out of the engine, with all that it holds."""
         self._scheduler.remove(group)
+        self._num_sequences -= len(group.rows)
         self._searches.pop(group, None)
         for row in group.rows:
             self._runner.forget(row)
@@ -209,3 +215,8 @@ class Engine:
         groups.remove(group)
         if not groups:
             del self._groups[group.request.request_id]
+
+
+def _num_sequences(request: EngineRequest) -> int:
+    """Rows that a request takes."""
+    return request.sampling.n * request.sampling.num_beams

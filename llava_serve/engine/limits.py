@@ -26,7 +26,7 @@ class Limits:
         self._options = options
         self._vocabulary = vocabulary
         self._num_blocks = num_blocks
-        self.max_requests = options.max_num_seqs + options.max_waiting
+        self.max_sequences = options.max_num_seqs + options.max_waiting
 
     def accept(
         self,

@@ -1,0 +1,67 @@
+"""The processor with several pictures: one at a time, and somebody looks whether they are still wanted."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+from conftest import DEMO_IMAGE
+from PIL import Image
+
+from llava_serve import processor
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import ImageOptions
+from llava_serve.errors import DeadlineExceededError, PromptTooLongError
+from llava_serve.images.decode import decode_image
+from llava_serve.types import ImagePart, Message, TextPart
+
+PICTURES = 6
+
+
+@pytest.fixture
+def subject() -> processor.Processor:
+    return processor.Processor(open_checkpoint("builtin"), ImageOptions(max_per_request=100))
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Image.Image]]:
+    """The pictures that were decoded; those that are alive are still held."""
+    pictures: list[weakref.ref[Image.Image]] = []
+
+    def decode(*args: Any, **kwargs: Any) -> Image.Image:
+        assert not any(picture() for picture in pictures), "another decoded picture is held"
+        image = decode_image(*args, **kwargs)
+        pictures.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(processor, "decode_image", decode)
+    return pictures
+
+
+def about(count: int) -> list[Message]:
+    pictures = [ImagePart(DEMO_IMAGE.read_bytes())] * count
+    return [Message("user", (*pictures, TextPart("What are these?")))]
+
+
+def test_one_decoded_picture_is_held_at_a_time(subject: processor.Processor, decoded: list[Any]) -> None:
+    prepared = subject.prepare(about(PICTURES))
+    assert len(decoded) == len(prepared.tiles) == len(prepared.image_sizes) == PICTURES
+
+
+def test_a_prompt_too_long_says_its_whole_length(subject: processor.Processor, decoded: list[Any]) -> None:
+    one = subject.prepare(about(1)).num_tokens
+    each = subject.prepare(about(2)).num_tokens - one
+    with pytest.raises(PromptTooLongError) as refusal:
+        subject.prepare(about(30))
+    assert refusal.value.got == one + 29 * each
+
+
+def test_what_nobody_waits_for_ends_at_the_next_picture(subject: processor.Processor, decoded: list[Any]) -> None:
+    def check() -> None:
+        if len(decoded) == 2:
+            raise DeadlineExceededError("The time is up.")
+
+    with pytest.raises(DeadlineExceededError):
+        subject.prepare(about(PICTURES), check=check)
+    assert len(decoded) == 2
