@@ -14,11 +14,12 @@ from llava_serve.engine.varlen import available
 from llava_serve.llm import LLM
 from llava_serve.types import SamplingParams
 
+SHORT = "\nAnswer the question using a single word or phrase."
 GREEDY = SamplingParams(temperature=0)
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 
 
-def attended(device: str, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+def attended(device: str, dtype: torch.dtype, window: int | None = None, *, biased: bool = False) -> torch.Tensor:
     """A step of a prompt's second piece and two rows that decode, over a memory of random content."""
     generator = torch.Generator().manual_seed(0)
     memory = KVMemory(1, KV_HEADS, 256, HEAD_DIM, dtype, torch.device(device))
@@ -28,7 +29,10 @@ def attended(device: str, dtype: torch.dtype, window: int | None) -> torch.Tenso
     query = torch.randn(1, HEADS, 22, HEAD_DIM, generator=generator).to(device, dtype)
     key, value = (torch.randn(1, KV_HEADS, 22, HEAD_DIM, generator=generator).to(device, dtype) for _ in range(2))
     step = PackedStep(memory, spans, dtype, torch.device(device))
-    return step.attend(0, query, key, value, None, window).float().cpu()
+    if not biased:
+        return step.attend(0, query, key, value, None, window).float().cpu()
+    slopes = torch.linspace(0.1, 0.8, KV_HEADS, device=device)
+    return step.attend(0, query[:, :KV_HEADS], key, value, None, slopes=slopes).float().cpu()
 
 
 def test_attention_over_extents_is_not_tried_on_a_cpu_or_in_full_precision() -> None:
@@ -46,6 +50,18 @@ def test_attention_over_extents_gives_what_the_plain_one_gives(dtype: torch.dtyp
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_without_that_kernel_gives_the_same(
+    dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_serve.engine.varlen.available", lambda *_: False)
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    expected = attended("cpu", torch.float32, biased=biased)
+    torch.testing.assert_close(attended("cuda", dtype, biased=biased), expected, **close)
+
+
 def test_every_batch_has_a_bucket_and_the_rest_of_it_touches_no_sequence() -> None:
     assert buckets(1) == [1]
     assert buckets(20) == [1, 2, 4, 8, 16, 20]
@@ -61,10 +77,13 @@ def test_graphs_answer_as_their_kernels_do(rows: int) -> None:
         options = EngineOptions(max_num_seqs=8, cuda_graphs=cuda_graphs)
         llm = LLM("builtin", device="cuda", dtype="bfloat16", engine=options)
         assert (llm.engine._runner._graphs is not None) == cuda_graphs
-        answers = llm.generate([DEMO_QUESTION] * rows, images=[[DEMO_IMAGE]] * rows, sampling=GREEDY)
+        # of different lengths, so that rows leave the batch one after the other
+        questions = ["What is in the picture?", DEMO_QUESTION, f"{DEMO_QUESTION}{SHORT}", "How many shapes are there?"]
+        questions = (questions * rows)[:rows]
+        answers = llm.generate(questions, images=[[DEMO_IMAGE]] * rows, sampling=GREEDY)
         texts.append([answer.text for answer in answers])
     assert texts[0] == texts[1]
-    assert DEMO_ANSWER in texts[0][0]
+    assert DEMO_ANSWER in " ".join(texts[0])
 
 
 @pytest.mark.gpu

@@ -180,8 +180,11 @@ def _attend(
         query = query.view(1, keys.shape[1], groups, shape[3])
     elif groups > 1:
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    out = scaled_dot_product_attention(query, keys, values, attn_mask=reach.mask, is_causal=reach.causal, scale=scaling)
-    return out.view(shape) if out.shape != shape else out
+    dtype, mask = query.dtype, reach.mask
+    if mask is not None and mask.dtype != dtype and query.is_cuda:  # its kernels take no other masks
+        query, keys, values = (part.to(mask.dtype) for part in (query, keys, values))
+    out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=reach.causal, scale=scaling)
+    return out.to(dtype).reshape(shape)
 
 
 def attend(

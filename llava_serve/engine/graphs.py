@@ -7,6 +7,7 @@ next one with rows that read and write a position of the memory that belongs to 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -110,8 +111,9 @@ class DecodeGraphs:
         """Records all graphs, the largest first: the others find their memory in its pool. False if they cannot be."""
         try:
             with torch.cuda.device(self._device):
-                pool = torch.cuda.graph_pool_handle()
-                good = all(self._record(rows, pool) for rows in reversed(self._buckets))
+                # One stream of its own for all: torch's default one belongs to the device that recorded first.
+                stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+                good = all(self._record(rows, stream, pool) for rows in reversed(self._buckets))
         except RuntimeError:  # a kernel that cannot be recorded, or not enough memory
             _logger.warning("Decode steps cannot be recorded as CUDA graphs here; they will be slower.", exc_info=True)
             good = False
@@ -129,18 +131,22 @@ class DecodeGraphs:
             graph.replay()
         return logits[: len(tokens)]
 
-    def _record(self, rows: int, pool: Any) -> bool:
-        """Records one graph; False if it does not give what its kernels give."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what libraries set up at their first call must not be recorded
-            expected = self._forward(rows)
-        torch.cuda.current_stream().wait_stream(side)
+    def _record(self, rows: int, stream: torch.cuda.Stream, pool: Any) -> bool:
+        """Records one graph; False if it does not give what its kernels give, for another input than the recorded."""
+        stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self._forward(rows)
-        graph.replay()
+        with torch.cuda.stream(stream):  # gives the thread its own stream back, however recording ends
+            self._forward(rows)  # what libraries set up at their first call must not be recorded
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                logits = self._forward(rows)
+        torch.cuda.current_stream().wait_stream(stream)
         self._graphs[rows] = graph, logits
+        at = torch.arange(rows, device=self._device)
+        for half in itertools.chain(*self._memory.layers):  # nothing else is in the memory yet
+            half[:, : 2 * rows].zero_()
+        self._inputs[rows].copy_(torch.stack([at % 64, torch.ones_like(at), 2 * at]))
+        expected = self._forward(rows)
+        graph.replay()
         good = bool((logits - expected).abs().max() <= _TOLERANCE * expected.abs().max())
         if not good:
             _logger.warning("CUDA graphs of decode steps give other logits here; they are not used.")

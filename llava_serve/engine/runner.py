@@ -16,6 +16,7 @@ from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.model import VisionLanguageModel
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
 from llava_serve.engine.sequence import Sequence
+from llava_serve.errors import CheckpointError
 from llava_serve.types import IMAGE_TOKEN_ID
 
 
@@ -37,7 +38,7 @@ class Runner:
         self._decoder = Decoder(model.language_model)
         self._graphs: DecodeGraphs | None = None
         fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.recordable
-        if fast and options.cuda_graphs:
+        if fast and options.cuda_graphs and positions >= 2 * options.max_num_seqs:
             keys = min(positions, model.spec.context_length)
             graphs = DecodeGraphs(self._decoder, model.embed, self._memory, options.max_num_seqs, keys, positions)
             self._graphs = graphs if graphs.capture() else None
@@ -71,6 +72,8 @@ class Runner:
         drawn = [
             span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
         ]
+        if not drawn and hidden.is_cuda:
+            torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the pacer times this step
         return self._decoder.logits(hidden[torch.tensor(drawn, dtype=torch.long, device=hidden.device)])
 
     def forget(self, sequence: Sequence) -> None:
@@ -146,9 +149,28 @@ def _kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
 
 
 def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
-    """Blocks of KV memory within the budget: bytes on a CPU, a fraction of what is free on CUDA."""
+    """Blocks of KV memory within the budget: bytes on a CPU, a fraction of what is free on CUDA and steps do not need.
+
+    Raises:
+        CheckpointError: the model leaves no room for it.
+    """
     layers, kv_heads, head_dim = _kv_shape(model)
     budget = options.kv_cache_bytes
     if model.device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(model.device)[0] * options.gpu_memory_fraction)
-    return max(1, budget // (options.block_size * layers * 2 * kv_heads * head_dim * model.dtype.itemsize))
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(model.device)[0] - _step_bytes(model, options)
+        budget = int(free * options.gpu_memory_fraction)
+    blocks = budget // (options.block_size * layers * 2 * kv_heads * head_dim * model.dtype.itemsize)
+    if blocks < 1:
+        raise CheckpointError("The model leaves no memory for a KV cache; choose a smaller one, or quantize it.")
+    return blocks
+
+
+def _step_bytes(model: VisionLanguageModel, options: EngineOptions) -> int:
+    """What the largest step takes beside weights and KV memory, and rather too much of it: kept features, activations,
+    logits with their sorted copies, and what libraries and graphs hold."""
+    config = model.language_model.config
+    wide: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    activations: int = options.max_batch_tokens * (4 * wide + 10 * config.hidden_size) * model.dtype.itemsize
+    logits: int = 4 * options.max_num_seqs * config.vocab_size * 8
+    return options.feature_cache_bytes + activations + logits + (512 << 20)

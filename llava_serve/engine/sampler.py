@@ -92,8 +92,9 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         chosen = [samplings[row] for row in narrow]
         logits[narrow] = _truncate(logits[narrow], [one.top_k for one in chosen], [one.top_p for one in chosen])
     noise = [uniform(row.request.seed, row.index, row.num_output) for row in sequences]
-    mass = logits.softmax(dim=-1).cumsum(dim=-1)
-    target = _column(noise, logits) * mass[:, -1:]
+    # In float64: sums of float32 are rounded so that a token of no mass may seem to have some.
+    mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = _column(noise, mass) * mass[:, -1:]
     tokens = torch.searchsorted(mass, target, right=True)[:, 0]
     # rounding may put the target at the very end: the last token that has any mass is meant
     last = (mass < mass[:, -1:]).sum(dim=-1)
