@@ -1,6 +1,6 @@
 """Makes the builtin model anew: scenes, tokenizer, both stages of training, export.
 
-    python -m training.make                      # two and a half hours on two cores
+    python -m training.make                      # three and a half hours on two cores
     nice -n 19 python -m training.make           # while other work goes on
 
 Interrupted, the same command goes on from the last checkpoint; `training/runs/` holds everything that is not shipped.
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes to draw ahead, 77 kB each")
     parser.add_argument("--vision-minutes", type=float, default=38)
-    parser.add_argument("--language-minutes", type=float, default=105)
+    parser.add_argument("--language-minutes", type=float, default=150)
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     o = parser.parse_args()
     processes = ["--processes", str(o.processes)]

@@ -17,7 +17,7 @@ class Backend(Protocol):
         ...
 
     async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
-        """Fetches, decodes, tiles, renders and tokenizes. Raises the `RequestError` that fits a bad input."""
+        """Decodes, tiles, renders and tokenizes. Raises the `RequestError` that fits a bad input."""
         ...
 
     def generate(
