@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt . \
     && python -m deployments.haproxy /usr/local/bin/haproxy-without-splice
 
 # A container is reached through its port mapping, never by its own loopback.
-COPY serve_config.yaml ./
+COPY serve_config.yaml production.env ./
 RUN sed -i 's/host: 127.0.0.1/host: 0.0.0.0/' serve_config.yaml
 
 USER ray
