@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +17,7 @@ from training.cache import RUNS, facts, scene_at
 from training.drawing import CLEAN, TRAIN, render
 from training.evaluate import Answerer, library_answerer, normalised, training_answerer
 from training.export import BUILTIN
+from training.phrases import SHORT
 from training.questions import WEIGHTS, Question, ask
 from training.scenes import Scene, Shape
 
@@ -26,7 +28,7 @@ _DEMO = Scene(
     ((255, 255, 255), (255, 255, 255)),
     seed=4,
 )
-_CELL, _TEXT = 260, 92
+_CELL, _TEXT, _LINE = 260, 150, 17
 _INK, _WRONG, _PALE = (30, 30, 30), (190, 30, 30), (225, 225, 225)
 _LINES = (
     (214, 39, 40),
@@ -66,14 +68,12 @@ def scenes_sheet(answerer: Answerer, first: int = 40) -> Image.Image:
         for question, answer in zip(asked, answerer([picture] * 2, [q.text for q in asked]), strict=True):
             right = normalised(answer) == normalised(question.answer)
             said = answer if right else f"{answer} (right: {question.answer})"
-            draw.text((left + 8, y), _fit(question.text.replace("\n", " "), 40), _INK, font)
-            draw.text((left + 8, y + 17), _fit("> " + said, 40), _INK if right else _WRONG, font)
-            y += 42
+            for text, ink in ((question.text.replace(SHORT, " (in a word)"), _INK), (said, _INK if right else _WRONG)):
+                lines = wrap(f"> {text}" if text is said else text, 36)
+                draw.multiline_text((left + 8, y), "\n".join(lines), ink, font, spacing=4)
+                y += _LINE * len(lines)
+            y += _LINE // 2
     return sheet
-
-
-def _fit(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def progress_chart(log: Path) -> Image.Image:
@@ -96,7 +96,7 @@ def progress_chart(log: Path) -> Image.Image:
         y = place(0, tenth / 10)[1]
         draw.line([(left, y), (right, y)], _PALE)
         draw.text((left - 8, y), f"{tenth * 10}%", _INK, font, anchor="rm")
-    for minutes in range(0, int(longest) + 1, 10):
+    for minutes in range(0, int(longest) + 1, 20):
         draw.text((place(minutes, 0)[0], bottom + 8), str(minutes), _INK, font, anchor="mt")
     draw.text(((left + right) / 2, bottom + 28), "minutes of stage 2 on two shared cores", _INK, font, anchor="mt")
     for number, kind in enumerate(WEIGHTS):
