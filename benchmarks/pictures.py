@@ -154,7 +154,7 @@ def _processor_time(name: str) -> float:
 
 
 @contextmanager
-def polled(url: str, every_s: float = 0.1) -> Iterator[list[float]]:
+def polled(url: str, every_s: float = 0.2) -> Iterator[list[float]]:
     """Seconds of each answer of a URL while the block runs, asked for again and again."""
     times: list[float] = []
     stop = threading.Event()
