@@ -111,6 +111,26 @@ def test_serve_ends_in_order_at_an_interrupt() -> None:
     assert not alive
 
 
+def test_serve_ends_when_the_application_does() -> None:
+    command = [sys.executable, "-m", "deployments.serve", "--config", str(CONFIG), "--port", str(free_port())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Serving on"):
+            break
+    [runner] = psutil.Process(process.pid).children()
+    below = runner.children(recursive=True)
+    runner.kill()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ended by itself" in told
+    log = Path(told.split("Log: ")[1].strip())
+    assert log.exists()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive
+    shutil.rmtree(log.parent)
+
+
 def test_a_model_that_cannot_be_loaded_is_told_with_the_log(tmp_path: Path) -> None:
     config = read_config(CONFIG, port=free_port(), model=str(tmp_path))
     with pytest.raises(LocalServeError) as failure, local_serve(config, num_cpus=2):
