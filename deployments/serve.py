@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
     parser.add_argument("--profile", type=Path, help="a file of settings for Serve's proxy and transport")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores the first for what it starts in the background
+        signal.signal(number, signal.default_int_handler)
     try:
         config = read_config(options.config, port=options.port, model=options.model)
         profile = read_profile(options.profile) if options.profile else None
