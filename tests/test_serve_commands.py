@@ -95,13 +95,19 @@ def test_a_wrong_answer_fails_the_demo() -> None:
     assert subprocess.run(command, capture_output=True, check=False, timeout=280).returncode == 1
 
 
-def test_serve_ends_in_order_at_an_interrupt() -> None:
+def serve() -> subprocess.Popen[str]:
+    """`make serve` on a free port, when it says that it serves."""
     command = [sys.executable, "-m", "deployments.serve", "--config", str(CONFIG), "--port", str(free_port())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("Serving on"):
             break
+    return process
+
+
+def test_serve_ends_in_order_at_an_interrupt() -> None:
+    process = serve()
     below = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in child.name() for child in below)
     process.send_signal(signal.SIGINT)
@@ -112,12 +118,7 @@ def test_serve_ends_in_order_at_an_interrupt() -> None:
 
 
 def test_serve_ends_when_the_application_does() -> None:
-    command = [sys.executable, "-m", "deployments.serve", "--config", str(CONFIG), "--port", str(free_port())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("Serving on"):
-            break
+    process = serve()
     [runner] = psutil.Process(process.pid).children()
     below = runner.children(recursive=True)
     runner.kill()
