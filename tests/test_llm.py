@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 
 from llava_serve.config import EngineOptions
-from llava_serve.errors import PromptTooLongError, RequestError, UnsupportedParameterError
+from llava_serve.errors import CheckpointError, PromptTooLongError, RequestError, UnsupportedParameterError
 from llava_serve.llm import LLM
 from llava_serve.types import GenerationResult, ImagePart, Message, SamplingParams, TextPart
 
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "photo.jpg")]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
+
+
+def test_a_cache_without_room_for_a_block_is_told() -> None:
+    with pytest.raises(CheckpointError, match="kv_cache_bytes is too small"):
+        LLM("builtin", device="cpu", engine=EngineOptions(kv_cache_bytes=1))
 
 
 @functools.cache

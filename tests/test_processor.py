@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import weakref
 from typing import Any
 
 import pytest
+from api_server import wait_until
 from conftest import DEMO_IMAGE
 from PIL import Image
 
+from deployments.preprocessor import ImagePreprocessor
 from llava_serve import processor
+from llava_serve.api.in_process import InProcessBackend
 from llava_serve.checkpoints import open_checkpoint
-from llava_serve.config import ImageOptions
+from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.errors import DeadlineExceededError, PromptTooLongError
 from llava_serve.images.decode import decode_image
 from llava_serve.types import ImagePart, Message, TextPart
@@ -65,3 +70,24 @@ def test_what_nobody_waits_for_ends_at_the_next_picture(subject: processor.Proce
     with pytest.raises(DeadlineExceededError):
         subject.prepare(about(PICTURES), check=check)
     assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("tier", ["in this process", "replica"])
+async def test_a_caller_who_leaves_ends_the_work_at_the_next_picture(
+    subject: processor.Processor, decoded: list[Any], tier: str
+) -> None:
+    stage: Any
+    if tier == "replica":
+        stage = ImagePreprocessor(ModelOptions(), ImageOptions(max_per_request=100))
+        call = stage.prepare(about(60), None, time.time() + 60)
+    else:
+        stage = InProcessBackend(subject, None, "builtin")  # type: ignore[arg-type]  # what generates is not asked
+        call = stage.prepare(about(60), conv_mode=None, deadline=time.time() + 60)
+    task = asyncio.create_task(call)
+    await asyncio.to_thread(wait_until, lambda: bool(decoded))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    seen = len(decoded)
+    await asyncio.sleep(0.5)
+    assert len(decoded) <= seen + 1 < 60

@@ -152,7 +152,7 @@ def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
     """Blocks of KV memory within the budget: bytes on a CPU, a fraction of what is free on CUDA and steps do not need.
 
     Raises:
-        CheckpointError: the model leaves no room for it.
+        CheckpointError: there is no room for one block.
     """
     layers, kv_heads, head_dim = _kv_shape(model)
     budget = options.kv_cache_bytes
@@ -162,7 +162,8 @@ def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
         budget = int(free * options.gpu_memory_fraction)
     blocks = budget // (options.block_size * layers * 2 * kv_heads * head_dim * model.dtype.itemsize)
     if blocks < 1:
-        raise CheckpointError("The model leaves no memory for a KV cache; choose a smaller one, or quantize it.")
+        where = "kv_cache_bytes is too small for it" if model.device.type == "cpu" else "the model takes all of it"
+        raise CheckpointError(f"There is no memory for a KV cache: {where}.")
     return blocks
 
 
