@@ -10,7 +10,7 @@ from engine_tiny import TinyModel, alone, engine, picture, prompt, run
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from llava_serve.engine.packing import PackedLinear, pack_linears
+from llava_serve.engine.packing import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.types import SamplingParams
 
@@ -111,3 +111,19 @@ def test_double_precision_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float64))
     pack_linears(model)
     assert isinstance(model[0], nn.Linear)
+
+
+def test_steps_come_in_few_sizes() -> None:
+    sizes = range(1, 4097)
+    assert len({padded(size) for size in sizes}) < 80
+    assert all(size <= padded(size) <= max(size + 15, size * 9 / 8) for size in sizes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
+def test_rows_that_fill_a_step_up_are_nobodys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of rows is added, the answers and the caches are those of a step without any."""
+    expected = run(engine(TinyModel(kind)), *[(one, GREEDY) for one in PROMPTS])
+    monkeypatch.setattr("llava_serve.engine.runner.padded", lambda rows: rows + 5)
+    subject = engine(TinyModel(kind))
+    for _ in range(2):
+        assert run(subject, *[(one, GREEDY) for one in PROMPTS]) == expected

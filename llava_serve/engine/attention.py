@@ -73,15 +73,19 @@ class PackedStep:
 
     Args:
         spans: the sequences, in the order in which their tokens are packed.
+        padding: rows behind them that are nobody's. They are not written, and attend to nothing.
     """
 
-    def __init__(self, memory: KVMemory, spans: list[Span], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, memory: KVMemory, spans: list[Span], dtype: torch.dtype, device: torch.device, padding: int = 0
+    ) -> None:
         self._memory = memory
         self._spans = spans
         self._dtype = dtype
+        self._padding = padding
         self._lengths = [span.length for span in spans]
         positions = [at for span in spans for at in range(span.start, span.start + span.length)]
-        self.positions = torch.tensor(positions, device=device)
+        self.positions = torch.tensor([*positions, *[0] * padding], device=device)
         self._runs = _runs(spans, device)
         self._reaches: dict[int | None, list[_Reach]] = {}
         self._varlen: VarlenAttention | None = None
@@ -115,6 +119,7 @@ class PackedStep:
         keys, values = (memory[None] for memory in self._memory.layers[layer])
         if window not in self._reaches:
             self._reaches[window] = [self._reach(span, window, slopes) for span in self._spans]
+        *own, rest = torch.split_with_sizes(query, [*self._lengths, self._padding], dim=2)
         parts = [
             _attend(
                 part,
@@ -123,10 +128,10 @@ class PackedStep:
                 reach,
                 scaling,
             )
-            for part, reach in zip(
-                torch.split_with_sizes(query, self._lengths, dim=2), self._reaches[window], strict=True
-            )
+            for part, reach in zip(own, self._reaches[window], strict=True)
         ]
+        if self._padding:
+            parts.append(torch.zeros_like(rest))
         return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)
 
     def _reach(self, span: Span, window: int | None, slopes: torch.Tensor | None) -> _Reach:

@@ -1,7 +1,8 @@
 """Linear layers laid out once for the CPU's matrix units.
 
 oneDNN multiplies from a blocked layout. A plain `nn.Linear` is brought into it at every call, which for the few rows of
-a decode step costs more than the product itself.
+a decode step costs more than the product itself. And it writes a kernel of its own for each number of rows that it
+meets, which costs more than the product of a prompt: let there be few numbers of rows, that come again (`padded`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,20 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+_EXACT = 16
+"""Numbers of rows up to which none are added: there are few of them."""
+
 # Layers that transformers' models give the same input, in the order in which they are called. One product instead of
 # three saves most where there are few rows.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def padded(rows: int) -> int:
+    """What `rows` are filled up to: a multiple of 16, or of the power of two that adds an eighth at most."""
+    if rows <= _EXACT:
+        return rows
+    unit = max(_EXACT, 1 << (rows.bit_length() - 4))
+    return -(-rows // unit) * unit
 
 
 class PackedLinear(nn.Module):

@@ -14,6 +14,7 @@ from llava_serve.engine.decoder import Decoder
 from llava_serve.engine.graphs import DecodeGraphs
 from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.engine.packing import padded
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
 from llava_serve.engine.sequence import Sequence
 from llava_serve.errors import CheckpointError
@@ -67,14 +68,16 @@ class Runner:
         spans = self._pack(schedule.segments)
         if self._graphs is not None and all(_decodes(segment) for segment in schedule.segments):
             return self._graphs.run([segment.sequence.token_ids[-1] for segment in schedule.segments], spans)
-        step = PackedStep(self._memory, spans, self._model.dtype, self._model.device)
-        hidden = self._decoder.forward(self._embed(schedule.segments), step)
+        padding = self._padding(schedule.num_tokens)
+        step = PackedStep(self._memory, spans, self._model.dtype, self._model.device, padding)
+        hidden = self._decoder.forward(self._embed(schedule.segments, padding), step)
         drawn = [
             span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
         ]
         if not drawn and hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the pacer times this step
-        return self._decoder.logits(hidden[torch.tensor(drawn, dtype=torch.long, device=hidden.device)])
+        rows = [*drawn, *[0] * self._padding(len(drawn))]
+        return self._decoder.logits(hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)])[: len(drawn)]
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence's prefill."""
@@ -105,10 +108,14 @@ class Runner:
             spans.append(Span(row, length, extent.start * self._block_size, segment.start))
         return spans
 
-    def _embed(self, segments: tuple[Segment, ...]) -> torch.Tensor:
-        """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures."""
+    def _padding(self, rows: int) -> int:
+        """Rows that are added to a product of so many."""
+        return padded(rows) - rows if self._model.device.type == "cpu" else 0
+
+    def _embed(self, segments: tuple[Segment, ...], padding: int) -> torch.Tensor:
+        """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
         ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
-        tokens = torch.tensor(ids, device=self._model.device)
+        tokens = torch.tensor([*ids, *[0] * padding], device=self._model.device)
         embeddings = self._model.embed(tokens.clamp(min=0))
         row = 0
         for segment in segments:
