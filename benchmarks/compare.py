@@ -36,7 +36,7 @@ def command(server: str, model: str, device: str, port: int) -> list[str]:
     tools = Path(sys.executable).parent
     common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
     if server == OURS:
-        return [str(tools / "llava-serve"), "serve", "--in-process", "--model", model, *common]
+        return [str(tools / "llava-serve"), "serve", "--in-process", "--compile", "--model", model, *common]
     return [str(tools / "transformers"), "serve", *common, model]
 
 

@@ -54,6 +54,7 @@ class EngineOptions(Options):
         block_size: positions per block.
         prefix_caching: keep and reuse the KV of prompts.
         cuda_graphs: on CUDA, launch decode steps as graphs; takes some seconds at the start, and some memory.
+        compile: on a CPU, run the decoder through torch.compile; wants a C++ compiler, and some seconds at the start.
         num_threads: of torch on a CPU; None takes all cores of the machine.
     """
 
@@ -67,6 +68,7 @@ class EngineOptions(Options):
     block_size: int = Field(default=16, ge=1)
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    compile: bool = False
     num_threads: int | None = Field(default=None, ge=1)
 
 

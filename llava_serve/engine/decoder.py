@@ -9,7 +9,8 @@ from torch import nn
 from transformers import MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
-from llava_serve.engine.attention import IMPLEMENTATION, Step
+from llava_serve.engine import attention, compiled
+from llava_serve.engine.attention import Step
 
 
 class Decoder:
@@ -20,13 +21,15 @@ class Decoder:
 
     Args:
         language_model: one of transformers' causal LMs; its attention is changed for good.
+        compile: through torch.compile, on a CPU. MPT goes without.
     """
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(self, language_model: Any, *, compile: bool = False) -> None:
         self._decoder = language_model.base_model
         self._head = language_model.get_output_embeddings()
         self._replaced: list[_MptAttention] = []
         self._extra: dict[str, torch.Tensor] = {}
+        self._compiled: compiled.CompiledDecoder | None = None
         if isinstance(language_model, MptForCausalLM):
             for block in self._decoder.blocks:
                 if isinstance(block.attn, MptAttention):
@@ -34,14 +37,33 @@ class Decoder:
                 self._replaced.append(block.attn)
             # a mask of four dimensions is passed on as it is: it spares the [tokens, tokens] that nobody reads
             self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
+        elif compile:
+            language_model.set_attn_implementation(compiled.IMPLEMENTATION)
+            self._compiled = compiled.CompiledDecoder(self._decoder)
         else:
-            language_model.set_attn_implementation(IMPLEMENTATION)
+            language_model.set_attn_implementation(attention.IMPLEMENTATION)
         floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
         self.recordable = floats and not self._replaced
         """Its steps can be CUDA graphs: no biased attention, and no quantized layers, whose kernels ask the host."""
 
+    @property
+    def least_rows(self) -> int:
+        """Of a step."""
+        return compiled.LEAST_ROWS if self._compiled else 1
+
+    def warm_up(self, trial: compiled.Trial) -> None:
+        """Compiles what is to be compiled.
+
+        Raises:
+            CheckpointError: there is no compiler.
+        """
+        if self._compiled is not None:
+            self._compiled.warm_up(trial)
+
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
+        if self._compiled is not None:
+            return self._compiled.forward(embeddings, step)
         for module in self._replaced:
             module.step = step
         output = self._decoder(

@@ -7,8 +7,10 @@ meets, which costs more than the product of a prompt: let there be few numbers o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeGuard
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -32,12 +34,19 @@ def padded(rows: int) -> int:
 class PackedLinear(nn.Module):
     """Linear layers of one input, kept in oneDNN's own layout as one product: for inference on a CPU only.
 
+    torch.compile cannot trace that layout: to it, a product is an operation with a number.
+
     Args:
         linears: their outputs stand one after the other.
     """
 
+    _numbers = itertools.count()
+
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
+        self._out_features = sum(linear.out_features for linear in linears)
+        self._number = next(self._numbers)
+        _packed[self._number] = self
         weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         with_bias = linears[0].bias is not None
@@ -45,8 +54,25 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if torch.compiler.is_compiling():
+            traced: torch.Tensor = torch.ops.llava_serve.packed_linear(inputs, self._number, self._out_features)
+            return traced
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
         return product
+
+
+_packed: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+torch.library.define("llava_serve::packed_linear", "(Tensor inputs, int number, int out_features) -> Tensor")
+
+
+@torch.library.impl("llava_serve::packed_linear", "CPU")
+def _multiply(inputs: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return _packed[number].forward(inputs)
+
+
+@torch.library.register_fake("llava_serve::packed_linear")
+def _multiplied(inputs: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], out_features))
 
 
 class _First(nn.Module):

@@ -36,7 +36,7 @@ class Runner:
         layers, kv_heads, head_dim = _kv_shape(model)
         positions = blocks * block_size
         self._memory = KVMemory(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
-        self._decoder = Decoder(model.language_model)
+        self._decoder = Decoder(model.language_model, compile=options.compile and model.device.type == "cpu")
         self._graphs: DecodeGraphs | None = None
         fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.recordable
         if fast and options.cuda_graphs and positions >= 2 * options.max_num_seqs:
@@ -45,13 +45,24 @@ class Runner:
             self._graphs = graphs if graphs.capture() else None
 
     def warm_up(self) -> float:
-        """Seconds of a tile through the tower, but for the first time, in which libraries set up what they need."""
+        """Compiles what is to be compiled, and gives what a tile takes.
+
+        Returns:
+            seconds of a tile through the tower, but for the first time, in which libraries set up what they need.
+        """
+        self._decoder.warm_up(self._trial)
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
         for _ in range(2):
             began = time.perf_counter()
             float(self._model.tower_features(tile).sum())  # on CUDA this waits for it
         return time.perf_counter() - began
+
+    def _trial(self, rows: int) -> tuple[torch.Tensor, PackedStep]:
+        """Embeddings and step of so many rows, of which one writes to the spare position of the memory."""
+        spare = self._memory.layers[0][0].shape[1] - 1
+        step = PackedStep(self._memory, [Span(0, 1, spare, 0)], self._model.dtype, self._model.device, rows - 1)
+        return self._model.embed(torch.zeros_like(step.positions)), step
 
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Does the step's work.
@@ -68,7 +79,7 @@ class Runner:
         spans = self._pack(schedule.segments)
         if self._graphs is not None and all(_decodes(segment) for segment in schedule.segments):
             return self._graphs.run([segment.sequence.token_ids[-1] for segment in schedule.segments], spans)
-        padding = self._padding(schedule.num_tokens)
+        padding = max(self._decoder.least_rows, self._filled(schedule.num_tokens)) - schedule.num_tokens
         step = PackedStep(self._memory, spans, self._model.dtype, self._model.device, padding)
         hidden = self._decoder.forward(self._embed(schedule.segments, padding), step)
         drawn = [
@@ -76,7 +87,7 @@ class Runner:
         ]
         if not drawn and hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the pacer times this step
-        rows = [*drawn, *[0] * self._padding(len(drawn))]
+        rows = [*drawn, *[0] * (self._filled(len(drawn)) - len(drawn))]
         return self._decoder.logits(hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)])[: len(drawn)]
 
     def forget(self, sequence: Sequence) -> None:
@@ -108,9 +119,9 @@ class Runner:
             spans.append(Span(row, length, extent.start * self._block_size, segment.start))
         return spans
 
-    def _padding(self, rows: int) -> int:
-        """Rows that are added to a product of so many."""
-        return padded(rows) - rows if self._model.device.type == "cpu" else 0
+    def _filled(self, rows: int) -> int:
+        """What a product of so many rows is filled up to."""
+        return padded(rows) if self._model.device.type == "cpu" else rows
 
     def _embed(self, segments: tuple[Segment, ...], padding: int) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
