@@ -2,7 +2,8 @@
 
     python -m benchmarks.load http://127.0.0.1:8000 --clients 8 --requests 64
 
-Each client sends its next request when the last is answered. Times are the client's own.
+Each client sends its next request when the last is answered. Times are the client's own. What came is read when all
+is over: this program shares the cores with the server.
 """
 
 from __future__ import annotations
@@ -23,11 +24,31 @@ from benchmarks.workload import Job, make_jobs
 
 @dataclass
 class Trace:
-    """When each piece of one answer came, in seconds since the request was sent, and the tokens that it has in all."""
+    """One answer: its bytes and when they came, in seconds since the request was sent; then what they say.
+
+    Attributes:
+        arrivals: when each piece of the text came.
+        tokens: of the whole answer.
+    """
 
     sent: float
+    data: list[tuple[float, bytes]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     tokens: int = 0
+
+    def read(self) -> None:
+        """Reads the events. One has come with the last of its bytes."""
+        rest = b""
+        for came, data in self.data:
+            *whole, rest = (rest + data).split(b"\n\n")
+            for text in whole:
+                if not text.startswith(b"data: {"):
+                    continue
+                event = json.loads(text[6:])
+                if event.get("usage"):
+                    self.tokens = event["usage"]["completion_tokens"]
+                if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                    self.arrivals.append(came)
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, job: Job, extra: dict[str, Any]) -> Trace:
@@ -44,14 +65,8 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, job: Job, ex
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if event.get("usage"):
-                trace.tokens = event["usage"]["completion_tokens"]
-            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-                trace.arrivals.append(time.perf_counter() - trace.sent)
+        async for data in response.content.iter_any():
+            trace.data.append((time.perf_counter() - trace.sent, data))
     return trace
 
 
@@ -69,6 +84,8 @@ async def drive(url: str, model: str, jobs: list[Job], clients: int, extra: dict
         started = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
         seconds = time.perf_counter() - started
+    for trace in traces:
+        trace.read()
     return summarise(traces, seconds, clients)
 
 

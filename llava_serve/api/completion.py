@@ -104,10 +104,15 @@ class StreamEvents:
         return self._chunk([], tally.usage()) if self._tell_usage else None
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
-        chunk = ChatCompletionChunk(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self._model, choices=choices
+        told = {"usage": usage} if self._tell_usage else {}  # a field that is set is sent, null or not
+        return ChatCompletionChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            **told,
         )
-        return chunk.model_copy(update={"usage": usage}) if self._tell_usage else chunk
 
 
 @dataclass(slots=True)
