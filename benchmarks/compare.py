@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--per-client", type=int, default=8, help="requests of each client")
+    parser.add_argument("--per-client", type=int, default=16, help="requests of each client")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

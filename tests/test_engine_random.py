@@ -41,6 +41,13 @@ def golden(name: str) -> LLM:
     return LLM(str(GOLDEN / "checkpoints" / name), device="cpu", dtype="float64", engine=EngineOptions(num_threads=1))
 
 
+@pytest.fixture(autouse=True)
+def alike_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contexts are short here: rows that begin alike are read together all the same."""
+    monkeypatch.setattr("llava_serve.engine.alike._LEAST", 8)
+    monkeypatch.setattr("llava_serve.engine.alike._WORTH", 8)
+
+
 def make_prompt(rng: random.Random) -> PreparedPrompt:
     """Prompts that often begin alike."""
     start = [1, *range(3, 3 + rng.choice((0, 5, 8, 21)))]

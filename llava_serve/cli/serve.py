@@ -41,7 +41,10 @@ def add_to(commands: flags.Commands) -> None:
     parser.add_argument("--in-process", action="store_true", help="without Ray: one model, in this process")
     flags.add_model_flags(parser)
     parser.add_argument(
-        "--compile", action="store_true", default=None, help="on a CPU, through torch.compile: starts later, runs faster"
+        "--compile",
+        action="store_true",
+        default=None,
+        help="on a CPU, through torch.compile: starts later, runs faster",
     )
     parser.add_argument("--host", help="127.0.0.1 by default; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=int, help="8000 by default; 0 takes a free one")

@@ -7,6 +7,7 @@ into the memory; then every sequence attends to its own extent.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from llava_serve.engine import varlen
+from llava_serve.engine.alike import Alike, attend_alike
 from llava_serve.engine.memory import KVMemory, Run
 from llava_serve.engine.varlen import VarlenAttention
 
@@ -74,15 +76,23 @@ class PackedStep:
     Args:
         spans: the sequences, in the order in which their tokens are packed.
         padding: rows behind them that are nobody's. They are not written, and attend to nothing.
+        alike: rows of single tokens whose sequences begin alike.
     """
 
     def __init__(
-        self, memory: KVMemory, spans: list[Span], dtype: torch.dtype, device: torch.device, padding: int = 0
+        self,
+        memory: KVMemory,
+        spans: list[Span],
+        dtype: torch.dtype,
+        device: torch.device,
+        padding: int = 0,
+        alike: Sequence[Alike] = (),
     ) -> None:
         self._memory = memory
         self._spans = spans
         self._dtype = dtype
         self._padding = padding
+        self._alike = alike
         self._lengths = [span.length for span in spans]
         positions = [at for span in spans for at in range(span.start, span.start + span.length)]
         self.positions = torch.tensor([*positions, *[0] * padding], device=device)
@@ -117,19 +127,25 @@ class PackedStep:
         if self._varlen is not None and slopes is None:
             return self._varlen.attend(query, *self._memory.layers[layer], scaling, window)
         keys, values = (memory[None] for memory in self._memory.layers[layer])
+
+        def stored(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return keys.narrow(2, start, count), values.narrow(2, start, count)
+
+        *parts, rest = torch.split_with_sizes(query, [*self._lengths, self._padding], dim=2)
+        together: set[int] = set()
+        for group in self._alike if window is None and slopes is None else ():
+            spans = [self._spans[row] for row in group.rows]
+            common = stored(spans[0].base, group.shared)
+            own = [stored(span.base + group.shared, span.start + 1 - group.shared) for span in spans]
+            outs = attend_alike([parts[row] for row in group.rows], common, own, scaling)
+            for row, out in zip(group.rows, outs, strict=True):
+                parts[row] = out
+            together.update(group.rows)
         if window not in self._reaches:
             self._reaches[window] = [self._reach(span, window, slopes) for span in self._spans]
-        *own, rest = torch.split_with_sizes(query, [*self._lengths, self._padding], dim=2)
-        parts = [
-            _attend(
-                part,
-                keys.narrow(2, reach.begin, reach.count),
-                values.narrow(2, reach.begin, reach.count),
-                reach,
-                scaling,
-            )
-            for part, reach in zip(own, self._reaches[window], strict=True)
-        ]
+        for row, reach in enumerate(self._reaches[window]):
+            if row not in together:
+                parts[row] = _attend(parts[row], *stored(reach.begin, reach.count), reach, scaling)
         if self._padding:
             parts.append(torch.zeros_like(rest))
         return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)

@@ -6,13 +6,13 @@ the sequences of the step, and the packed products (`packing`). Attention finds 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from transformers import AttentionInterface
 
 from llava_serve.engine.attention import Step
@@ -28,7 +28,6 @@ FEW_ROWS = 64
 Trial = Callable[[int], tuple[torch.Tensor, Step]]
 """Gives embeddings [rows, hidden] and a step of so many rows that changes nothing."""
 
-_logger = logging.getLogger(__name__)
 _running = threading.local()
 
 torch.library.define(
@@ -100,9 +99,10 @@ class CompiledDecoder:
         try:
             for rows in (FEW_ROWS, 2 * FEW_ROWS):
                 self.forward(*trial(rows))
-        except RuntimeError:
-            _logger.exception("torch.compile has failed.")
-            message = "The model cannot be compiled here; it takes a C++ compiler. Without `compile` it takes none."
+        except InductorError as error:
+            if not isinstance(error.inner_exception, InvalidCxxCompiler):
+                raise
+            message = "There is no C++ compiler (g++), which `compile` takes. Without it the model runs, more slowly."
             raise CheckpointError(message) from None
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
@@ -111,5 +111,8 @@ class CompiledDecoder:
         torch._dynamo.mark_dynamic(inputs, 1)
         torch._dynamo.mark_dynamic(positions, 1)
         _running.step = step
-        hidden: torch.Tensor = (self._few if len(embeddings) <= FEW_ROWS else self._many)(inputs, positions)
+        try:
+            hidden: torch.Tensor = (self._few if len(embeddings) <= FEW_ROWS else self._many)(inputs, positions)
+        finally:
+            del _running.step  # and with it the KV memory
         return hidden[0]

@@ -9,6 +9,7 @@ import torch
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine import varlen
+from llava_serve.engine.alike import Alike, find_alike
 from llava_serve.engine.attention import PackedStep, Span
 from llava_serve.engine.decoder import Decoder
 from llava_serve.engine.graphs import DecodeGraphs
@@ -80,7 +81,9 @@ class Runner:
         if self._graphs is not None and all(_decodes(segment) for segment in schedule.segments):
             return self._graphs.run([segment.sequence.token_ids[-1] for segment in schedule.segments], spans)
         padding = max(self._decoder.least_rows, self._filled(schedule.num_tokens)) - schedule.num_tokens
-        step = PackedStep(self._memory, spans, self._model.dtype, self._model.device, padding)
+        step = PackedStep(
+            self._memory, spans, self._model.dtype, self._model.device, padding, self._alike(schedule.segments)
+        )
         hidden = self._decoder.forward(self._embed(schedule.segments, padding), step)
         drawn = [
             span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
@@ -122,6 +125,13 @@ class Runner:
     def _filled(self, rows: int) -> int:
         """What a product of so many rows is filled up to."""
         return padded(rows) if self._model.device.type == "cpu" else rows
+
+    def _alike(self, segments: tuple[Segment, ...]) -> list[Alike]:
+        """Decoding rows, which come first, that begin alike. On CUDA all extents are read in one go as it is."""
+        if self._model.device.type != "cpu":
+            return []
+        decoding = itertools.takewhile(_decodes, segments)
+        return find_alike([segment.sequence.block_hashes for segment in decoding], self._block_size)
 
     def _embed(self, segments: tuple[Segment, ...], padding: int) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
