@@ -73,7 +73,8 @@ def attend_alike(
     parts = [_attend(query, *pair, scaling) for query, pair in zip(queries, own, strict=True)]
     rest, rest_weight = (torch.cat(halves, dim=2) for halves in zip(*parts, strict=True))
     share = torch.sigmoid(common_weight - rest_weight)[..., None]
-    return torch.lerp(rest.to(share.dtype), common.to(share.dtype), share).to(rest.dtype).split(1, dim=2)
+    merged = torch.lerp(rest.to(share.dtype), common.to(share.dtype), share).to(rest.dtype)
+    return torch.split_with_sizes(merged, [1] * len(queries), dim=2)
 
 
 def _attend(

@@ -43,7 +43,7 @@ def _attend(
     return step.attend(layer, query, key, value, scaling, window).contiguous()
 
 
-@torch.library.register_fake("llava_serve::attend")
+@torch.library.register_fake("llava_serve::attend")  # type: ignore[untyped-decorator]
 def _attended(query: torch.Tensor, *_: Any) -> torch.Tensor:
     batch, heads, tokens, head_dim = query.shape
     return query.new_empty((batch, tokens, heads, head_dim))
@@ -83,9 +83,9 @@ class CompiledDecoder:
             return hidden
 
         # guards on the hundreds of modules and weights would be looked at in every step
-        options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         self._few, self._many = (
-            torch.compile(forward, fullgraph=True, isolate_recompiles=True, options=options | more)
+            torch.compile(forward, fullgraph=True, isolate_recompiles=True, options=guards | more)  # type: ignore[call-overload]
             for more in ({"cpp.threads": 1}, {})
         )
 

@@ -70,7 +70,7 @@ def _multiply(inputs: torch.Tensor, number: int, out_features: int) -> torch.Ten
     return _packed[number].forward(inputs)
 
 
-@torch.library.register_fake("llava_serve::packed_linear")
+@torch.library.register_fake("llava_serve::packed_linear")  # type: ignore[untyped-decorator]
 def _multiplied(inputs: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
     return inputs.new_empty((*inputs.shape[:-1], out_features))
 

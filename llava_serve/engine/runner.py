@@ -130,8 +130,11 @@ class Runner:
         """Decoding rows, which come first, that begin alike. On CUDA all extents are read in one go as it is."""
         if self._model.device.type != "cpu":
             return []
-        decoding = itertools.takewhile(_decodes, segments)
-        return find_alike([segment.sequence.block_hashes for segment in decoding], self._block_size)
+        computed = [
+            segment.sequence.block_hashes[: segment.start // self._block_size]
+            for segment in itertools.takewhile(_decodes, segments)
+        ]
+        return find_alike(computed, self._block_size)
 
     def _embed(self, segments: tuple[Segment, ...], padding: int) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
