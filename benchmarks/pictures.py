@@ -96,7 +96,8 @@ def tier(name: str, replicas: int) -> DeploymentHandle:
     deployment = serve.deployment(ImagePreprocessor).options(
         num_replicas=replicas, max_ongoing_requests=64, ray_actor_options=FREE
     )
-    return serve.run(deployment.bind(ModelOptions(), ImageOptions()), name=name, route_prefix=None)
+    every = ImageOptions(cache_bytes=0)  # every picture is decoded, also one that was there before
+    return serve.run(deployment.bind(ModelOptions(), every), name=name, route_prefix=None)
 
 
 def processes(name: str) -> list[psutil.Process]:

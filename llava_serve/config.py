@@ -79,11 +79,13 @@ class ImageOptions(Options):
         max_bytes: of one encoded picture.
         max_pixels: of one decoded picture.
         max_per_request: pictures in one request.
+        cache_bytes: memory for the tiles of the pictures seen last.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_per_request: int = Field(default=16, ge=0)
+    cache_bytes: int = Field(default=64 << 20, ge=0)
 
 
 class RoutingOptions(Options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from llava_serve.conversation import (
 from llava_serve.errors import InvalidImageError, PromptTooLongError
 from llava_serve.images.decode import decode_image
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
+from llava_serve.images.seen import Seen, SeenPictures
 from llava_serve.images.tiles import digest, make_tiles, num_features
 from llava_serve.templates import TEMPLATES
 from llava_serve.tokenizer import load_tokenizer
@@ -31,13 +33,14 @@ from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt
 
 
 class Processor:
-    """Prepares prompts for one checkpoint. Holds no state between calls; safe to use from several threads."""
+    """Prepares prompts for one checkpoint. Of a call it keeps the last pictures alone; safe for several threads."""
 
     def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
         self.spec = spec
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._special_tokens = _special_tokens(spec)
+        self._seen = SeenPictures(options.cache_bytes)
 
     def prepare(
         self,
@@ -86,40 +89,44 @@ class Processor:
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
-        sizes, counts, tiles = [], [], []
+        pictures = []
         for part in parts:
             if check is not None:
                 check()
-            size, count, own = self._see(part, self.spec.context_length - length)
-            sizes.append(size)
-            counts.append(count)
-            tiles.append(own)
-            length += count
+            pictures.append(self._see(part, self.spec.context_length - length))
+            length += pictures[-1].count
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
-        token_ids, image_spans = _expand(input_ids, counts)
+        token_ids, image_spans = _expand(input_ids, [picture.count for picture in pictures])
         stop_token_ids, stop = self._ends(key)
         return PreparedPrompt(
             token_ids=token_ids,
             image_spans=image_spans,
-            tiles=tuple(tiles),
-            image_sizes=tuple(sizes),
-            digests=tuple(digest(*one, self.spec.image) for one in zip(tiles, sizes, strict=True)),
+            tiles=tuple(picture.tiles for picture in pictures),
+            image_sizes=tuple(picture.size for picture in pictures),
+            digests=tuple(picture.digest for picture in pictures),
             prompt=prompt_text(spans),
             stop_token_ids=stop_token_ids,
             stop=stop,
         )
 
-    def _see(self, part: ImagePart, room: int) -> tuple[tuple[int, int], int, NDArray[np.uint8]]:
-        """A picture's size, its positions, and its tiles if there is room for those.
+    def _see(self, part: ImagePart, room: int) -> Seen:
+        """A picture as model input, without its tiles if there is no room for those.
 
         It is decoded only in here: a large one takes hundreds of megabytes.
         """
         data = read_request_source(part.source, self.options)
+        key = blake2b(data, digest_size=16).digest()
+        if (known := self._seen.get(key)) is not None:
+            return known
         image = decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
         count = num_features(image.size, self.spec.image)
-        tiles = make_tiles(image, self.spec.image) if count < room else np.empty(0, np.uint8)
-        return image.size, count, tiles
+        if count >= room:
+            return Seen(image.size, count, np.empty(0, np.uint8), "")
+        tiles = make_tiles(image, self.spec.image)
+        seen = Seen(image.size, count, tiles, digest(tiles, image.size, self.spec.image))
+        self._seen.put(key, seen)
+        return seen
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
         if self._is_chat_template(key):

@@ -7,6 +7,7 @@ import time
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 from api_server import wait_until
 from conftest import DEMO_IMAGE
@@ -19,6 +20,8 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.errors import DeadlineExceededError, PromptTooLongError
 from llava_serve.images.decode import decode_image
+from llava_serve.images.seen import Seen, SeenPictures
+from llava_serve.images.tiles import digest
 from llava_serve.types import ImagePart, Message, TextPart
 
 PICTURES = 6
@@ -26,7 +29,7 @@ PICTURES = 6
 
 @pytest.fixture
 def subject() -> processor.Processor:
-    return processor.Processor(open_checkpoint("builtin"), ImageOptions(max_per_request=100))
+    return processor.Processor(open_checkpoint("builtin"), ImageOptions(max_per_request=100, cache_bytes=0))
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ async def test_a_caller_who_leaves_ends_the_work_at_the_next_picture(
 ) -> None:
     stage: Any
     if tier == "replica":
-        stage = ImagePreprocessor(ModelOptions(), ImageOptions(max_per_request=100))
+        stage = ImagePreprocessor(ModelOptions(), ImageOptions(max_per_request=100, cache_bytes=0))
         call = stage.prepare(about(60), None, time.time() + 60)
     else:
         stage = InProcessBackend(subject, None, "builtin")  # type: ignore[arg-type]  # what generates is not asked
@@ -91,3 +94,35 @@ async def test_a_caller_who_leaves_ends_the_work_at_the_next_picture(
     seen = len(decoded)
     await asyncio.sleep(0.5)
     assert len(decoded) <= seen + 1 < 60
+
+
+def test_a_picture_seen_before_is_not_decoded_again(decoded: list[Any]) -> None:
+    subject = processor.Processor(open_checkpoint("builtin"), ImageOptions(max_per_request=100))
+    first, again = subject.prepare(about(2)), subject.prepare(about(3))
+    assert len(decoded) == 1
+    assert (
+        set(again.digests) == set(first.digests) == {digest(first.tiles[0], first.image_sizes[0], subject.spec.image)}
+    )
+    assert again.image_sizes == (first.image_sizes[0],) * 3
+    with pytest.raises(PromptTooLongError):  # what is known is counted like the rest
+        subject.prepare(about(30))
+
+
+def test_the_pictures_seen_last_are_kept_within_a_bound() -> None:
+    def picture(name: str, size: int) -> Seen:
+        return Seen((1, 1), 1, np.zeros(size, np.uint8), name)
+
+    subject = SeenPictures(10)
+    subject.put(b"a", picture("a", 4))
+    subject.put(b"b", picture("b", 4))
+    subject.put(b"a", picture("not again", 4))
+    known = subject.get(b"a")
+    assert known is not None
+    assert known.digest == "a"
+    subject.put(b"c", picture("c", 4))
+    assert subject.get(b"b") is None
+    assert subject.get(b"a") is known
+    subject.put(b"large", picture("large", 11))
+    assert [subject.get(key) for key in (b"a", b"c", b"large")] == [None] * 3
+    subject.put(b"d", picture("d", 10))
+    assert subject.get(b"d") is not None
