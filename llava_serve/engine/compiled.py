@@ -22,7 +22,7 @@ IMPLEMENTATION = "llava_serve_compiled"
 """The name under which transformers' models find the attention that can be compiled."""
 LEAST_ROWS = 2
 """Of a step: torch would make one row a graph of its own."""
-FEW_ROWS = 64
+FEW_ROWS = 32
 """Up to here the graph's own loops run on one thread: to wake the others costs more than they save."""
 
 Trial = Callable[[int], tuple[torch.Tensor, Step]]
@@ -98,7 +98,11 @@ class CompiledDecoder:
         """
         try:
             for rows in (FEW_ROWS, 2 * FEW_ROWS):
-                self.forward(*trial(rows))
+                embeddings, step = trial(rows)
+                inputs, positions = embeddings[None], step.positions[None]
+                torch._dynamo.mark_dynamic(inputs, 1)
+                torch._dynamo.mark_dynamic(positions, 1)
+                self._run(inputs, positions, step)
         except InductorError as error:
             if not isinstance(error.inner_exception, InvalidCxxCompiler):
                 raise
@@ -107,12 +111,13 @@ class CompiledDecoder:
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [rows, hidden] of input embeddings [rows, hidden], at least `LEAST_ROWS`."""
-        inputs, positions = embeddings[None], step.positions[None]
-        torch._dynamo.mark_dynamic(inputs, 1)
-        torch._dynamo.mark_dynamic(positions, 1)
+        return self._run(embeddings[None], step.positions[None], step)[0]
+
+    def _run(self, inputs: torch.Tensor, positions: torch.Tensor, step: Step) -> torch.Tensor:
+        graph = self._few if inputs.shape[1] <= FEW_ROWS else self._many
         _running.step = step
         try:
-            hidden: torch.Tensor = (self._few if len(embeddings) <= FEW_ROWS else self._many)(inputs, positions)
+            hidden: torch.Tensor = graph(inputs, positions)
         finally:
             del _running.step  # and with it the KV memory
-        return hidden[0]
+        return hidden

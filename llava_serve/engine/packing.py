@@ -57,6 +57,10 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():
             traced: torch.Tensor = torch.ops.llava_serve.packed_linear(inputs, self._number, self._out_features)
             return traced
+        return self.multiply(inputs)
+
+    def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`forward` where nothing is traced."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
         return product
 
@@ -67,7 +71,7 @@ torch.library.define("llava_serve::packed_linear", "(Tensor inputs, int number, 
 
 @torch.library.impl("llava_serve::packed_linear", "CPU")
 def _multiply(inputs: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return _packed[number].forward(inputs)
+    return _packed[number].multiply(inputs)
 
 
 @torch.library.register_fake("llava_serve::packed_linear")  # type: ignore[untyped-decorator]
