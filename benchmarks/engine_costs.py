@@ -3,10 +3,12 @@
     python -m benchmarks.engine_costs gaps /tmp/bench/60m-anyres
     python -m benchmarks.engine_costs bookkeeping /tmp/bench/60m
     python -m benchmarks.engine_costs memory /tmp/bench/60m
+    python -m benchmarks.engine_costs steps /tmp/bench/60m
 
 `gaps`: eight answers run; then a picture of five tiles comes. How long is each gap between tokens, against the median
 gap before? `bookkeeping`: the share of a step that is not the runner's, at 16 to 256 sequences. `memory`: resident
-memory over 5,000 requests.
+memory over 5,000 requests. `steps`: a decode step of questions about one picture, plain, compiled, and compiled with
+the keys that the rows have in common read once; in turns, so that a slow minute hits all.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from llava_serve.config import EngineOptions
+from llava_serve.engine import alike
 from llava_serve.engine.engine import Engine
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
@@ -132,9 +135,36 @@ def memory(llm: LLM, count: int = 5000) -> dict[str, Any]:
     return {"requests": count, "resident_mb": samples}
 
 
+def steps(plain: LLM, compiled: LLM) -> dict[str, Any]:
+    """Milliseconds of a decode step by the way it is computed."""
+    never = 1 << 60
+    ways = {"plain": (plain, never), "compiled": (compiled, never), "compiled, together": (compiled, alike._WORTH)}
+    pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    sampling = SamplingParams(temperature=0, max_new_tokens=500, ignore_eos=True)
+    report = {}
+    for rows in (1, 8, 16):
+        for llm in (plain, compiled):
+            for at in range(rows):
+                prompt = llm.processor.prepare_query(f"Question {at}?", [Image.fromarray(pixels)])
+                llm.engine.add(llm.engine.limits.accept(f"{rows}-{at}", prompt, sampling))
+            while llm.engine._scheduler.num_decoding < rows:
+                llm.engine.step()
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(10):
+            for way, (llm, worth) in ways.items():
+                alike._WORTH = worth
+                llm.engine.step()
+                times[way] += [_timed(llm.engine)[0] for _ in range(6)]
+        report[rows] = {way: round(1000 * median(each), 2) for way, each in times.items()}
+        for llm in (plain, compiled):
+            for at in range(rows):
+                llm.engine.abort(f"{rows}-{at}")
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gaps", "bookkeeping", "memory"])
+    parser.add_argument("what", choices=["gaps", "bookkeeping", "memory", "steps"])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int)
@@ -144,7 +174,11 @@ def main() -> None:
         caches = {"kv_cache_bytes": 1 << 25, "feature_cache_bytes": 1 << 20}
     options = EngineOptions(max_num_seqs=256, num_threads=args.threads, **caches)
     llm = LLM(args.model, dtype=args.dtype, engine=options)
-    print(json.dumps({"gaps": gaps, "bookkeeping": bookkeeping, "memory": memory}[args.what](llm), indent=2))
+    if args.what == "steps":
+        report = steps(llm, LLM(args.model, dtype=args.dtype, engine=options.model_copy(update={"compile": True})))
+    else:
+        report = {"gaps": gaps, "bookkeeping": bookkeeping, "memory": memory}[args.what](llm)
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
