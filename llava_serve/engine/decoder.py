@@ -21,7 +21,7 @@ class Decoder:
 
     Args:
         language_model: one of transformers' causal LMs; its attention is changed for good.
-        compile: through torch.compile, on a CPU. MPT goes without.
+        compile: through torch.compile, on a CPU. MPT goes without, and so do quantized layers.
     """
 
     def __init__(self, language_model: Any, *, compile: bool = False) -> None:
@@ -30,6 +30,7 @@ class Decoder:
         self._replaced: list[_MptAttention] = []
         self._extra: dict[str, torch.Tensor] = {}
         self._compiled: compiled.CompiledDecoder | None = None
+        floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
         if isinstance(language_model, MptForCausalLM):
             for block in self._decoder.blocks:
                 if isinstance(block.attn, MptAttention):
@@ -37,12 +38,11 @@ class Decoder:
                 self._replaced.append(block.attn)
             # a mask of four dimensions is passed on as it is: it spares the [tokens, tokens] that nobody reads
             self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
-        elif compile:
+        elif compile and floats:
             language_model.set_attn_implementation(compiled.IMPLEMENTATION)
             self._compiled = compiled.CompiledDecoder(self._decoder)
         else:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
-        floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
         self.recordable = floats and not self._replaced
         """Its steps can be CUDA graphs: no biased attention, and no quantized layers, whose kernels ask the host."""
 
