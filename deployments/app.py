@@ -3,14 +3,13 @@
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands, and a string would
 # quietly leave the arguments an unchecked dict.
 
-from pathlib import Path
-
 from ray import serve
 from ray.serve import Application
 
 from deployments.ingress import Ingress
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
+from llava_serve.checkpoints.model_name import model_name
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 
 DEPLOYMENTS = ("Ingress", "ImagePreprocessor", "LlavaModel")
@@ -38,7 +37,7 @@ class AppArgs(ModelOptions):
     @property
     def model_name(self) -> str:
         """The name that requests use for the model."""
-        return self.api.model_name or Path(self.model).name
+        return self.api.model_name or model_name(self.model)
 
 
 def build_app(args: AppArgs) -> Application:

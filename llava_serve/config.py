@@ -102,7 +102,7 @@ class ApiOptions(Options):
     """The web app's own limits.
 
     Attributes:
-        model_name: the name in `/v1/models`; None takes the model's folder name.
+        model_name: the name in `/v1/models`; None makes it of `model` (see `llava_serve.checkpoints.model_name`).
         api_keys: accepted bearer keys; empty lets everyone in.
         max_body_bytes: of a request.
         max_queue: requests in the house, per ingress replica; beyond it 429.

@@ -152,7 +152,7 @@ def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) 
     name says nothing, the content decides (the original falls to `llava_v0`, wrong for all but the first release).
 
     Args:
-        name: of the checkpoint, as `model_name` gives it.
+        name: the part of the model's name that tells it, as `name_for_templates` gives it.
         decoder: transformers' `model_type` of the language model.
         has_chatml: `<|im_start|>` is one token of its vocabulary.
         modern: not one of the first release: an MLP projector, or no image start and end tokens.

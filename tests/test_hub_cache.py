@@ -22,7 +22,9 @@ WEIGHTS = {".safetensors", ".bin"}
 OPEN = """
 import sys
 from llava_serve import checkpoints, errors
-try: print(checkpoints.open_checkpoint(sys.argv[1], weights=sys.argv[2] == "weights").path)
+try:
+    spec = checkpoints.open_checkpoint(sys.argv[1], weights=sys.argv[2] != "description")
+    print(spec if sys.argv[2] == "spec" else spec.path)
 except errors.CheckpointError as error: print(error)
 """
 
@@ -47,11 +49,11 @@ class Hub:
         """Where the client keeps the files."""
         return self.cache / "hub" / f"models--{MODEL.replace('/', '--')}" / "snapshots" / REVISION
 
-    def open(self, what: str, *, offline: bool = False) -> str:
-        """The checkpoint's folder, or the error, in a process of its own: the client reads its settings when it is
-        imported."""
+    def open(self, what: str, *, model: str = MODEL, offline: bool = False) -> str:
+        """The checkpoint's folder or all of its description, or the error, in a process of its own: the client reads
+        its settings when it is imported."""
         settings = {"HF_HOME": str(self.cache), "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": str(int(offline))}
-        command = [sys.executable, "-c", OPEN, MODEL, what]
+        command = [sys.executable, "-c", OPEN, model, what]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
@@ -149,3 +151,21 @@ def test_a_gap_shows_in_a_cache_without_a_listing(hub: Hub, gap: str) -> None:
     assert "only partly in the local hub cache" in hub.open("weights", offline=True)
     assert Path(hub.open("weights")) == hub.snapshot
     assert hub.given == [gap] * len(hub.given)
+
+
+def test_a_hub_id_and_its_folder_give_the_same_description(hub: Hub) -> None:
+    by_id = hub.open("spec")
+    assert f"name='{MODEL}'" in by_id
+    assert hub.open("spec", model=str(hub.snapshot)) == by_id
+    plain = shutil.copytree(hub.snapshot, hub.cache.parent / MODEL.split("/")[1])
+    by_folder = hub.open("spec", model=str(plain))
+    assert by_folder == by_id.replace(str(hub.snapshot), str(plain)).replace(MODEL, plain.name)
+
+
+def test_a_hub_id_tells_the_template(hub: Hub) -> None:
+    named = hub.cache / "hub" / "models--org--llava-llama-2-tiny" / "snapshots" / REVISION
+    hub.open("weights")
+    shutil.copytree(hub.snapshot, named)
+    (named.parent.parent / "refs").mkdir()
+    (named.parent.parent / "refs" / "main").write_text(REVISION)
+    assert "conv_mode='llava_llama_2'" in hub.open("spec", model="org/llava-llama-2-tiny", offline=True)

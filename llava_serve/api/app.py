@@ -19,6 +19,7 @@ from llava_serve.api.describe import CHAT_DESCRIPTION, DescribedApp
 from llava_serve.api.errors import openai_error
 from llava_serve.api.front import FrontDoor
 from llava_serve.api.messages import parse_request
+from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
 from llava_serve.errors import DeadlineExceededError, UnknownModelError
 
@@ -48,14 +49,16 @@ def create_app(backend: Backend, options: ApiOptions, house: House | None = None
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
     page = _PAGE.read_text(encoding="utf-8")
 
-    def demand_model(name: str) -> None:
-        if name != model.id:
+    names = (model.id, short_name(model.id))
+
+    def check_model(name: str) -> None:
+        if name not in names:
             raise UnknownModelError(f"There is no model '{name[:100]}' here; this server has '{model.id}'.", "model")
 
     @app.post("/v1/chat/completions", summary="Answer a conversation about pictures", openapi_extra=CHAT_DESCRIPTION)
     async def chat_completions(request: Request) -> Response:
         asked = parse_request(await _body(request, options.default_timeout_s))
-        demand_model(asked.model)
+        check_model(asked.model)
         seconds = min(asked.timeout or options.default_timeout_s, options.max_timeout_s)
         return ChatAnswer(backend, asked, request.state.request_id, request.state.arrived + seconds)
 
@@ -65,7 +68,7 @@ def create_app(backend: Backend, options: ApiOptions, house: House | None = None
 
     @app.get("/v1/models/{name:path}", summary="One of them")
     async def one_model(name: str) -> Model:
-        demand_model(name)
+        check_model(name)
         return model
 
     @app.get("/health", summary="Whether an answer can be expected")

@@ -7,6 +7,7 @@ import logging
 
 from llava_serve.checkpoints.files import find_folder, read_json
 from llava_serve.checkpoints.hf import read_hf
+from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import is_original, read_original
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
 from llava_serve.errors import CheckpointError
@@ -47,7 +48,7 @@ def open_checkpoint(
         )
     reader = read_original if is_original(config) else read_hf
     try:
-        spec = reader(folder, config, model_base, vision_tower, weights=weights)
+        spec = reader(model_name(model), folder, config, model_base, vision_tower, weights=weights)
     except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
         raise CheckpointError(
             f"config.json in {folder}, or another .json file of the checkpoint, holds a value that makes no sense "

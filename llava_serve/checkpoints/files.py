@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.model_name import is_hub_id
 from llava_serve.errors import CheckpointError
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
@@ -31,9 +32,9 @@ def find_folder(name: str, what: str, *parents: Path, weights: bool = True) -> P
         folder = parent / Path(name).expanduser()
         if folder.is_dir():
             return folder.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise CheckpointError(f"There is no folder {name!r} for the {what}.")
-    return _from_hub(name, what, weights=weights)
+    return _from_hub(name, what, weights=weights).resolve()
 
 
 def _from_hub(name: str, what: str, *, weights: bool) -> Path:
@@ -136,8 +137,3 @@ def weight_files(folder: Path) -> list[Path]:
 def first_file(folder: Path, *names: str) -> Path | None:
     """The first of some files that is there."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def checkpoint_name(folder: Path) -> str:
-    """The original's name of a checkpoint: its folder's, or `parent_checkpoint-N` for one inside a training run."""
-    return f"{folder.parent.name}_{folder.name}" if folder.name.startswith("checkpoint-") else folder.name

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.decoder import refuse_unsupported_text
-from llava_serve.checkpoints.files import checkpoint_name, read_json, weight_files
+from llava_serve.checkpoints.files import read_json, weight_files
+from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.original import token_ids
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
 from llava_serve.checkpoints.tokens import has_token, load_fast, read_tokenizer
@@ -33,15 +34,14 @@ _IMAGE_TOKEN_ID = 32000
 
 
 def read_hf(
-    folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+    name: str, folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
 ) -> CheckpointSpec:
     """Reads it; arguments and errors as `read_original`."""
     kind = str(config.get("model_type"))
     _refuse_relatives(kind, folder)
     if base is not None or tower is not None:
         raise CheckpointError(
-            f"{folder.name} is in transformers' layout, which holds the whole model; leave model_base and vision_tower "
-            "out."
+            f"{name} is in transformers' layout, which holds the whole model; leave model_base and vision_tower out."
         )
     text = _text_config(config, kind)
     vision = _vision_config(config)
@@ -50,10 +50,9 @@ def read_hf(
             f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin; copy them there."
         )
     tokenizer = _tokenizer(folder, config)
-    name = checkpoint_name(folder)
     chat_template = _chat_template(folder)
     conv_mode, reason = choose_template(
-        name, text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
+        name_for_templates(name), text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
     )
     if chat_template:
         conv_mode, reason = "chat_template", "the checkpoint carries a chat template"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llava_serve.checkpoints.decoder import refuse_unsupported_text
-from llava_serve.checkpoints.files import checkpoint_name, find_folder, first_file, read_json, weight_files
+from llava_serve.checkpoints.files import find_folder, first_file, read_json, weight_files
+from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
 from llava_serve.checkpoints.tokens import has_token, read_tokenizer
 from llava_serve.checkpoints.tower import image_processing, read_vision_config
@@ -28,11 +29,12 @@ def is_original(config: dict[str, Any]) -> bool:
 
 
 def read_original(
-    folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+    name: str, folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
 ) -> CheckpointSpec:
     """Reads it.
 
     Args:
+        name: of the model, as `model_name` gives it.
         folder: of the checkpoint.
         config: its config.json.
         base: the language model or LLaVA that a LoRA or a projector is an addition to.
@@ -43,7 +45,7 @@ def read_original(
         CheckpointError: something is missing or not supported; the message names it.
     """
     adapter = _adapter(folder) if weights else _named_adapter(folder, base)
-    base_folder = _base_folder(folder, adapter, base, weights=weights)
+    base_folder = _base_folder(name, folder, adapter, base, weights=weights)
     _refuse_unsupported(config)
     decoder = _decoder(config)
     text = _text_config(config, decoder)
@@ -55,9 +57,8 @@ def read_original(
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
-    name = checkpoint_name(folder)
     conv_mode, reason = choose_template(
-        name,
+        name_for_templates(name),
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
         modern="mlp" in config.get("mm_projector_type", "linear") or not config.get("mm_use_im_start_end", False),
@@ -109,16 +110,16 @@ def _named_adapter(folder: Path, base: str | None) -> Adapter | None:
     return "lora" if (folder / "adapter_config.json").is_file() else "projector"
 
 
-def _base_folder(folder: Path, adapter: Adapter | None, base: str | None, *, weights: bool) -> Path | None:
+def _base_folder(name: str, folder: Path, adapter: Adapter | None, base: str | None, *, weights: bool) -> Path | None:
     if adapter is None:
         if base is not None:
-            raise CheckpointError(f"{folder.name} holds full weights and takes no model_base; leave it out.")
+            raise CheckpointError(f"{name} holds full weights and takes no model_base; leave it out.")
         return None
     kind = "LoRA adapter" if adapter == "lora" else "projector"
     if base is None:
         wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
         hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
-        raise CheckpointError(f"{folder.name} holds only a {kind}; name the model it adds to with model_base{hint}.")
+        raise CheckpointError(f"{name} holds only a {kind}; name the model it adds to with model_base{hint}.")
     base_folder = find_folder(base, "base model", Path(), folder.parent, weights=weights)
     if weights and not weight_files(base_folder):
         raise CheckpointError(

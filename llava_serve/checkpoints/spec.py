@@ -83,7 +83,7 @@ class CheckpointSpec:
     """What a checkpoint is. Every reader of a format ends here.
 
     Attributes:
-        name: of the model, for templates by name and for `/v1/models`.
+        name: of the model, as `model_name` makes it.
         path: the checkpoint's folder.
         layout: of the weights.
         adapter: `lora` or `projector` if the folder is only an addition to `base`.
