@@ -46,7 +46,7 @@ def main() -> None:
     result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": CROWD, "clients_per_s": options.rate}
     result["seats"] = SEATS
     for name, profile in profiles.items():
-        with local_serve(counted_config(max_queue=SEATS), profile=profile) as running:
+        with local_serve(counted_config(max_in_flight=SEATS), profile=profile) as running:
             result[name] = asyncio.run(measure(running.url, options.rate, options.leavers))
         print(json.dumps({name: result[name]}), flush=True)
     if options.output is not None:

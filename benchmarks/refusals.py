@@ -48,7 +48,7 @@ class Busy:
 async def measure(count: int = 2000) -> list[float]:
     """Seconds of `count` refusals, one after the other."""
     backend = Busy()
-    app = create_app(backend, ApiOptions(max_queue=1))
+    app = create_app(backend, ApiOptions(max_in_flight=1))
     arriving: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
     arriving.put_nowait({"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False})
 

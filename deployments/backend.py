@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.aborts import AbortSender
 from deployments.calls import call, stream
-from deployments.deadline import until
+from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 HEALTH_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a health probe must not."""
@@ -40,27 +39,20 @@ class HandleBackend:
         """The name that requests use for the model."""
         return self._model_name
 
-    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+    ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes, in the picture tier."""
-        async with until(deadline), call(self._prepare, messages, conv_mode, deadline) as response:
+        async with deadline_scope(deadline), call(self._prepare, asked, conv_mode, deadline) as response:
             prepared: PreparedPrompt = await response
             return prepared
 
-    async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
-    ) -> AsyncGenerator[Chunk]:
-        """Streams the answer from the model tier. Closing the generator ends the work there."""
-        async with aclosing(self.groups(prepared, sampling, request_id=request_id, deadline=deadline)) as groups:
-            async for group in groups:
-                for chunk in group:
-                    yield chunk
-
-    def groups(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
+    def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
     ) -> AsyncGenerator[list[Chunk]]:
-        """As `generate`, in the groups in which the chunks come."""
+        """Streams the answer from the model tier. Closing the generator ends the work there."""
         call_id = f"{request_id}-{uuid.uuid4().hex}"  # callers may choose request ids, and choose the same
-        return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling)
+        return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling, priority)
 
     async def check_health(self) -> None:
         """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""

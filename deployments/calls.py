@@ -11,7 +11,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.aborts import AbortSender
-from deployments.deadline import until
+from llava_serve.deadline import deadline_scope
 from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
 
 
@@ -46,7 +46,7 @@ async def stream(
     try:
         async with call(method, *args, call_id, deadline) as response:
             while not ended:
-                async with until(deadline):
+                async with deadline_scope(deadline):
                     item = await anext(response, None)
                 ended = item is None
                 if not ended:

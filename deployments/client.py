@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, Unpack
 
 import ray
 from ray import serve
@@ -17,19 +17,21 @@ from ray.serve.exceptions import RayServeException
 
 from deployments.aborts import AbortSender
 from deployments.calls import stream
-from deployments.deadline import until
-from llava_serve.api.admission import demand_size
-from llava_serve.config import ImageOptions
+from llava_serve.api.middleware import check_image_bytes
+from llava_serve.config import ImageOptions, resolve_image_options
+from llava_serve.deadline import deadline_scope
 from llava_serve.engine.stream import collect
 from llava_serve.errors import UnknownModelError
-from llava_serve.images.fetch import ImageSource
-from llava_serve.openai_messages import ChatMessage, as_message
+from llava_serve.images.fetch import ImageSource, read_local_source
+from llava_serve.inputs import CallOptions, images_and_sampling
+from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.types import Chunk, GenerationResult, Message, PreparedPrompt, SamplingParams
 
 T = TypeVar("T")
 Image: TypeAlias = ImageSource | ray.ObjectRef
 """A path, a URL, encoded bytes, a PIL image, uint8 [height, width, 3], or a reference to one of them."""
-Messages = Sequence[ChatMessage]
+Images: TypeAlias = Image | Sequence[Image] | None
+Messages: TypeAlias = Sequence[ChatMessage]
 """`Message`s, or OpenAI's dicts; {"type": "image", "image": ...} holds an `Image`."""
 
 MAX_BYTES = 60 << 20
@@ -37,29 +39,37 @@ MAX_BYTES = 60 << 20
 
 
 class LlavaClient:
-    """Asks the running application, through its ingress: the house is the same as for HTTP, and so are its limits.
+    """Asks the running application, through its ingress: requests are admitted, bounded and drained as over HTTP.
 
-    `ask`, `chat` and `stream` are for code without an event loop, `ask_async`, `chat_async` and `stream_async` for code
-    in one. All raise the library's own errors.
+    `generate`, `chat` and `stream` mean what they mean on `LLM`, `ask` is the short form. They are for code without an
+    event loop; the forms in `_async` are for code in one. All raise the library's own errors.
 
     Args:
         app: the application's name.
-        timeout_s: a request's time, where it names none; the application's `max_timeout_s` holds all the same.
-        images: what pictures are read.
+        timeout: seconds that a request may take, where it says nothing; the application's `max_timeout_s` holds too.
+        image_options: what pictures are read.
+        images: the old name of `image_options`.
 
     Raises:
         UnknownModelError: no such application runs on this cluster.
     """
 
-    def __init__(self, app: str = "llava", *, timeout_s: float = 120, images: ImageOptions | None = None) -> None:
+    def __init__(
+        self,
+        app: str = "llava",
+        *,
+        timeout: float = 120,
+        image_options: ImageOptions | None = None,
+        images: ImageOptions | None = None,
+    ) -> None:
         try:
             ingress = serve.get_app_handle(app)
         except RayServeException:
             raise UnknownModelError(f"There is no application '{app}' on this Ray cluster.") from None
         self._generate = ingress.options(method_name="generate", stream=True)
         self._aborts = AbortSender(ingress)
-        self._timeout_s = timeout_s
-        self._images = images or ImageOptions()
+        self._timeout = timeout
+        self._image_options = resolve_image_options(image_options, images)
 
     def ask(self, image: Image, question: str, sampling: SamplingParams | None = None) -> str:
         """The answer to a question about a picture; greedy where `sampling` is None.
@@ -69,35 +79,51 @@ class LlavaClient:
         """
         return _run(self.ask_async(image, question, sampling))
 
-    def chat(
+    def generate(
         self,
-        messages: Messages,
+        query: str,
+        images: Images = None,
         sampling: SamplingParams | None = None,
-        *,
-        conv_mode: str | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
+    ) -> GenerationResult:
+        """The answer to a query.
+
+        Args:
+            query: `<image-placeholder>` marks where an image goes; without it, each image stands before the text.
+            images: a picture, a list of them, or None.
+            options: `conv_mode`, `timeout` in seconds and `priority`.
+
+        Raises:
+            LlavaServeError: as `ask`.
+        """
+        return _run(self.generate_async(query, images, sampling, **options))
+
+    def chat(
+        self, messages: Messages, sampling: SamplingParams | None = None, **options: Unpack[CallOptions]
     ) -> GenerationResult:
         """The answer to a conversation.
 
         Raises:
             LlavaServeError: as `ask`.
         """
-        return _run(self.chat_async(messages, sampling, conv_mode=conv_mode, timeout_s=timeout_s))
+        return _run(self.chat_async(messages, sampling, **options))
 
     def stream(
         self,
-        messages: Messages,
+        asked: str | Messages,
+        images: Images | SamplingParams = None,
         sampling: SamplingParams | None = None,
-        *,
-        conv_mode: str | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> Iterator[Chunk]:
-        """The answer to a conversation as it comes. Closing the iterator ends the work.
+        """The answer to a query or a conversation as it comes. Closing the iterator ends the work.
+
+        Args:
+            images: of a query; behind messages the sampling may stand here.
 
         Raises:
             LlavaServeError: as `ask`.
         """
-        chunks = self.stream_async(messages, sampling, conv_mode=conv_mode, timeout_s=timeout_s)
+        chunks = self.stream_async(asked, images, sampling, **options)
         try:
             while (chunk := _run(_next(chunks))) is not None:
                 yield chunk
@@ -106,68 +132,79 @@ class LlavaClient:
 
     async def ask_async(self, image: Image, question: str, sampling: SamplingParams | None = None) -> str:
         """As `ask`."""
-        messages = [
-            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
-        ]
-        return (await self.chat_async(messages, sampling or SamplingParams(temperature=0))).text
+        return (await self.generate_async(question, image, sampling or SamplingParams(temperature=0))).text
+
+    async def generate_async(
+        self,
+        query: str,
+        images: Images = None,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[CallOptions],
+    ) -> GenerationResult:
+        """As `generate`."""
+        return await self._collect(query, images, sampling, options)
 
     async def chat_async(
-        self,
-        messages: Messages,
-        sampling: SamplingParams | None = None,
-        *,
-        conv_mode: str | None = None,
-        timeout_s: float | None = None,
+        self, messages: Messages, sampling: SamplingParams | None = None, **options: Unpack[CallOptions]
     ) -> GenerationResult:
         """As `chat`."""
-        prompt, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
-        async with aclosing(answer) as groups:
-            return collect(prompt, [chunk async for group in groups for chunk in group])
+        return await self._collect(messages, None, sampling, options)
 
     async def stream_async(
         self,
-        messages: Messages,
+        asked: str | Messages,
+        images: Images | SamplingParams = None,
         sampling: SamplingParams | None = None,
-        *,
-        conv_mode: str | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> AsyncGenerator[Chunk]:
         """As `stream`. Left early, it must be closed (`contextlib.aclosing`) for the work to end."""
-        _, answer = await self._begin(messages, sampling, conv_mode, timeout_s)
+        _, answer = await self._begin(asked, images, sampling, options)
         async with aclosing(answer) as groups:
             async for group in groups:
                 for chunk in group:
                     yield chunk
 
+    async def _collect(
+        self, asked: str | Messages, images: Images, sampling: SamplingParams | None, options: CallOptions
+    ) -> GenerationResult:
+        prompt, answer = await self._begin(asked, images, sampling, options)
+        async with aclosing(answer) as groups:
+            return collect(prompt, [chunk async for group in groups for chunk in group])
+
     async def _begin(
-        self, messages: Messages, sampling: SamplingParams | None, conv_mode: str | None, timeout_s: float | None
+        self, asked: str | Messages, images: Any, sampling: SamplingParams | None, options: CallOptions
     ) -> tuple[PreparedPrompt, AsyncGenerator[list[Chunk]]]:
-        """The prompt, without its tiles, and the answer in groups."""
-        deadline = time.time() + (timeout_s or self._timeout_s)
-        async with until(deadline):
-            read = [await self._read(message) for message in messages]
-        demand_size(read, MAX_BYTES)
-        answer = stream(
-            self._generate, self._aborts, uuid.uuid4().hex, deadline, read, sampling or SamplingParams(), conv_mode
-        )
+        """The prompt, without its tiles, and the answer in groups. Files, links and references are read here, where
+        the caller is."""
+        images, sampling = images_and_sampling(images, sampling)
+        deadline = time.time() + (options.get("timeout") or self._timeout)
+        async with deadline_scope(deadline):
+            fetched = asked if isinstance(asked, str) else [await _fetched(message) for message in asked]
+            pictures = [await _value(image) for image in images]
+            read = await asyncio.to_thread(read_asked, fetched, pictures, self._read_source)
+        check_image_bytes(read, MAX_BYTES)
+        arguments = (read, sampling or SamplingParams(), options.get("conv_mode"), options.get("priority", 0))
+        answer = stream(self._generate, self._aborts, uuid.uuid4().hex, deadline, *arguments)
         prompt: PreparedPrompt = await anext(answer)
         return prompt, answer
 
-    async def _read(self, message: ChatMessage) -> Message:
-        """Files, links and references are read here, where the caller is."""
-        if isinstance(message, Message):
-            return message
-        content = message.get("content")
-        if isinstance(content, list | tuple):
-            message = {**message, "content": [await _fetched(part) for part in content]}
-        return await asyncio.to_thread(as_message, message, self._images)
+    def _read_source(self, source: Any) -> bytes:
+        return read_local_source(source, self._image_options)
 
 
-async def _fetched(part: Any) -> Any:
-    """A part of a message with its picture in the place of a reference to it."""
-    if isinstance(part, Mapping) and isinstance(part.get("image"), ray.ObjectRef):
-        return {**part, "image": await part["image"]}
-    return part
+async def _fetched(message: ChatMessage) -> ChatMessage:
+    """A message with its pictures in the place of references to them."""
+    if isinstance(message, Message) or not isinstance(message.get("content"), list | tuple):
+        return message
+    parts = [
+        {**part, "image": await _value(part["image"])} if isinstance(part, Mapping) and "image" in part else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+async def _value(image: Any) -> Any:
+    return await image if isinstance(image, ray.ObjectRef) else image
 
 
 @cache

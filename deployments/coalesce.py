@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 
+from llava_serve.engine.stream import join_chunks
 from llava_serve.types import Chunk
 
 GATHER_S = 0.05
@@ -32,7 +32,7 @@ async def coalesce(chunks: AsyncGenerator[Chunk], gather_s: float = GATHER_S) ->
             await news.wait()
             news.clear()
             if ready:
-                group = merge(ready)
+                group = join_chunks(ready)
                 ready.clear()
                 yield group
                 await asyncio.wait((task,), timeout=gather_s)
@@ -41,22 +41,3 @@ async def coalesce(chunks: AsyncGenerator[Chunk], gather_s: float = GATHER_S) ->
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await chunks.aclose()
-
-
-def merge(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """One chunk per choice, in the order in which the choices appear; it says all that its parts say."""
-    by_choice: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        by_choice.setdefault(chunk.index, []).append(chunk)
-    return [parts[0] if len(parts) == 1 else join(parts) for parts in by_choice.values()]
-
-
-def join(parts: Sequence[Chunk]) -> Chunk:
-    """Several chunks of one choice as one."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return dataclasses.replace(
-        parts[-1],
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
-    )

@@ -1,4 +1,4 @@
-"""The front door: the library's own web app, and the same house for other Ray jobs, over handles to the other tiers."""
+"""The ingress: the library's own web app, and the same pipeline for other Ray jobs, over handles to the other tiers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from deployments.aborts import AbortedCalls
 from deployments.backend import HandleBackend
-from deployments.drain import DrainGate
-from llava_serve.api.admission import House, demand_size
 from llava_serve.api.app import create_app
-from llava_serve.api.chat import demand_complete
-from llava_serve.api.completion import Tally
-from llava_serve.api.errors import error_body
-from llava_serve.api.front import log_if_internal
+from llava_serve.api.errors import reported
+from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.middleware import check_image_bytes
+from llava_serve.api.pipeline import GenerationRequest, generation
+from llava_serve.api.validation import check_priority
 from llava_serve.config import ApiOptions
 from llava_serve.errors import LlavaServeError
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 
 class Ingress:
-    """Admission, access and the OpenAI API; `generate` is the door for other Ray jobs.
+    """Admission, access and the OpenAI API over HTTP; `generate` is for other Ray jobs.
 
     Args:
         model_name: the name that requests use for the model.
@@ -38,67 +38,69 @@ class Ingress:
     ) -> None:
         self._options = options
         self._backend = HandleBackend(model_name, preprocessor, model)
-        self._house = House(options.max_queue)
+        self._limiter = ConcurrencyLimiter(options.max_in_flight)
         self._aborted = AbortedCalls()
 
-    def __serve_build_asgi_app__(self) -> DrainGate:
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        self._gate = DrainGate(create_app(self._backend, self._options, self._house))
-        return self._gate
+        return create_app(self._backend, self._options, self._limiter)
 
     async def generate(
         self,
-        messages: Sequence[Message],
+        asked: Query | Sequence[Message],
         sampling: SamplingParams,
         conv_mode: str | None,
+        priority: int,
         call_id: str,
         deadline: float,
     ) -> AsyncGenerator[PreparedPrompt | list[Chunk]]:
         """Yields the prompt without its tiles, then the answer in groups. `LlavaClient` is the caller's side of it.
 
         Admission, the longest time and draining are those of HTTP requests; keys are not asked for, since whoever calls
-        has passed Ray's own door.
+        has Ray's own token.
 
         Args:
-            messages: pictures as encoded bytes or `data:` URLs.
+            asked: pictures as encoded bytes or `data:` URLs.
             sampling: how the answer is drawn.
             conv_mode: overrides the checkpoint's template.
+            priority: a smaller number is served earlier.
             call_id: of this call alone; `abort` knows it by that.
             deadline: seconds since the epoch.
 
         Raises:
-            LlavaServeError: the class says what is wrong; the root itself is a fault of ours, which the log tells of.
+            LlavaServeError: the class says what is wrong; the root itself is a fault of ours, which is in the log.
         """
         try:
-            with self._gate.guest(), self._house.guest():
-                demand_size(messages, self._options.max_body_bytes)
-                deadline = min(deadline, time.time() + self._options.max_timeout_s)
-                if call_id in self._aborted:
-                    return
-                prepared = await self._backend.prepare(messages, conv_mode=conv_mode, deadline=deadline)
-                if call_id in self._aborted:
-                    return
-                yield dataclasses.replace(prepared, tiles=())
-                tally = Tally(prepared, sampling.n)
-                answer = self._backend.groups(prepared, sampling, request_id=call_id, deadline=deadline)
-                async with aclosing(answer) as groups:
-                    async for group in groups:
-                        if call_id in self._aborted:
-                            return
-                        for chunk in group:
-                            tally.add(chunk)
-                        yield group
-                demand_complete(tally)
+            with self._limiter.request():
+                check_image_bytes(asked, self._options.max_body_bytes)
+                check_priority(priority, self._options.priority_range)
+                bounded = min(deadline, time.time() + self._options.max_timeout_s)
+                request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)
+                async with aclosing(self._answer(request)) as items:
+                    async for item in items:
+                        yield item
         except LlavaServeError:
             raise
         except Exception as error:
-            log_if_internal(error, call_id)
-            raise LlavaServeError(error_body(error, call_id)["error"]["message"]) from None
+            raise LlavaServeError(reported(error, call_id)["error"]["message"]) from None
+
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[PreparedPrompt | list[Chunk]]:
+        """Ends at the next group once the call was aborted."""
+        if request.request_id in self._aborted:
+            return
+        async with generation(self._backend, request) as answer:
+            if request.request_id in self._aborted:
+                return
+            yield dataclasses.replace(answer.prepared, tiles=())
+            async for group in answer:
+                if request.request_id in self._aborted:
+                    return
+                yield group
 
     async def abort(self, call_ids: Sequence[str]) -> None:
         """Ends calls of `generate` whose caller has left, at their next step. Those of other replicas are no error."""
         self._aborted.add(call_ids)
 
     async def drain(self) -> None:
-        """Refuses new requests from now on, and returns when the last one in the house has its answer."""
-        await self._gate.drain()
+        """Refuses new requests from now on, and returns when the last one in flight has its answer."""
+        await self._limiter.drain()

@@ -9,9 +9,9 @@ from contextlib import aclosing
 
 from deployments.aborts import AbortedCalls
 from deployments.coalesce import coalesce
-from deployments.deadline import check_deadline
 from deployments.metrics import ModelMetrics
 from llava_serve.config import EngineOptions, ModelOptions
+from llava_serve.deadline import check_deadline
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
 
@@ -33,13 +33,14 @@ class LlavaModel:
         self._metrics = ModelMetrics()
 
     async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, call_id: str, deadline: float
+        self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
     ) -> AsyncGenerator[list[Chunk]]:
         """Streams the answer in lists: a message per token would cost more than the token.
 
         Args:
             prepared: from `ImagePreprocessor`.
             sampling: how the answer is drawn.
+            priority: a smaller number is served earlier.
             call_id: of this call alone; `abort` knows it by that.
             deadline: seconds since the epoch.
 
@@ -53,7 +54,9 @@ class LlavaModel:
         if call_id in self._aborted:
             return
         start = time.perf_counter()
-        chunks = self._llm.generate(prepared, sampling, deadline=deadline, request_id=call_id)
+        chunks = self._llm.generate_prepared(
+            prepared, sampling, deadline=deadline, request_id=call_id, priority=priority
+        )
         first = True
         async with aclosing(coalesce(chunks)) as groups:
             async for group in groups:

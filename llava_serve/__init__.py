@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
+from llava_serve.errors import (
+    AccessError,
+    BodyTooLargeError,
+    CapacityError,
+    CheckpointError,
+    DeadlineExceededError,
+    EngineDeadError,
+    InvalidImageError,
+    LlavaServeError,
+    PromptTooLongError,
+    RequestError,
+    UnknownModelError,
+    UnsupportedParameterError,
+)
 from llava_serve.types import Chunk, Completion, GenerationResult, Message, PreparedPrompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -12,13 +27,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AccessError",
     "AsyncLLM",
+    "BodyTooLargeError",
+    "CapacityError",
+    "CheckpointError",
     "Chunk",
     "Completion",
+    "DeadlineExceededError",
+    "EngineDeadError",
+    "EngineOptions",
     "GenerationResult",
+    "ImageOptions",
+    "InvalidImageError",
+    "LlavaServeError",
     "Message",
+    "ModelOptions",
     "PreparedPrompt",
+    "PromptTooLongError",
+    "RequestError",
     "SamplingParams",
+    "UnknownModelError",
+    "UnsupportedParameterError",
 ]
 
 

@@ -6,25 +6,42 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import queue
 import threading
 import time
 import uuid
+import warnings
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Unpack, overload
 
 from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.config import EngineOptions, ModelOptions
+from llava_serve.config import (
+    EngineOptions,
+    ImageOptions,
+    ModelKeywords,
+    ModelOptions,
+    resolve_image_options,
+    resolve_model_options,
+)
+from llava_serve.deadline import deadline_in
 from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.sequence import EngineRequest, Output
 from llava_serve.engine.stats import EngineStats
-from llava_serve.engine.stream import ChunkStream
+from llava_serve.engine.stream import ChunkStream, collect
 from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+from llava_serve.inputs import CallOptions, Images, images_and_sampling
+from llava_serve.openai_messages import ChatMessage
+from llava_serve.processor import Processor
+from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.tokenizer import load_tokenizer
-from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, GenerationResult, PreparedPrompt, SamplingParams
 
 _logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 1.0
@@ -64,24 +81,45 @@ class _Close:
 class AsyncLLM:
     """The engine for servers. The engine's thread owns all its state; callers send it messages.
 
+    Args:
+        model: `builtin`, a folder, or a hub id in the local cache; or all options of a model.
+        engine: limits of the engine; None takes the defaults.
+        image_options: what pictures are accepted; None takes the defaults.
+        images: the old name of `image_options`.
+        keywords: the other fields of `ModelOptions`.
+
     Raises:
         CheckpointError: the model cannot be loaded.
     """
 
-    def __init__(self, options: ModelOptions, engine: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: str | ModelOptions = "builtin",
+        engine: EngineOptions | None = None,
+        *,
+        image_options: ImageOptions | None = None,
+        images: ImageOptions | None = None,
+        **keywords: Unpack[ModelKeywords],
+    ) -> None:
+        self._image_options = resolve_image_options(image_options, images)
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Close] = queue.SimpleQueue()
         self._consumers: dict[str, _Consumer] = {}
         self._sent = self._taken = 0  # requests put into the inbox, by the callers, and out of it, by the engine
         self._beat = time.monotonic()
         self._dead = False
         built: Future[Engine] = Future()
-        arguments = (built, options, engine or EngineOptions())
+        arguments = (built, resolve_model_options(model, **keywords), engine or EngineOptions())
         self._thread = threading.Thread(target=self._run, args=arguments, name="engine", daemon=True)
         self._thread.start()
         self._engine = built.result()
         self._stats = self._engine.stats
         self.spec: CheckpointSpec = self._engine.model.spec
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
+
+    @cached_property
+    def processor(self) -> ThreadedProcessor:
+        """Prepares prompts for this model. Made when it is first needed: a model replica gets prompts that are."""
+        return ThreadedProcessor(Processor(self.spec, self._image_options), os.cpu_count() or 1)
 
     @property
     def model_name(self) -> str:
@@ -96,7 +134,118 @@ class AsyncLLM:
         """Where the engine stood after its last turn, and how long ago that was."""
         return dataclasses.replace(self._stats, heartbeat_age_s=time.monotonic() - self._beat)
 
-    async def generate(
+    @overload
+    def generate(
+        self,
+        query: str,
+        images: Images = None,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Coroutine[Any, Any, GenerationResult]: ...
+
+    @overload
+    def generate(
+        self,
+        query: PreparedPrompt,
+        images: SamplingParams | None = None,
+        sampling: SamplingParams | None = None,
+        *,
+        deadline: float | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Chunk]: ...
+
+    def generate(
+        self,
+        query: str | PreparedPrompt,
+        images: Any = None,
+        sampling: SamplingParams | None = None,
+        *,
+        deadline: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Coroutine[Any, Any, GenerationResult] | AsyncGenerator[Chunk]:
+        """Answers one query; to be awaited.
+
+        Args:
+            query: as `LLM.generate`. A `PreparedPrompt` with its sampling is the old form of `generate_prepared`.
+            images: a picture, a list of them, or None.
+            options: `conv_mode`, `timeout` in seconds and `priority`.
+            deadline, request_id: of the old form.
+
+        Raises:
+            LlavaServeError: as `generate_prepared`; `RequestError` too where an input is not acceptable.
+        """
+        if isinstance(query, PreparedPrompt):
+            warnings.warn("generate(prepared, ...) is called generate_prepared now.", DeprecationWarning, stacklevel=2)
+            priority = options.get("priority", 0)
+            return self.generate_prepared(
+                query, sampling or images, deadline=deadline, request_id=request_id, priority=priority
+            )
+        return self._answer(query, images, sampling, options)
+
+    async def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        sampling: SamplingParams | None = None,
+        **options: Unpack[CallOptions],
+    ) -> GenerationResult:
+        """Answers a conversation.
+
+        Args:
+            messages: OpenAI's form, or `Message`s.
+            options: as `generate`.
+
+        Raises:
+            LlavaServeError: as `generate`.
+        """
+        return await self._answer(messages, None, sampling, options)
+
+    async def stream(
+        self,
+        asked: str | Sequence[ChatMessage],
+        images: Images | SamplingParams = None,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[CallOptions],
+    ) -> AsyncGenerator[Chunk]:
+        """Answers a query or a conversation chunk by chunk. Left early, it must be closed (`contextlib.aclosing`) for
+        the work to end.
+
+        Args:
+            asked: a query, or messages.
+            images: of a query; behind messages the sampling may stand here.
+            options: as `generate`.
+
+        Raises:
+            LlavaServeError: as `generate`.
+        """
+        _, chunks = await self._begin(asked, images, sampling, options)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+
+    async def _answer(
+        self, asked: str | Sequence[ChatMessage], images: Any, sampling: SamplingParams | None, options: CallOptions
+    ) -> GenerationResult:
+        prepared, chunks = await self._begin(asked, images, sampling, options)
+        async with aclosing(chunks):
+            return collect(prepared, [chunk async for chunk in chunks])
+
+    async def _begin(
+        self, asked: str | Sequence[ChatMessage], images: Any, sampling: SamplingParams | None, options: CallOptions
+    ) -> tuple[PreparedPrompt, AsyncGenerator[Chunk]]:
+        """The prompt, and the answer that has not begun."""
+        images, sampling = images_and_sampling(images, sampling)
+        deadline = deadline_in(options.get("timeout"))
+        prepared = await self.processor.prepare(
+            partial(self.processor.processor.read, asked, images),
+            conv_mode=options.get("conv_mode"),
+            deadline=deadline,
+        )
+        priority = options.get("priority", 0)
+        return prepared, self.generate_prepared(prepared, sampling, deadline=deadline, priority=priority)
+
+    async def generate_prepared(
         self,
         prepared: PreparedPrompt,
         sampling: SamplingParams | None = None,
@@ -105,11 +254,11 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[Chunk]:
-        """Streams the answer. Closing or cancelling ends the work at the engine's next turn.
+        """Streams the answer to a prepared prompt. Closing or cancelling ends the work at the engine's next turn.
 
         Args:
             deadline: seconds since the epoch.
-            priority: the higher goes first.
+            priority: a smaller number is served earlier.
 
         Raises:
             RequestError: the prompt is too long, or the engine cannot do what is asked.

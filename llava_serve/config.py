@@ -5,9 +5,13 @@ Plain pydantic models, because they are the `args` of `serve_config.yaml`: a typ
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+import warnings
+from typing import Any, Literal, TypedDict, Unpack
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+_log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
@@ -38,6 +42,22 @@ class ModelOptions(Options):
     device: str = "auto"
     dtype: Dtype = "auto"
     quantization: Literal["8bit", "4bit"] | None = None
+
+
+class ModelKeywords(TypedDict, total=False):
+    """The fields of `ModelOptions` but `model`, as keyword arguments."""
+
+    model_base: str | None
+    vision_tower: str | None
+    conv_mode: str | None
+    device: str
+    dtype: Dtype
+    quantization: Literal["8bit", "4bit"] | None
+
+
+def resolve_model_options(model: str | ModelOptions, **keywords: Unpack[ModelKeywords]) -> ModelOptions:
+    """The options of a model that is named, or described whole."""
+    return ModelOptions(model=model, **keywords) if isinstance(model, str) else model.model_copy(update=dict(keywords))
 
 
 class EngineOptions(Options):
@@ -88,6 +108,13 @@ class ImageOptions(Options):
     cache_bytes: int = Field(default=64 << 20, ge=0)
 
 
+def resolve_image_options(given: ImageOptions | None, images: ImageOptions | None) -> ImageOptions:
+    """The picture options of a constructor; `images` is their old name, which goes with the next version."""
+    if images is not None:
+        warnings.warn("images= of a constructor is called image_options= now.", DeprecationWarning, stacklevel=3)
+    return given or images or ImageOptions()
+
+
 class RoutingOptions(Options):
     """How calls choose a model replica.
 
@@ -105,14 +132,24 @@ class ApiOptions(Options):
         model_name: the name in `/v1/models`; None makes it of `model` (see `llava_serve.checkpoints.model_name`).
         api_keys: accepted bearer keys; empty lets everyone in.
         max_body_bytes: of a request.
-        max_queue: requests in the house, per ingress replica; beyond it 429.
+        max_in_flight: requests that are worked on at once, per ingress replica; beyond it 429. `max_queue` is its old
+            name, which goes with the next version.
         default_timeout_s: a request's time, where it names none.
         max_timeout_s: the longest time that a request may name.
+        priority_range: the smallest and the largest priority that a request may name; a smaller one is served earlier.
     """
 
     model_name: str | None = None
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = Field(default=32 << 20, ge=1)
-    max_queue: int = Field(default=256, ge=1)
+    max_in_flight: int = Field(default=256, ge=1, validation_alias=AliasChoices("max_in_flight", "max_queue"))
     default_timeout_s: float = Field(default=120, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
+    priority_range: tuple[int, int] = (0, 100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warn_of_old_names(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "max_queue" in given:
+            _log.warning("api.max_queue is called api.max_in_flight now; the old name goes with the next version.")
+        return given

@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from functools import partial
+from typing import Any, Unpack, overload
 
 from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.config import Dtype, EngineOptions, ImageOptions, ModelOptions
+from llava_serve.config import (
+    EngineOptions,
+    ImageOptions,
+    ModelKeywords,
+    ModelOptions,
+    resolve_image_options,
+    resolve_model_options,
+)
+from llava_serve.deadline import check_deadline, deadline_in
 from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.engine.stream import ChunkStream, collect
-from llava_serve.images.fetch import ImageSource
-from llava_serve.openai_messages import ChatMessage, as_message
+from llava_serve.errors import LlavaServeError
+from llava_serve.inputs import (
+    CallOptions,
+    Images,
+    as_images,
+    images_and_sampling,
+    images_of_each,
+    is_one_conversation,
+    sampling_of_each,
+)
+from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
-from llava_serve.types import Chunk, GenerationResult, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, GenerationResult, PreparedPrompt, SamplingParams
 
 
 class LLM:
     """A model and its engine, driven in a loop until the answers are there. Not for several threads.
 
     Args:
-        model: `builtin`, a folder, or a hub id in the local cache.
-        model_base, vision_tower, conv_mode, device, dtype, quantization: see `ModelOptions`.
-        engine, images: limits; None takes the defaults.
+        model: `builtin`, a folder, or a hub id in the local cache; or all options of a model.
+        engine: limits of the engine; None takes the defaults.
+        image_options: what pictures are accepted; None takes the defaults.
+        images: the old name of `image_options`.
+        keywords: the other fields of `ModelOptions`.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -33,128 +54,158 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "builtin",
+        model: str | ModelOptions = "builtin",
         *,
-        model_base: str | None = None,
-        vision_tower: str | None = None,
-        conv_mode: str | None = None,
-        device: str = "auto",
-        dtype: Dtype = "auto",
-        quantization: Literal["8bit", "4bit"] | None = None,
         engine: EngineOptions | None = None,
+        image_options: ImageOptions | None = None,
         images: ImageOptions | None = None,
+        **keywords: Unpack[ModelKeywords],
     ) -> None:
-        options = ModelOptions(
-            model=model,
-            model_base=model_base,
-            vision_tower=vision_tower,
-            conv_mode=conv_mode,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-        )
-        self.engine: Engine = build_engine(options, engine or EngineOptions())
+        self.engine: Engine = build_engine(resolve_model_options(model, **keywords), engine or EngineOptions())
         self.spec: CheckpointSpec = self.engine.model.spec
-        self.processor = Processor(self.spec, images or ImageOptions())
+        self.processor = Processor(self.spec, resolve_image_options(image_options, images))
         self._answers: dict[str, _Answer] = {}
 
     @overload
     def generate(
         self,
-        prompts: str,
-        images: Sequence[ImageSource] | None = None,
+        query: str,
+        images: Images = None,
         sampling: SamplingParams | None = None,
-        conv_mode: str | None = None,
+        **options: Unpack[CallOptions],
     ) -> GenerationResult: ...
 
     @overload
     def generate(
         self,
-        prompts: list[str],
-        images: Sequence[Sequence[ImageSource]] | None = None,
-        sampling: SamplingParams | None = None,
-        conv_mode: str | None = None,
+        query: list[str] | tuple[str, ...],
+        images: Sequence[Images] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[CallOptions],
     ) -> list[GenerationResult]: ...
 
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        images: Sequence[Any] | None = None,
-        sampling: SamplingParams | None = None,
-        conv_mode: str | None = None,
+        self, query: str | Sequence[str], images: Any = None, sampling: Any = None, **options: Unpack[CallOptions]
     ) -> GenerationResult | list[GenerationResult]:
         """Answers one query, or a list of them batched by the engine.
 
         Args:
-            prompts: `<image-placeholder>` marks where an image goes; without it, each image stands before the text.
-            images: a flat list for one query; a list of lists for a list of queries.
+            query: `<image-placeholder>` marks where an image goes; without it, each image stands before the text.
+            images: for one query a picture, a list of them, or None; for a list of queries one such entry each.
+            sampling: for a list of queries one for all, or one each.
+            options: `conv_mode`, `timeout` in seconds and `priority`.
 
         Raises:
             RequestError: an input is not acceptable; nothing has been generated.
+            DeadlineExceededError: the time was up before all answers were complete.
         """
-        if isinstance(prompts, str):
-            return self.run([self.processor.prepare_query(prompts, images or (), conv_mode=conv_mode)], sampling)[0]
-        each = images if images is not None else [()] * len(prompts)
-        prepared = [
-            self.processor.prepare_query(prompt, pictures, conv_mode=conv_mode)
-            for prompt, pictures in zip(prompts, each, strict=True)
-        ]
-        return self.run(prepared, sampling)
+        queries = [query] if isinstance(query, str) else list(query)
+        each = [as_images(images)] if isinstance(query, str) else images_of_each(images, len(queries))
+        results = self._answer_all(list(zip(queries, each, strict=True)), sampling, options)
+        return results[0] if isinstance(query, str) else results
 
     @overload
     def chat(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams | None = None, conv_mode: str | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        sampling: SamplingParams | None = None,
+        **options: Unpack[CallOptions],
     ) -> GenerationResult: ...
 
     @overload
     def chat(
         self,
         messages: Sequence[Sequence[ChatMessage]],
-        sampling: SamplingParams | None = None,
-        conv_mode: str | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[CallOptions],
     ) -> list[GenerationResult]: ...
 
     def chat(
-        self,
-        messages: Sequence[Any],
-        sampling: SamplingParams | None = None,
-        conv_mode: str | None = None,
+        self, messages: Sequence[Any], sampling: Any = None, **options: Unpack[CallOptions]
     ) -> GenerationResult | list[GenerationResult]:
         """Answers a conversation, or a list of them batched by the engine.
 
+        Args:
+            messages: OpenAI's form, or `Message`s.
+            sampling: for a list of conversations one for all, or one each.
+            options: as `generate`.
+
         Raises:
             RequestError: a message is not acceptable; nothing has been generated.
+            DeadlineExceededError: as `generate`.
         """
-        single = not messages or isinstance(messages[0], Message | Mapping)
+        single = is_one_conversation(messages)
         conversations = [messages] if single else messages
-        prepared = [
-            self.processor.prepare(
-                [as_message(message, self.processor.options) for message in conversation], conv_mode=conv_mode
-            )
-            for conversation in conversations
-        ]
-        results = self.run(prepared, sampling)
+        results = self._answer_all([(each, ()) for each in conversations], sampling, options)
         return results[0] if single else results
 
-    def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Answers a prepared prompt chunk by chunk; several streams may be open. Closing the iterator ends the work."""
-        request = self.engine.limits.accept(uuid.uuid4().hex, prepared, sampling or SamplingParams())
+    def stream(
+        self,
+        asked: str | Sequence[ChatMessage] | PreparedPrompt,
+        images: Any = None,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Iterator[Chunk]:
+        """Answers a query or a conversation chunk by chunk; several streams may be open. Closing the iterator ends the
+        work.
+
+        Args:
+            asked: a query, or messages. A `PreparedPrompt` with its sampling is the old form of `generate_prepared`.
+            images: of a query, as `generate` takes them; behind messages the sampling may stand here.
+            options: as `generate`.
+
+        Raises:
+            RequestError: an input is not acceptable; raised by the call itself.
+            DeadlineExceededError: the time was up before the answer was complete.
+        """
+        if isinstance(asked, PreparedPrompt):
+            warnings.warn("stream(prepared, ...) is called generate_prepared now.", DeprecationWarning, stacklevel=2)
+            return self.generate_prepared(asked, images or sampling)
+        images, sampling = images_and_sampling(images, sampling)
+        deadline = deadline_in(options.get("timeout"))
+        prepared = self._prepare(asked, images, options.get("conv_mode"), deadline)
+        return self.generate_prepared(prepared, sampling, deadline=deadline, priority=options.get("priority", 0))
+
+    def generate_prepared(
+        self,
+        prepared: PreparedPrompt,
+        sampling: SamplingParams | None = None,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+    ) -> Iterator[Chunk]:
+        """Answers a prepared prompt chunk by chunk, as `stream` does.
+
+        Args:
+            deadline: seconds since the epoch.
+        """
+        request = self._accept(prepared, sampling or SamplingParams(), deadline, priority)
         answer = self._open(request)
         try:
-            while not answer.stream.done or answer.chunks:
-                if not answer.chunks:
+            while not answer.ended or answer.has_news:
+                while not answer.has_news:
                     self._step()
                 yield from answer.take()
         finally:
             self._close(request)
 
-    def run(self, prepared: Iterable[PreparedPrompt], sampling: SamplingParams | None = None) -> list[GenerationResult]:
+    def run(
+        self,
+        prepared: Iterable[PreparedPrompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+    ) -> list[GenerationResult]:
         """Answers prepared prompts, batched by the engine, in their order."""
-        sampling = sampling or SamplingParams()
-        requests = [self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling) for prompt in prepared]
+        prompts = list(prepared)
+        requests = [
+            self._accept(prompt, each, deadline, priority)
+            for prompt, each in zip(prompts, sampling_of_each(sampling, len(prompts)), strict=True)
+        ]
         answers: list[_Answer] = []
         try:
-            while len(answers) < len(requests) or not all(answer.stream.done for answer in answers):
+            while len(answers) < len(requests) or not all(answer.ended for answer in answers):
                 while len(answers) < len(requests) and self.engine.has_room(requests[len(answers)]):
                     answers.append(self._open(requests[len(answers)]))
                 self._step()
@@ -162,6 +213,30 @@ class LLM:
             for request in requests:
                 self._close(request)
         return [collect(request.prompt, answer.take()) for request, answer in zip(requests, answers, strict=True)]
+
+    def _answer_all(
+        self, asked: list[tuple[Any, Sequence[Any]]], sampling: Any, options: CallOptions
+    ) -> list[GenerationResult]:
+        """Answers queries with their images, or conversations, in their order."""
+        samplings = sampling_of_each(sampling, len(asked))
+        deadline = deadline_in(options.get("timeout"))
+        prepared = [self._prepare(each, images, options.get("conv_mode"), deadline) for each, images in asked]
+        return self.run(prepared, samplings, deadline=deadline, priority=options.get("priority", 0))
+
+    def _prepare(
+        self,
+        asked: str | Sequence[ChatMessage],
+        images: Sequence[Any],
+        conv_mode: str | None,
+        deadline: float | None,
+    ) -> PreparedPrompt:
+        check = partial(check_deadline, deadline)
+        return self.processor.prepare(self.processor.read(asked, images), conv_mode=conv_mode, check=check)
+
+    def _accept(
+        self, prompt: PreparedPrompt, sampling: SamplingParams, deadline: float | None, priority: int
+    ) -> EngineRequest:
+        return self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling, deadline=deadline, priority=priority)
 
     def _open(self, request: EngineRequest) -> _Answer:
         self.engine.add(request)
@@ -177,6 +252,9 @@ class LLM:
         """One step of the engine: new chunks go to whom they belong."""
         for output in self.engine.step():
             answer = self._answers[output.request_id]
+            if output.error is not None:
+                answer.error = output.error
+                continue
             chunk = answer.stream.push(output)
             if chunk is None:
                 continue
@@ -185,14 +263,27 @@ class LLM:
             answer.chunks.append(chunk)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Answer:
     """What has come of an answer and has not been taken yet."""
 
     stream: ChunkStream
     chunks: list[Chunk] = field(default_factory=list)
+    error: LlavaServeError | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more comes."""
+        return self.stream.done or self.error is not None
+
+    @property
+    def has_news(self) -> bool:
+        """There is something to take."""
+        return bool(self.chunks) or self.error is not None
 
     def take(self) -> list[Chunk]:
-        taken = list(self.chunks)
-        self.chunks.clear()
+        """What has come. Raises the error that has ended it."""
+        if self.error is not None:
+            raise self.error
+        taken, self.chunks = self.chunks, []
         return taken

@@ -1,43 +1,148 @@
-"""OpenAI's form of a message, as the library's own user writes it, read into a `Message`. Imports no torch."""
+"""OpenAI's form of a conversation, and its only reader: for HTTP, the library and Ray jobs. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from llava_serve.config import ImageOptions
-from llava_serve.errors import RequestError
-from llava_serve.images.fetch import read_local_source
-from llava_serve.types import ImagePart, Message, TextPart
+from pydantic import BeforeValidator, ValidationError
+
+from llava_serve.errors import RequestError, UnsupportedParameterError
+from llava_serve.types import ImagePart, Message, Query, Role, TextPart
+from llava_serve.wire import Wire, as_request_error, one_of, refuse_extras
 
 ChatMessage = Message | Mapping[str, Any]
 """A `Message`, or OpenAI's dict; {"type": "image", "image": ...} holds a path, URL, bytes, PIL image or array."""
 
+ReadSource = Callable[[Any], str | bytes]
+"""Turns what stands for a picture into what an `ImagePart` holds."""
 
-def as_message(message: ChatMessage, options: ImageOptions) -> Message:
-    """Reads OpenAI's form of a message; pictures are read where they are.
+
+class ImageUrl(Wire):
+    """Where a picture is.
+
+    Attributes:
+        url: a `data:` URL with the picture in base64.
+        detail: OpenAI's hint at what to spend on the picture; accepted and not followed, as vLLM does, since a
+            checkpoint reads every picture in the one way that it was trained on.
+    """
+
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+def _as_image_url(given: Any) -> Any:
+    return {"url": given} if isinstance(given, str) else given
+
+
+class Part(Wire):
+    """A piece of a message: text, or a picture where it stands.
+
+    Attributes:
+        type: which of the other fields is set.
+        image_url: an object, or its `url` alone.
+        image: a picture; over HTTP a `data:` URL, in the library anything that stands for one.
+    """
+
+    type: Literal["text", "image_url", "image"]
+    text: str | None = None
+    image_url: Annotated[
+        ImageUrl | None, BeforeValidator(_as_image_url, json_schema_input_type=ImageUrl | str | None)
+    ] = None
+    image: Any = None
+
+
+def _as_parts(content: Any) -> Any:
+    """Plain text is one part, so that all behind this knows lists only. A library's user may write a tuple."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if isinstance(content, tuple) else content
+
+
+class WireMessage(Wire):
+    """One turn.
+
+    Attributes:
+        role: `developer` is OpenAI's newer name for `system`.
+        content: a text, or parts in any order; pictures stand in the user's turns only.
+        name: of the speaker; accepted and not looked at, since no template has a place for it.
+    """
+
+    NEUTRAL = {"tool_calls": one_of([]), "annotations": one_of([])}  # noqa: RUF012 (declared as a ClassVar above)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
+    name: str | None = None
+
+
+def from_wire(messages: Sequence[WireMessage]) -> tuple[Message, ...]:
+    """The conversation of a request. Sources of pictures pass through as they are.
 
     Raises:
-        RequestError: a role or part is not known; a picture cannot be read.
+        RequestError: a part does not hold what its type says.
     """
+    return tuple(_message(message, f"messages[{number}]", _passed_on) for number, message in enumerate(messages))
+
+
+def read_messages(messages: Sequence[ChatMessage], read_source: ReadSource) -> tuple[Message, ...]:
+    """The conversation that a library's user wrote.
+
+    Args:
+        messages: `Message`s pass as they are.
+        read_source: reads a picture where the user is.
+
+    Raises:
+        RequestError: a role, a part or a field is not known; a picture cannot be read.
+    """
+    return tuple(_read(message, f"messages[{number}]", read_source) for number, message in enumerate(messages))
+
+
+def read_asked(
+    asked: str | Sequence[ChatMessage], images: Sequence[Any], read_source: ReadSource
+) -> Query | tuple[Message, ...]:
+    """What a library's user asks: a query with its images, or a conversation, which holds its own.
+
+    Raises:
+        RequestError: as `read_messages`; images stand beside a conversation.
+    """
+    if isinstance(asked, str):
+        return Query(asked, tuple(ImagePart(read_source(image)) for image in images))
+    if images:
+        raise RequestError("The images of a conversation stand in its messages; leave images out.", "images")
+    return read_messages(asked, read_source)
+
+
+def _read(message: ChatMessage, path: str, read_source: ReadSource) -> Message:
     if isinstance(message, Message):
         return message
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise RequestError(f"A message's role is system, user or assistant; got {role}.", "messages")
-    if isinstance(content, str):
-        return Message(role, (TextPart(content),))
-    if not isinstance(content, Sequence):
-        raise RequestError("A message's content is a text or a list of parts.", "messages")
-    return Message(role, tuple(_part(part, options) for part in content))
+    if not isinstance(message, Mapping):
+        raise RequestError(f"'{path}' must be a Message or a dict with role and content.", path)
+    try:
+        wire = WireMessage.model_validate(dict(message))
+    except ValidationError as error:
+        raise as_request_error(error, path) from None
+    refuse_extras(wire, f"{path}.")
+    return _message(wire, path, read_source)
 
 
-def _part(part: Mapping[str, Any], options: ImageOptions) -> TextPart | ImagePart:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return TextPart(text)
-        case {"type": "image_url", "image_url": {"url": source}} | {"type": "image_url", "image_url": source}:
-            return ImagePart(read_local_source(source, options))
-        case {"type": "image", "image": source}:
-            return ImagePart(read_local_source(source, options))
-    raise RequestError("A part of a message is a text, an image_url or an image.", "messages")
+def _message(message: WireMessage, path: str, read_source: ReadSource) -> Message:
+    role: Role = "system" if message.role == "developer" else message.role
+    if role != "user" and any(part.type != "text" for part in message.content):
+        raise UnsupportedParameterError(f"A picture can stand in a user message only, not in {path}.", path)
+    parts = (_part(part, f"{path}.content[{number}]", read_source) for number, part in enumerate(message.content))
+    return Message(role, tuple(parts))
+
+
+def _part(part: Part, path: str, read_source: ReadSource) -> TextPart | ImagePart:
+    given = {"text": part.text, "image_url": part.image_url, "image": part.image}
+    if [name for name, value in given.items() if value is not None] != [part.type]:
+        raise RequestError(f"{path} must hold '{part.type}', as its type says, and nothing else.", path)
+    if part.text is not None:
+        return TextPart(part.text)
+    return ImagePart(read_source(part.image if part.image_url is None else part.image_url.url))
+
+
+def _passed_on(source: Any) -> str:
+    if not isinstance(source, str):
+        raise RequestError("A picture in a request is a data: URL, as a string.", "messages")
+    return source

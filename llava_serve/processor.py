@@ -27,9 +27,10 @@ from llava_serve.images.decode import decode_image
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
 from llava_serve.images.seen import Seen, SeenPictures
 from llava_serve.images.tiles import digest, make_tiles, num_features
+from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.templates import TEMPLATES
 from llava_serve.tokenizer import load_tokenizer
-from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt
+from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt, Query
 
 
 class Processor:
@@ -44,15 +45,15 @@ class Processor:
 
     def prepare(
         self,
-        messages: Sequence[Message],
+        asked: Query | Sequence[Message],
         *,
         conv_mode: str | None = None,
         check: Callable[[], None] | None = None,
     ) -> PreparedPrompt:
-        """Prepares a conversation. The pictures are encoded bytes or `data:` URLs: nothing else is read.
+        """Prepares a query or a conversation. The pictures are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
-            messages: system (optional, first), then user and assistant; the last is the user's.
+            asked: of messages system (optional, first), then user and assistant; the last is the user's.
             conv_mode: overrides the checkpoint's template.
             check: called before each picture; what it raises ends the work.
 
@@ -60,21 +61,34 @@ class Processor:
             RequestError: the conversation or a picture cannot be used; `PromptTooLongError` says got and limit.
         """
         key = conv_mode or self.spec.conv_mode
-        own_breaks = self._is_chat_template(key)
-        return self._prepare(messages if own_breaks else [chat_message(message) for message in messages], key, check)
+        own_breaks = self._is_chat_template(key)  # the checkpoint's own template sets the line breaks around images
+        if isinstance(asked, Query):
+            return self._prepare([query_message(asked.text, asked.images, line_breaks=not own_breaks)], key, check)
+        return self._prepare(asked if own_breaks else [chat_message(message) for message in asked], key, check)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
     ) -> PreparedPrompt:
-        """Prepares one query as the original's command line does: `<image-placeholder>` marks where an image goes, else
-        the images stand before the text. The sources are the caller's own: files are read and links followed.
+        """Prepares one query. The sources are the caller's own: files are read and links followed.
 
         Raises:
             RequestError: as `prepare`.
         """
-        key = conv_mode or self.spec.conv_mode
-        parts = [ImagePart(read_local_source(source, self.options)) for source in images]
-        return self._prepare([query_message(query, parts, line_breaks=not self._is_chat_template(key))], key)
+        return self.prepare(self.read(query, images), conv_mode=conv_mode)
+
+    def read(
+        self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()
+    ) -> Query | tuple[Message, ...]:
+        """What a library's user asks, with the pictures read where the user is.
+
+        Args:
+            asked: a query, or a conversation in OpenAI's form.
+            images: of a query.
+
+        Raises:
+            RequestError: a message or a picture cannot be read; images stand beside a conversation.
+        """
+        return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
     def _prepare(
         self, messages: Sequence[Message], key: str, check: Callable[[], None] | None = None
@@ -135,7 +149,7 @@ class Processor:
         return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
 
     def _is_chat_template(self, key: str) -> bool:
-        """Whether the checkpoint's own template renders: it sets the line breaks around images itself."""
+        """Whether the checkpoint's own template renders."""
         return key == "chat_template" and self.spec.chat_template is not None
 
     def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:

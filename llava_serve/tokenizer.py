@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+
+from tokenizers import Tokenizer as FastTokenizer
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
@@ -13,7 +16,12 @@ from llava_serve.checkpoints.tokens import load_fast, load_sentencepiece
 from llava_serve.conversation import Control, ImageSlot, Span, Text, merge_text
 from llava_serve.types import IMAGE_TOKEN_ID
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + at): byte for at, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
+}
+"""Byte-level vocabularies write each byte as a character: a printable one as itself, the others from U+0100 on."""
 
 
 class Tokenizer(ABC):
@@ -29,6 +37,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_text(self, token_id: int) -> str:
         """A token by itself, as one shows it beside its log-probability; empty for an id behind the vocabulary."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text, in UTF-8: it can be a part of a character. A control token gives its name."""
 
     @abstractmethod
     def stays_open(self, token_id: int) -> bool:
@@ -94,6 +106,11 @@ class SentencePieceTokenizer(Tokenizer):
             return next((token for token, added in self._added.items() if added == token_id), "")
         return str(self._pieces.id_to_piece(token_id)).replace("▁", " ")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        text = self.token_text(token_id)
+        byte = _BYTE.fullmatch(text)
+        return bytes.fromhex(byte[1]) if byte else text.encode()
+
     def stays_open(self, token_id: int) -> bool:
         base = self._pieces.get_piece_size()
         return token_id >= base or token_id in self._silent or bool(self._pieces.is_byte(token_id))
@@ -149,6 +166,8 @@ class JsonTokenizer(Tokenizer):
         self._image_token = spec.image_token
         self._image_id = None if spec.image_token is None else self._tokenizer.token_to_id(spec.image_token)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._byte_level = _is_byte_level(self._tokenizer)
         self._silent = {token_id for token_id, token in added.items() if token.special}
         marks = [token.content for token in added.values()]
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
@@ -162,7 +181,18 @@ class JsonTokenizer(Tokenizer):
 
     def token_text(self, token_id: int) -> str:
         piece = self._tokenizer.id_to_token(token_id)
-        return "" if piece is None else str(self._tokenizer.decode([token_id], skip_special_tokens=False) or piece)
+        if piece is not None and _BYTE.fullmatch(piece):
+            return str(piece)
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._added.get(token_id) or self._tokenizer.id_to_token(token_id) or ""
+        if token_id in self._added:
+            return str(piece).encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF[character] for character in piece)
+        byte = _BYTE.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
     def stays_open(self, token_id: int) -> bool:
         piece = self._tokenizer.id_to_token(token_id)
@@ -207,6 +237,12 @@ class JsonTokenizer(Tokenizer):
         if isinstance(span, Text):
             return span.text
         return span.token if isinstance(span, Control) else str(self._image_token)
+
+
+def _is_byte_level(tokenizer: FastTokenizer) -> bool:
+    """Whether the vocabulary is written in bytes, by its decoder's own description."""
+    described = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+    return any(each["type"] == "ByteLevel" for each in (described, *described.get("decoders", ())) if each)
 
 
 def _cut(marks: re.Pattern[str] | None, text: str) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import InitVar, dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from llava_serve.errors import RequestError
 
 IMAGE_TOKEN_ID = -200
 """Stands where an image goes. The original's value: never an id of a vocabulary."""
+
+PROMPT_VERSION = 2
+"""Of `PreparedPrompt`'s layout. A change of its fields is a new version."""
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
@@ -35,6 +38,7 @@ class SamplingParams:
         frequency_penalty: OpenAI's, in [-2, 2].
         repetition_penalty: above 0; 1 is none.
         ignore_eos: go on to `max_new_tokens` whatever end token is drawn.
+        max_tokens: another name for `max_new_tokens`, as OpenAI and vLLM have it; not kept.
 
     Raises:
         RequestError: a value is outside its range; `param` names it.
@@ -53,8 +57,12 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    max_tokens: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_tokens: int | None) -> None:
+        if max_tokens is not None:
+            object.__setattr__(self, "max_new_tokens", max_tokens)
+
         def demand(good: bool, name: str, rule: str) -> None:
             if not good:
                 raise RequestError(f"{name} must be {rule}; got {getattr(self, name)}.", name)
@@ -97,6 +105,15 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Query:
+    """A question as the original's command line takes it: `<image-placeholder>` marks where each image goes; without
+    one, the images stand before the text, each on its own line."""
+
+    text: str
+    images: tuple[ImagePart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedPrompt:
     """A prompt as model input, made without torch; crosses from the CPU tier to the GPU tier.
 
@@ -110,7 +127,7 @@ class PreparedPrompt:
         prompt: the rendered text, `<image>` where an image goes.
         stop_token_ids: end tokens of the template, beside the checkpoint's own.
         stop: stop strings of the template, beside the request's own.
-        version: of this layout, since it crosses rolling upgrades.
+        version: of this layout, since it crosses rolling upgrades. The engine refuses another one by name.
     """
 
     token_ids: NDArray[np.int32]
@@ -121,7 +138,15 @@ class PreparedPrompt:
     prompt: str = ""
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
-    version: int = 1
+    version: int = PROMPT_VERSION
+
+    def __getstate__(self) -> dict[str, Any]:
+        """By name, so that the version can be read whatever fields another release has."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in {field.name for field in fields(self)} & state.keys():
+            object.__setattr__(self, name, state[name])
 
     @property
     def num_tokens(self) -> int:
@@ -142,12 +167,17 @@ class PreparedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A produced token, its natural log-probability, and the best alternatives, best first, as (id, text, logprob)."""
+    """A produced token, its natural log-probability, and the best alternatives, best first, as (id, text, logprob).
+
+    `token_bytes` and `top_bytes` are what the tokens stand for: a token can be a part of a character.
+    """
 
     token_id: int
     text: str
     logprob: float
     top: tuple[tuple[int, str, float], ...] = ()
+    token_bytes: bytes = b""
+    top_bytes: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

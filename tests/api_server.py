@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What is it?"}]
 BODY: dict[str, Any] = {"model": "paced", "messages": MESSAGES}
@@ -75,11 +75,15 @@ class PacedBackend:
     seen: list[tuple[Sequence[Message], str | None]] = field(default_factory=list)
     drawn: list[SamplingParams] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
+    priorities: list[int] = field(default_factory=list)
 
-    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+    ) -> PreparedPrompt:
         self.working += 1
         try:
-            self.seen.append((messages, conv_mode))
+            assert not isinstance(asked, Query)
+            self.seen.append((asked, conv_mode))
             self.deadlines.append(deadline)
             await asyncio.sleep(self.prepare_s)
             self._fail(-1)
@@ -88,17 +92,18 @@ class PacedBackend:
             self.working -= 1
 
     async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
-    ) -> AsyncGenerator[Chunk]:
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
+    ) -> AsyncGenerator[list[Chunk]]:
         self.working += 1
         try:
             self.drawn.append(sampling)
+            self.priorities.append(priority)
             for number, word in enumerate(self.words):
                 await asyncio.sleep(self.pace_s)
                 self._fail(number)
                 last = number == len(self.words) - 1 and not self.cut_short
                 for index in range(sampling.n):
-                    yield Chunk(index, word, (number,), "stop" if last else None, num_prompt_tokens=7)
+                    yield [Chunk(index, word, (number,), "stop" if last else None, num_prompt_tokens=7)]
         finally:
             self.working -= 1
 

@@ -13,7 +13,7 @@ from openai import RateLimitError
 
 def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> None:
     backend = PacedBackend(pace_s=1)
-    with app_over(backend, max_queue=1) as web:
+    with app_over(backend, max_in_flight=1) as web:
         guest = threading.Thread(target=lambda: web.post(PATH, json=BODY))
         guest.start()
         wait_until(lambda: backend.working == 1)
@@ -33,7 +33,7 @@ def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> N
 async def test_two_hundred_at_once_get_an_answer_or_a_refusal_and_nothing_else() -> None:
     backend = PacedBackend(pace_s=0.02)
     limits = httpx.Limits(max_connections=200)
-    with app_over(backend, max_queue=20) as web:
+    with app_over(backend, max_in_flight=20) as web:
         async with httpx.AsyncClient(base_url=web.base_url, limits=limits, timeout=30) as guests:
             answers = await asyncio.gather(
                 *(guests.post(PATH, json=BODY | {"stream": bool(number % 2)}) for number in range(200))
@@ -50,7 +50,7 @@ async def test_two_hundred_at_once_get_an_answer_or_a_refusal_and_nothing_else()
 
 def test_every_end_frees_its_place() -> None:
     backend = PacedBackend()
-    with app_over(backend, max_queue=1) as web:
+    with app_over(backend, max_in_flight=1) as web:
         for _ in range(3):
             assert web.post(PATH, json=BODY).status_code == 200
             assert web.post(PATH, json=BODY | {"stream": True}).status_code == 200

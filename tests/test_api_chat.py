@@ -17,8 +17,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
-from llava_serve.processor import Processor
+from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = "llava-v1.5-tiny"
@@ -33,7 +32,7 @@ CASES = [
 def url() -> Iterator[str]:
     options = ModelOptions(model=str(GOLDEN / "checkpoints" / MODEL), device="cpu", dtype="float32")
     llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20))
-    backend = InProcessBackend(Processor(llm.spec, ImageOptions()), llm)
+    backend = InProcessBackend(llm)
     with serving(create_app(backend, ApiOptions())) as url:
         yield url
     llm.close()

@@ -13,7 +13,7 @@ import pytest
 from api_server import BODY, MESSAGES, PATH, PacedBackend, app_over, official, wait_until
 from openai import APIError, AsyncOpenAI, InternalServerError
 
-from llava_serve.api import sse
+from llava_serve.api import streaming
 from llava_serve.errors import CapacityError, DeadlineExceededError, EngineDeadError, InvalidImageError
 
 
@@ -123,7 +123,7 @@ def test_half_an_answer_is_not_passed_off_as_a_whole_one(words: list[str]) -> No
 
 
 def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
     with app_over(PacedBackend(pace_s=0.2)) as web:
         began = time.perf_counter()
         raw = web.post(PATH, json=BODY | {"stream": True}).text
@@ -137,7 +137,7 @@ def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("silent", [{"prepare_s": 0.3}, {"pace_s": 0.3}], ids=["prepare", "generate"])
 def test_silence_before_the_first_chunk_is_bridged_too(monkeypatch: pytest.MonkeyPatch, silent: Any) -> None:
-    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
     with app_over(PacedBackend(words=("Red.",), **silent)) as web:
         with web.stream("POST", PATH, json=BODY | {"stream": True}) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -149,7 +149,7 @@ def test_silence_before_the_first_chunk_is_bridged_too(monkeypatch: pytest.Monke
 
 
 def test_an_error_after_a_long_silence_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
     failure = InvalidImageError("The picture is not one.", "messages")
     with app_over(PacedBackend(prepare_s=0.2, failure=failure, fail_at=-1)) as web:
         raw = web.post(PATH, json=BODY | {"stream": True})
@@ -192,7 +192,7 @@ def test_a_deadline_in_mid_stream_is_an_event() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_the_work(stream: bool, stage: str) -> None:
     backend = PacedBackend(prepare_s=30) if stage == "prepare" else PacedBackend(words=["x"] * 100, pace_s=0.2)
-    with app_over(backend, max_queue=1) as web:
+    with app_over(backend, max_in_flight=1) as web:
         body = json.dumps(BODY | {"stream": stream}).encode()
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection((web.base_url.host, web.base_url.port)) as client:

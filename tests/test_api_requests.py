@@ -129,7 +129,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         "messages[0].content[0].type",
-        "'messages[0].content[0].type' must be one of 'text' or 'image_url'.",
+        "'messages[0].content[0].type' must be one of 'text', 'image_url' or 'image'.",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},

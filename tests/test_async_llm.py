@@ -39,7 +39,7 @@ def prepare(llm: AsyncLLM, text: str = "What is this?") -> PreparedPrompt:
 
 
 async def collect(llm: AsyncLLM, prepared: PreparedPrompt, sampling: SamplingParams = GREEDY) -> list[Chunk]:
-    return [chunk async for chunk in llm.generate(prepared, sampling)]
+    return [chunk async for chunk in llm.generate_prepared(prepared, sampling)]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -77,7 +77,7 @@ async def test_streams_are_what_llm_answers(subject: AsyncLLM) -> None:
 
 
 async def test_tokens_come_as_they_are_drawn(subject: AsyncLLM) -> None:
-    stream = subject.generate(prepare(subject), LONG)
+    stream = subject.generate_prepared(prepare(subject), LONG)
     first = await anext(stream)
     assert len(first.token_ids) == 1
     assert subject.stats().running == 1
@@ -85,7 +85,7 @@ async def test_tokens_come_as_they_are_drawn(subject: AsyncLLM) -> None:
 
 
 async def test_closing_a_stream_frees_its_blocks(subject: AsyncLLM) -> None:
-    stream = subject.generate(prepare(subject), LONG)
+    stream = subject.generate_prepared(prepare(subject), LONG)
     await anext(stream)
     await stream.aclose()
     await idle(subject)
@@ -102,7 +102,7 @@ async def test_cancelling_the_consumer_ends_the_work(subject: AsyncLLM) -> None:
 
 
 async def test_abort_ends_a_stream_where_it_is(subject: AsyncLLM) -> None:
-    stream = subject.generate(prepare(subject), LONG, request_id="one")
+    stream = subject.generate_prepared(prepare(subject), LONG, request_id="one")
     await anext(stream)
     subject.abort("one")
     rest = [chunk async for chunk in stream]
@@ -121,9 +121,9 @@ async def test_a_stop_string_ends_the_work_too(subject: AsyncLLM) -> None:
 
 async def test_a_deadline_in_the_past_or_on_the_way(subject: AsyncLLM) -> None:
     with pytest.raises(DeadlineExceededError):
-        await anext(subject.generate(prepare(subject), GREEDY, deadline=time.time() - 1))
+        await anext(subject.generate_prepared(prepare(subject), GREEDY, deadline=time.time() - 1))
     with pytest.raises(DeadlineExceededError):
-        async for _ in subject.generate(prepare(subject), LONG, deadline=time.time() + 0.3):
+        async for _ in subject.generate_prepared(prepare(subject), LONG, deadline=time.time() + 0.3):
             pass
     await idle(subject)
 
@@ -133,7 +133,7 @@ async def test_a_full_house_says_so_at_once_and_serves_those_within(subject: Asy
     within = [asyncio.create_task(collect(subject, prepared, LONG)) for _ in range(12)]
     await asyncio.sleep(0)
     with pytest.raises(CapacityError):
-        await anext(subject.generate(prepared, GREEDY))
+        await anext(subject.generate_prepared(prepared, GREEDY))
     for task in within[1:]:
         task.cancel()
     assert (await within[0])[-1].finish_reason == "length"
@@ -143,15 +143,15 @@ async def test_a_full_house_says_so_at_once_and_serves_those_within(subject: Asy
 async def test_a_prompt_too_long_hurts_nobody(subject: AsyncLLM) -> None:
     neighbour = asyncio.create_task(collect(subject, prepare(subject)))
     with pytest.raises(PromptTooLongError):
-        await anext(subject.generate(PreparedPrompt(token_ids=prepare(subject).token_ids.repeat(40)), GREEDY))
+        await anext(subject.generate_prepared(PreparedPrompt(token_ids=prepare(subject).token_ids.repeat(40)), GREEDY))
     assert (await neighbour)[-1].finish_reason == "length"
 
 
 async def test_a_request_id_is_used_once_at_a_time(subject: AsyncLLM) -> None:
-    stream = subject.generate(prepare(subject), LONG, request_id="same")
+    stream = subject.generate_prepared(prepare(subject), LONG, request_id="same")
     await anext(stream)
     with pytest.raises(RequestError):
-        await anext(subject.generate(prepare(subject), GREEDY, request_id="same"))
+        await anext(subject.generate_prepared(prepare(subject), GREEDY, request_id="same"))
     assert (await anext(stream)).token_ids
     await stream.aclose()
 
@@ -189,10 +189,10 @@ async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatc
 
 async def test_the_house_counts_sequences(subject: AsyncLLM) -> None:
     many = SamplingParams(seed=1, n=12, max_new_tokens=1500, ignore_eos=True)
-    stream = subject.generate(prepare(subject), many)
+    stream = subject.generate_prepared(prepare(subject), many)
     await anext(stream)
     with pytest.raises(CapacityError):
-        await anext(subject.generate(prepare(subject), GREEDY))
+        await anext(subject.generate_prepared(prepare(subject), GREEDY))
     await stream.aclose()
     await idle(subject)
     assert await collect(subject, prepare(subject))

@@ -53,7 +53,7 @@ def test_serve_sees_the_type_of_the_arguments() -> None:
 
 def test_the_bounds_let_the_application_refuse_itself(config: Config) -> None:
     args = AppArgs.model_validate(application(config)["args"])
-    assert deployment(config, "Ingress")["max_ongoing_requests"] > args.api.max_queue
+    assert deployment(config, "Ingress")["max_ongoing_requests"] > args.api.max_in_flight
     engine = deployment(config, "LlavaModel")
     assert engine["max_ongoing_requests"] > args.engine.max_num_seqs + args.engine.max_waiting
     assert config["http_options"]["request_timeout_s"] > args.api.max_timeout_s

@@ -29,7 +29,6 @@ from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.llava import Llava
-from llava_serve.openai_messages import as_message
 from llava_serve.processor import Processor
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 
@@ -124,7 +123,7 @@ TALKS |= {
 
 
 def prepare(processor: Processor, talk: Talk) -> PreparedPrompt:
-    return processor.prepare([as_message(message, processor.options) for message in talk])
+    return processor.prepare(processor.read(talk))
 
 
 @pytest.mark.parametrize("talk", TALKS)

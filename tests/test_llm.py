@@ -96,8 +96,7 @@ def test_a_message_that_is_none_is_refused_by_name(bad: dict[str, object]) -> No
 
 
 def test_the_stream_joined_is_the_answer() -> None:
-    prepared = llm().processor.prepare_query("What is this?", PICTURES[:1])
-    chunks = list(llm().stream(prepared, GREEDY))
+    chunks = list(llm().stream("What is this?", PICTURES[:1], GREEDY))
     whole = llm().generate("What is this?", images=PICTURES[:1], sampling=GREEDY)
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert tuple(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks)) == whole.token_ids
@@ -106,7 +105,7 @@ def test_the_stream_joined_is_the_answer() -> None:
 
 def test_streams_may_be_read_in_turn() -> None:
     queries = ["What is this?", "Say it in three words."]
-    streams = [llm().stream(llm().processor.prepare_query(query), GREEDY) for query in queries]
+    streams = [llm().stream(query, sampling=GREEDY) for query in queries]
     texts = ["", ""]
     for pair in itertools.zip_longest(*streams):
         for at, chunk in enumerate(pair):
@@ -115,7 +114,7 @@ def test_streams_may_be_read_in_turn() -> None:
 
 
 def test_a_stream_that_is_closed_leaves_nothing_behind() -> None:
-    stream = llm().stream(llm().processor.prepare_query("What is this?"), SamplingParams(ignore_eos=True))
+    stream = llm().stream("What is this?", sampling=SamplingParams(ignore_eos=True))
     next(stream)
     stream.close()
     assert not llm().engine.has_work

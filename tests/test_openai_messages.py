@@ -13,11 +13,18 @@ from PIL import Image
 
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError, RequestError
-from llava_serve.openai_messages import as_message
+from llava_serve.images.fetch import read_local_source
+from llava_serve.openai_messages import ChatMessage, read_messages
 from llava_serve.types import ImagePart, Message, TextPart
 
 OPTIONS = ImageOptions()
 PNG = DEMO_IMAGE.read_bytes()
+
+
+def read(message: ChatMessage) -> Message:
+    """One message, as the library's user wrote it."""
+    [found] = read_messages([message], lambda source: read_local_source(source, OPTIONS))
+    return found
 
 
 def user(part: Any) -> dict[str, Any]:
@@ -35,12 +42,12 @@ def user(part: Any) -> dict[str, Any]:
     ids=["data URL", "path in image_url", "path", "bytes"],
 )
 def test_a_picture_is_read_where_it_is(part: dict[str, Any]) -> None:
-    assert as_message(user(part), OPTIONS) == Message("user", (ImagePart(PNG), TextPart("What is it?")))
+    assert read(user(part)) == Message("user", (ImagePart(PNG), TextPart("What is it?")))
 
 
-@pytest.mark.parametrize("read", [Image.open, lambda path: np.asarray(Image.open(path).convert("RGB"))])
-def test_a_picture_in_memory_keeps_every_pixel(read: Any) -> None:
-    message = as_message(user({"type": "image", "image": read(DEMO_IMAGE)}), OPTIONS)
+@pytest.mark.parametrize("source", [Image.open, lambda path: np.asarray(Image.open(path).convert("RGB"))])
+def test_a_picture_in_memory_keeps_every_pixel(source: Any) -> None:
+    message = read(user({"type": "image", "image": source(DEMO_IMAGE)}))
     part = message.parts[0]
     assert isinstance(part, ImagePart)
     assert isinstance(part.source, bytes)
@@ -50,8 +57,8 @@ def test_a_picture_in_memory_keeps_every_pixel(read: Any) -> None:
 
 def test_a_text_and_a_message_pass_as_they_are() -> None:
     message = Message("assistant", (TextPart("Red."),))
-    assert as_message(message, OPTIONS) is message
-    assert as_message({"role": "assistant", "content": "Red."}, OPTIONS) == message
+    assert read(message) is message
+    assert read({"role": "assistant", "content": "Red."}) == message
 
 
 @pytest.mark.parametrize(
@@ -67,4 +74,4 @@ def test_a_text_and_a_message_pass_as_they_are() -> None:
 )
 def test_what_is_no_message_is_refused(message: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        as_message(message, OPTIONS)
+        read(message)

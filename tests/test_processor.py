@@ -15,13 +15,13 @@ from PIL import Image
 
 from deployments.preprocessor import ImagePreprocessor
 from llava_serve import processor
-from llava_serve.api.in_process import InProcessBackend
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.errors import DeadlineExceededError, PromptTooLongError
 from llava_serve.images.decode import decode_image
 from llava_serve.images.seen import Seen, SeenPictures
 from llava_serve.images.tiles import digest
+from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.types import ImagePart, Message, TextPart
 
 PICTURES = 6
@@ -79,13 +79,12 @@ def test_what_nobody_waits_for_ends_at_the_next_picture(subject: processor.Proce
 async def test_a_caller_who_leaves_ends_the_work_at_the_next_picture(
     subject: processor.Processor, decoded: list[Any], tier: str
 ) -> None:
-    stage: Any
+    call: Any
     if tier == "replica":
         stage = ImagePreprocessor(ModelOptions(), ImageOptions(max_per_request=100, cache_bytes=0))
         call = stage.prepare(about(60), None, time.time() + 60)
     else:
-        stage = InProcessBackend(subject, None, "builtin")  # type: ignore[arg-type]  # what generates is not asked
-        call = stage.prepare(about(60), conv_mode=None, deadline=time.time() + 60)
+        call = ThreadedProcessor(subject, 2).prepare(lambda: about(60), deadline=time.time() + 60)
     task = asyncio.create_task(call)
     await asyncio.to_thread(wait_until, lambda: bool(decoded))
     task.cancel()

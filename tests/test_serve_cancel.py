@@ -105,7 +105,7 @@ async def test_an_abort_ends_a_call_whose_cancel_is_lost(served: Any, ray_job: N
 
     async def tokens_of(call_id: str, *, abort_after_first: bool) -> int:
         tokens = 0
-        async for chunks in calls.remote(prepared, forever, call_id, deadline):
+        async for chunks in calls.remote(prepared, forever, 0, call_id, deadline):
             if not tokens and abort_after_first:
                 aborts.send(call_id)
             tokens += sum(len(chunk.token_ids) for chunk in chunks)

@@ -30,6 +30,7 @@ from llava_serve.errors import (
     DeadlineExceededError,
     InvalidImageError,
     PromptTooLongError,
+    RequestError,
     UnknownModelError,
 )
 from llava_serve.types import PreparedPrompt, TextPart
@@ -78,6 +79,7 @@ def as_array(path: Path) -> np.ndarray:
 )
 def test_a_picture_in_any_form(llava: LlavaClient, over_http: str, read: Callable[[Path], Any]) -> None:
     assert llava.ask(read(DEMO_IMAGE), DEMO_QUESTION, GREEDY) == over_http
+    assert llava.generate(DEMO_QUESTION, [read(DEMO_IMAGE)], GREEDY).text == over_http
 
 
 def test_chat_and_stream_say_the_same(llava: LlavaClient, over_http: str) -> None:
@@ -86,6 +88,9 @@ def test_chat_and_stream_say_the_same(llava: LlavaClient, over_http: str) -> Non
     assert result.text == over_http
     assert result.num_prompt_tokens > 10
     assert "".join(chunk.text for chunk in llava.stream(messages, GREEDY)) == over_http
+    assert "".join(chunk.text for chunk in llava.stream(DEMO_QUESTION, DEMO_IMAGE, GREEDY)) == over_http
+    with pytest.raises(RequestError, match="priority must be between 0 and 100"):
+        llava.chat(messages, GREEDY, priority=-1)
 
 
 async def test_the_async_forms_say_the_same(llava: LlavaClient, over_http: str) -> None:
@@ -132,13 +137,13 @@ def test_the_errors_are_the_librarys(llava: LlavaClient) -> None:
         llava.chat(question("word " * 20_000))
     assert refusal.value.got > refusal.value.limit
     with pytest.raises(DeadlineExceededError):
-        llava.chat(question("Hello"), timeout_s=1e-6)
+        llava.chat(question("Hello"), timeout=1e-6)
     with pytest.raises(UnknownModelError, match="no application 'lama'"):
         LlavaClient("lama")
 
 
 def test_the_house_is_the_same_as_for_http(served: Any, ray_job: None) -> None:
-    with house(served, "narrow", max_queue=1) as url:
+    with house(served, "narrow", max_in_flight=1) as url:
         narrow = LlavaClient("narrow")
         guest = narrow.stream(HELLO, FOREVER)
         next(guest)
@@ -162,13 +167,13 @@ def test_a_request_is_no_larger_than_over_http(served: Any, ray_job: None, llava
 
 def test_nobody_has_more_time_than_the_application_gives(served: Any, ray_job: None) -> None:
     with house(served, "brief", max_timeout_s=0.3) as _, pytest.raises(DeadlineExceededError):
-        LlavaClient("brief").chat(HELLO, FOREVER, timeout_s=120)
+        LlavaClient("brief").chat(HELLO, FOREVER, timeout=120)
 
 
 def test_a_drain_waits_for_a_client_and_refuses_the_next(served: Any, ray_job: None) -> None:
     with house(served, "leaving"):
         leaving = LlavaClient("leaving")
-        guest = leaving.stream(HELLO, SamplingParams(max_new_tokens=60, ignore_eos=True), timeout_s=240)
+        guest = leaving.stream(HELLO, SamplingParams(max_new_tokens=60, ignore_eos=True), timeout=240)
         tokens = len(next(guest).token_ids)
         drain = serve.get_app_handle("leaving").broadcast("drain")  # begins when its results are asked for
         drained = Thread(target=drain.results)
@@ -193,7 +198,7 @@ async def test_an_abort_ends_a_call_whose_cancel_is_lost(ray_job: None) -> None:
 
     async def tokens_of(call_id: str) -> int:
         tokens = 0
-        async for item in calls.remote(HELLO, FOREVER, None, call_id, time.time() + 120):
+        async for item in calls.remote(HELLO, FOREVER, None, 0, call_id, time.time() + 120):
             if isinstance(item, PreparedPrompt):
                 aborts.send(call_id)
             else:

@@ -32,7 +32,7 @@ def endless(**fields: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def narrow(served: Any, ray_job: None) -> Iterator[str]:
     """The URL of a door that lets one request in at a time."""
-    with house(served, "narrow", max_queue=1) as url:
+    with house(served, "narrow", max_in_flight=1) as url:
         yield f"{url}/v1"
 
 

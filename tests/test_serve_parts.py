@@ -9,13 +9,15 @@ from contextlib import aclosing
 
 import pytest
 from starlette.responses import PlainTextResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.aborts import AbortedCalls
-from deployments.coalesce import coalesce, merge
-from deployments.deadline import check_deadline, until
-from deployments.drain import DrainGate
+from deployments.coalesce import coalesce
 from deployments.proxy import HeaderGuard
+from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.middleware import AdmissionMiddleware, RequestContextMiddleware
+from llava_serve.deadline import check_deadline, deadline_scope
+from llava_serve.engine.stream import join_chunks
 from llava_serve.errors import DeadlineExceededError, EngineDeadError
 from llava_serve.types import Chunk, TokenLogprob
 
@@ -53,7 +55,7 @@ def test_a_group_has_one_chunk_per_choice_which_says_all() -> None:
     last = Chunk(0, "bc", (1, 2), "stop", logprobs[1:], num_prompt_tokens=7, num_cached_tokens=4)
     other = Chunk(1, "x", (9,))
     whole = Chunk(0, "abc", (0, 1, 2), "stop", logprobs, num_prompt_tokens=7, num_cached_tokens=4)
-    assert merge([first, other, last]) == [whole, other]
+    assert join_chunks([first, other, last]) == [whole, other]
 
 
 async def test_a_slow_stream_is_not_held_back() -> None:
@@ -100,11 +102,11 @@ def test_a_deadline_is_looked_at() -> None:
 
 async def test_a_wait_ends_at_the_deadline() -> None:
     with pytest.raises(DeadlineExceededError):
-        async with until(time.time() + 0.01):
+        async with deadline_scope(time.time() + 0.01):
             await asyncio.Event().wait()
 
 
-async def ask(app: DrainGate | HeaderGuard, headers: list[tuple[bytes, bytes]] | None = None) -> list[Message]:
+async def ask(app: ASGIApp, headers: list[tuple[bytes, bytes]] | None = None) -> list[Message]:
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -121,16 +123,17 @@ async def ask(app: DrainGate | HeaderGuard, headers: list[tuple[bytes, bytes]] |
 async def test_a_drain_waits_for_those_inside_and_refuses_the_next() -> None:
     let_go = asyncio.Event()
 
-    async def house(scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await let_go.wait()
         await PlainTextResponse("done")(scope, receive, send)
 
-    gate = DrainGate(house)
-    inside = asyncio.create_task(ask(gate))
+    limiter = ConcurrencyLimiter(1)
+    app = RequestContextMiddleware(AdmissionMiddleware(answer, limiter, 1000))
+    inside = asyncio.create_task(ask(app))
     await asyncio.sleep(0)
-    drained = asyncio.create_task(gate.drain())
+    drained = asyncio.create_task(limiter.drain())
     await asyncio.sleep(0)
-    refusal = await ask(gate)
+    refusal = await ask(app)
     assert refusal[0]["status"] == 429
     assert dict(refusal[0]["headers"])[b"retry-after"]
     assert not drained.done()

@@ -82,7 +82,7 @@ async def ask(model: DeploymentHandle, prepared: PreparedPrompt, sampling: Sampl
     """Returns the positions of the prompt that were in a cache."""
     generate = model.options(method_name="generate", stream=True)
     call_id = os.urandom(8).hex()
-    groups = [group async for group in generate.remote(prepared, sampling, call_id, time.time() + 120)]
+    groups = [group async for group in generate.remote(prepared, sampling, 0, call_id, time.time() + 120)]
     return int(groups[-1][-1].num_cached_tokens)
 
 

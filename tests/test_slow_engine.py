@@ -21,9 +21,8 @@ from conftest import DEMO_IMAGE, DEMO_QUESTION, question
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
+from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
 from llava_serve.engine.engine import Engine
-from llava_serve.processor import Processor
 
 STEP_S = 0.15
 SEATS = 2
@@ -67,8 +66,8 @@ def house() -> Iterator[House]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", slow)
         llm = AsyncLLM(ModelOptions(device="cpu"), EngineOptions(num_threads=1))
-        backend = InProcessBackend(Processor(llm.spec, ImageOptions()), llm)
-        with serving(create_app(backend, ApiOptions(max_queue=SEATS))) as url:
+        backend = InProcessBackend(llm)
+        with serving(create_app(backend, ApiOptions(max_in_flight=SEATS))) as url:
             yield House(url, llm)
         llm.close()
 

@@ -10,18 +10,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from llava_serve.api.access import AccessGate
-from llava_serve.api.admission import Admission, House
-from llava_serve.api.answers import Answer, Model, ModelList
-from llava_serve.api.backend import Backend
+from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
+from llava_serve.api.completion import new_completion_id
 from llava_serve.api.describe import CHAT_DESCRIPTION, DescribedApp
 from llava_serve.api.errors import openai_error
-from llava_serve.api.front import FrontDoor
-from llava_serve.api.messages import parse_request
+from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
+from llava_serve.api.pipeline import GenerationRequest
+from llava_serve.api.protocol import Answer, Model, ModelList
+from llava_serve.api.validation import check_priority, parse_request, sampling_of
 from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
 from llava_serve.errors import DeadlineExceededError, UnknownModelError
+from llava_serve.openai_messages import from_wire
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_POLICY = (
@@ -37,19 +39,18 @@ class Health(Answer):
     model: str
 
 
-def create_app(backend: Backend, options: ApiOptions, house: House | None = None) -> FastAPI:
+def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimiter | None = None) -> FastAPI:
     """Makes the web app; it runs under uvicorn and as a Ray Serve ingress.
 
     Args:
         backend: what prepares prompts and generates chunks.
         options: access and limits.
-        house: where requests that come by other doors are counted too; None is the app's own.
+        limiter: where requests that come another way are counted too; None is the app's own.
     """
     app = DescribedApp(title="llava-serve", version="1", docs_url=None, redoc_url=None)
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
-    page = _PAGE.read_text(encoding="utf-8")
-
     names = (model.id, short_name(model.id))
+    page = _PAGE.read_text(encoding="utf-8")
 
     def check_model(name: str) -> None:
         if name not in names:
@@ -57,10 +58,20 @@ def create_app(backend: Backend, options: ApiOptions, house: House | None = None
 
     @app.post("/v1/chat/completions", summary="Answer a conversation about pictures", openapi_extra=CHAT_DESCRIPTION)
     async def chat_completions(request: Request) -> Response:
-        asked = parse_request(await _body(request, options.default_timeout_s))
-        check_model(asked.model)
-        seconds = min(asked.timeout or options.default_timeout_s, options.max_timeout_s)
-        return ChatAnswer(backend, asked, request.state.request_id, request.state.arrived + seconds)
+        wire = parse_request(await _body(request, options.default_timeout_s))
+        check_model(wire.model)
+        priority = wire.priority or 0
+        check_priority(priority, options.priority_range)
+        seconds = min(wire.timeout or options.default_timeout_s, options.max_timeout_s)
+        work = GenerationRequest(
+            asked=from_wire(wire.messages),
+            sampling=sampling_of(wire),
+            request_id=new_completion_id(),
+            deadline=request.state.arrived + seconds,
+            conv_mode=wire.conv_mode,
+            priority=priority,
+        )
+        return ChatAnswer(backend, wire, work, request.state.request_id)
 
     @app.get("/v1/models", summary="The models that can be asked")
     async def models() -> ModelList:
@@ -82,15 +93,19 @@ def create_app(backend: Backend, options: ApiOptions, house: House | None = None
 
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The last one added is the first one met.
-    app.add_middleware(Admission, house=house or House(options.max_queue), max_body_bytes=options.max_body_bytes)
+    app.add_middleware(
+        AdmissionMiddleware,
+        limiter=limiter or ConcurrencyLimiter(options.max_in_flight),
+        max_body_bytes=options.max_body_bytes,
+    )
     if options.api_keys:
-        app.add_middleware(AccessGate, keys=options.api_keys)
-    app.add_middleware(FrontDoor)
+        app.add_middleware(APIKeyMiddleware, keys=options.api_keys)
+    app.add_middleware(RequestContextMiddleware)
     return app
 
 
 async def _body(request: Request, timeout_s: float) -> bytes:
-    """A client that trickles its body must not keep its place in the house for ever."""
+    """A client that trickles its body must not keep its place for ever."""
     try:
         async with asyncio.timeout(timeout_s):
             return await request.body()

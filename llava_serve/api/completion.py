@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from llava_serve.api.answers import (
+from llava_serve.api.protocol import (
     Alternative,
     AssistantMessage,
     ChatCompletion,
@@ -21,9 +19,9 @@ from llava_serve.api.answers import (
     TokenLogprobs,
     Usage,
 )
-from llava_serve.types import Chunk, FinishReason, PreparedPrompt, TokenLogprob
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+from llava_serve.engine.stream import join_chunks
+from llava_serve.errors import EngineDeadError
+from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
 
 
 def new_completion_id() -> str:
@@ -31,7 +29,7 @@ def new_completion_id() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
-class Tally:
+class UsageCounter:
     """Counts what an answer costs, chunk by chunk, and which choices have come to their end.
 
     Args:
@@ -46,17 +44,21 @@ class Tally:
         self._completion = 0
         self._open = set(range(choices))
 
-    @property
-    def complete(self) -> bool:
-        """Every choice has said why it ended."""
-        return not self._open
-
     def add(self, chunk: Chunk) -> None:
         """Takes a chunk of any choice."""
         self._completion += len(chunk.token_ids)
         self._cached = max(self._cached, chunk.num_cached_tokens)
         if chunk.finish_reason is not None:
             self._open.discard(chunk.index)
+
+    def check_complete(self) -> None:
+        """A stream that just ends was aborted behind: half an answer is not passed off as a whole one.
+
+        Raises:
+            EngineDeadError: a choice has not said why it ended.
+        """
+        if self._open:
+            raise EngineDeadError("The model ended the request before its answer was complete.")
 
     def usage(self) -> Usage:
         """The prompt counts once, however many choices there are."""
@@ -74,14 +76,14 @@ class StreamEvents:
     Args:
         completion_id: the same on every event.
         model: name of the model.
-        tell_usage: `stream_options.include_usage`.
+        include_usage: `stream_options.include_usage`.
     """
 
-    def __init__(self, completion_id: str, model: str, tell_usage: bool) -> None:
+    def __init__(self, completion_id: str, model: str, include_usage: bool) -> None:
         self._id = completion_id
         self._model = model
         self._created = int(time.time())
-        self._tell_usage = tell_usage
+        self._include_usage = include_usage
         self._begun: set[int] = set()
 
     def event(self, chunk: Chunk) -> ChatCompletionChunk | None:
@@ -99,66 +101,52 @@ class StreamEvents:
         )
         return self._chunk([choice], None)
 
-    def last(self, tally: Tally) -> ChatCompletionChunk | None:
-        """The event that tells the usage, where it is asked for."""
-        return self._chunk([], tally.usage()) if self._tell_usage else None
+    def last(self, counter: UsageCounter) -> ChatCompletionChunk | None:
+        """The event with the usage, where it is asked for."""
+        return self._chunk([], counter.usage()) if self._include_usage else None
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
-        told = {"usage": usage} if self._tell_usage else {}  # a field that is set is sent, null or not
+        reported = {"usage": usage} if self._include_usage else {}  # a field that is set is sent, null or not
         return ChatCompletionChunk(
             id=self._id,
             object="chat.completion.chunk",
             created=self._created,
             model=self._model,
             choices=choices,
-            **told,
+            **reported,
         )
 
 
-@dataclass(slots=True)
-class _Parts:
-    """What came of one choice."""
-
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason | None = None
-
-
-class WholeAnswer:
+class CompletionBuilder:
     """Gathers the chunks of an unstreamed answer."""
 
     def __init__(self) -> None:
-        self._choices: dict[int, _Parts] = {}
+        self._chunks: list[Chunk] = []
 
     def add(self, chunk: Chunk) -> None:
         """Takes a chunk of any choice."""
-        parts = self._choices.setdefault(chunk.index, _Parts())
-        parts.texts.append(chunk.text)
-        if chunk.logprobs is not None:
-            parts.logprobs = parts.logprobs or []
-            parts.logprobs.extend(chunk.logprobs)
-        if chunk.finish_reason is not None:
-            parts.finish_reason = chunk.finish_reason
+        self._chunks.append(chunk)
 
-    def completion(self, completion_id: str, model: str, tally: Tally) -> ChatCompletion:
+    def completion(self, completion_id: str, model: str, counter: UsageCounter) -> ChatCompletion:
         """The answer, its choices in order. All of them must have ended."""
+        choices = sorted(join_chunks(self._chunks), key=lambda choice: choice.index)
         return ChatCompletion(
             id=completion_id,
             object="chat.completion",
             created=int(time.time()),
             model=model,
-            choices=[_choice(index, parts) for index, parts in sorted(self._choices.items())],
-            usage=tally.usage(),
+            choices=[_choice(choice) for choice in choices],
+            usage=counter.usage(),
         )
 
 
-def _choice(index: int, parts: _Parts) -> Choice:
-    assert parts.finish_reason is not None
+def _choice(choice: Chunk) -> Choice:
+    assert choice.finish_reason is not None
     return Choice(
-        index=index,
-        message=AssistantMessage(role="assistant", content="".join(parts.texts), refusal=None),
-        logprobs=wire_logprobs(parts.logprobs),
-        finish_reason=parts.finish_reason,
+        index=choice.index,
+        message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
+        logprobs=wire_logprobs(choice.logprobs),
+        finish_reason=choice.finish_reason,
     )
 
 
@@ -170,17 +158,13 @@ def wire_logprobs(logprobs: Sequence[TokenLogprob] | None) -> ChoiceLogprobs | N
         content=[
             TokenLogprobs(
                 token=token.text,
-                bytes=token_bytes(token.text),
+                bytes=list(token.token_bytes),
                 logprob=token.logprob,
                 top_logprobs=[
-                    Alternative(token=text, bytes=token_bytes(text), logprob=logprob) for _, text, logprob in token.top
+                    Alternative(token=text, bytes=list(as_bytes), logprob=logprob)
+                    for (_, text, logprob), as_bytes in zip(token.top, token.top_bytes, strict=True)
                 ],
             )
             for token in logprobs
         ]
     )
-
-
-def token_bytes(text: str) -> list[int]:
-    """UTF-8, but for a token that is one byte of a character: vocabularies write it `<0xE2>`."""
-    return [int(text[3:5], 16)] if _BYTE_TOKEN.fullmatch(text) else list(text.encode())

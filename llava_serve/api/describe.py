@@ -6,8 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from llava_serve.api.answers import ChatCompletion, ChatCompletionChunk
-from llava_serve.api.schema import ChatRequest
+from llava_serve.api.protocol import ChatCompletion, ChatCompletionChunk, ChatRequest
 
 _REF = "#/components/schemas/{model}"
 _MODELS = (ChatRequest, ChatCompletion, ChatCompletionChunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from llava_serve.errors import (
     UnknownModelError,
     UnsupportedParameterError,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,18 @@ def error_body(error: BaseException, request_id: str | None = None) -> dict[str,
         return openai_error(error.message, wire.type, wire.code, error.param)
     about = f" The request's id is {request_id}." if request_id else ""
     return openai_error(f"The server failed on this request.{about}", wire.type, wire.code)
+
+
+def log_if_internal(error: BaseException, request_id: str) -> None:
+    """Logs with its traceback what nobody foresaw; every other error is the client's to read."""
+    if wire_error(error) is INTERNAL:
+        logger.error("Request %s failed.", request_id, exc_info=error)
+
+
+def reported(error: Exception, request_id: str) -> dict[str, Any]:
+    """Logs an error that is ours to mend, and gives the error object that its caller sees."""
+    log_if_internal(error, request_id)
+    return error_body(error, request_id)
 
 
 def openai_error(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(_as_json(llm.spec.name, llm.generate(question, pictures, sampling)))
         return 0
-    for chunk in llm.stream(llm.processor.prepare_query(question, pictures), sampling):
+    for chunk in llm.stream(question, pictures, sampling):
         print(chunk.text, end="", flush=True)
     print()
     return 0

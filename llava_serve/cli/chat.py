@@ -61,9 +61,9 @@ def _questions() -> Iterator[str]:
 def _answer(llm: LLM, messages: tuple[Message, ...], sampling: SamplingParams) -> str:
     """Prints the answer as it comes; Ctrl-C cuts it short, and the conversation goes on with what was said."""
     texts: list[str] = []
-    prepared = llm.processor.prepare(messages)
+    chunks = llm.stream(messages, sampling)
     with suppress(KeyboardInterrupt):
-        for chunk in llm.stream(prepared, sampling):
+        for chunk in chunks:
             texts.append(chunk.text)
             print(chunk.text, end="", flush=True)
     print()

@@ -96,11 +96,10 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         from llava_serve.api.app import create_app
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
-        from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
-        from llava_serve.processor import Processor
+        from llava_serve.config import ApiOptions, EngineOptions
 
         llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)))
-        backend = InProcessBackend(Processor(llm.spec, ImageOptions()), llm)
+        backend = InProcessBackend(llm)
         app = create_app(backend, ApiOptions(api_keys=tuple(options.api_key or ())))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         host, port = door.getsockname()[:2]

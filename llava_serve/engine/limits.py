@@ -9,8 +9,8 @@ import numpy as np
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import EngineOptions
 from llava_serve.engine.sequence import EngineRequest
-from llava_serve.errors import PromptTooLongError, RequestError, UnsupportedParameterError
-from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
+from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError
+from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt, SamplingParams
 
 
 class Limits:
@@ -41,12 +41,18 @@ class Limits:
 
         Args:
             deadline: seconds since the epoch.
-            priority: the higher goes first.
+            priority: a smaller number is served earlier.
 
         Raises:
             PromptTooLongError: the prompt alone does not fit the context or the cache.
             RequestError: it asks for more rows than there are, or was not prepared for this model.
+            LlavaServeError: it was prepared by another release.
         """
+        if prompt.version != PROMPT_VERSION:
+            raise LlavaServeError(
+                f"The prompt has layout {prompt.version} and this model replica reads layout {PROMPT_VERSION}: the "
+                "tiers run different releases. Try again when the upgrade is complete."
+            )
         if sampling.num_beams > self._options.max_num_seqs:
             raise RequestError(f"num_beams must be at most {self._options.max_num_seqs} here.", "num_beams")
         if sampling.num_beams > 1 and sampling.logprobs is not None:

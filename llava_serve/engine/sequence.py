@@ -15,7 +15,7 @@ class EngineRequest:
     Attributes:
         request_id: unique among the requests in the engine.
         deadline: seconds since the epoch; None waits for ever.
-        priority: the higher goes first; equals go in order of arrival.
+        priority: a smaller number is served earlier; equals go in order of arrival.
         seed: of the draw; the caller's, or one drawn for it.
         max_new_tokens: the caller's, clamped to what the context holds.
         stop_token_ids: ids that end the answer.
@@ -154,4 +154,4 @@ class Group:
     @property
     def rank(self) -> tuple[int, int]:
         """The lower is served first and preempted last."""
-        return (-self.request.priority, self.arrival)
+        return (self.request.priority, self.arrival)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 from llava_serve.detokenizer import Detokenizer
 from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob
@@ -50,34 +51,47 @@ class ChunkStream:
         )
 
     def _logprob(self, raw: RawLogprob) -> TokenLogprob:
-        text = self._tokenizer.token_text
-        top = tuple((token, text(token), logprob) for token, logprob in raw.top)
-        return TokenLogprob(raw.token_id, text(raw.token_id), raw.logprob, top)
+        text, as_bytes = self._tokenizer.token_text, self._tokenizer.token_bytes
+        return TokenLogprob(
+            token_id=raw.token_id,
+            text=text(raw.token_id),
+            logprob=raw.logprob,
+            top=tuple((token, text(token), logprob) for token, logprob in raw.top),
+            token_bytes=as_bytes(raw.token_id),
+            top_bytes=tuple(as_bytes(token) for token, _ in raw.top),
+        )
+
+
+def join_chunks(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """One chunk per choice, in the order in which the choices appear; it says all that its parts say."""
+    by_choice: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        by_choice.setdefault(chunk.index, []).append(chunk)
+    return [parts[0] if len(parts) == 1 else _join(parts) for parts in by_choice.values()]
+
+
+def _join(parts: Sequence[Chunk]) -> Chunk:
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return dataclasses.replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
+    )
 
 
 def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult:
     """The whole answer from all chunks of all choices."""
-    by_choice: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        by_choice.setdefault(chunk.index, []).append(chunk)
-    outputs = tuple(_completion(index, by_choice[index]) for index in sorted(by_choice))
+    choices = sorted(join_chunks(chunks), key=lambda choice: choice.index)
     return GenerationResult(
         prompt=prompt.prompt,
         input_ids=prompt.input_ids,
         num_prompt_tokens=prompt.num_tokens,
-        outputs=outputs,
-        num_cached_tokens=by_choice[0][-1].num_cached_tokens,
+        outputs=tuple(_completion(choice) for choice in choices),
+        num_cached_tokens=choices[0].num_cached_tokens,
     )
 
 
-def _completion(index: int, chunks: list[Chunk]) -> Completion:
-    reason = chunks[-1].finish_reason
-    assert reason is not None, "a choice's last chunk says why"
-    logprobs = [entry for chunk in chunks for entry in chunk.logprobs or ()]
-    return Completion(
-        index=index,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        finish_reason=reason,
-        logprobs=tuple(logprobs) if chunks[0].logprobs is not None else None,
-    )
+def _completion(choice: Chunk) -> Completion:
+    assert choice.finish_reason is not None, "a choice's last chunk says why"
+    return Completion(choice.index, choice.text, choice.token_ids, choice.finish_reason, choice.logprobs)

@@ -1,14 +1,13 @@
-"""From bytes to what the library works on: a checked request, its messages, its sampling."""
+"""From bytes to what the library works on: a checked request, and its sampling."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-from llava_serve.api.extras import refuse_extras
-from llava_serve.api.schema import ChatRequest, Part, WireMessage
-from llava_serve.api.sentences import sentence
-from llava_serve.errors import RequestError, UnsupportedParameterError
-from llava_serve.types import ImagePart, Message, Role, SamplingParams, TextPart
+from llava_serve.api.protocol import ChatRequest
+from llava_serve.errors import RequestError
+from llava_serve.types import SamplingParams
+from llava_serve.wire import as_request_error, refuse_extras
 
 _SAME_NAME = (
     "temperature",
@@ -34,15 +33,9 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        message, param = sentence(error)
-        raise RequestError(message, param) from None
+        raise as_request_error(error) from None
     refuse_extras(request)
     return request
-
-
-def messages_of(request: ChatRequest) -> tuple[Message, ...]:
-    """The conversation in the library's form. Sources of pictures pass through as they are."""
-    return tuple(_message(message, f"messages[{number}]") for number, message in enumerate(request.messages))
 
 
 def sampling_of(request: ChatRequest) -> SamplingParams:
@@ -66,17 +59,8 @@ def sampling_of(request: ChatRequest) -> SamplingParams:
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
-def _message(message: WireMessage, path: str) -> Message:
-    role: Role = "system" if message.role == "developer" else message.role
-    parts = tuple(_part(part, f"{path}.content[{number}]") for number, part in enumerate(message.content))
-    if role != "user" and any(isinstance(part, ImagePart) for part in parts):
-        raise UnsupportedParameterError(f"A picture can stand in a user message only, not in {path}.", path)
-    return Message(role, parts)
-
-
-def _part(part: Part, path: str) -> TextPart | ImagePart:
-    if part.type == "text" and part.text is not None and part.image_url is None:
-        return TextPart(part.text)
-    if part.type == "image_url" and part.image_url is not None and part.text is None:
-        return ImagePart(part.image_url.url)
-    raise RequestError(f"{path} must hold '{part.type}', as its type says, and nothing else.", path)
+def check_priority(priority: int, allowed: tuple[int, int]) -> None:
+    """Raises `RequestError` for a priority that callers may not name."""
+    smallest, largest = allowed
+    if not smallest <= priority <= largest:
+        raise RequestError(f"priority must be between {smallest} and {largest} on this server.", "priority")

@@ -1,4 +1,7 @@
-"""Server-sent events over ASGI."""
+"""Server-sent events over ASGI, and the notice of a client that disconnects.
+
+By hand, because the first event chooses the status: until then the answer may still become an error.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.types import Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Send
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -71,3 +75,32 @@ class EventSender:
             await asyncio.sleep(self._last + KEEP_ALIVE_S - loop.time())
             if loop.time() - self._last >= KEEP_ALIVE_S:
                 await self.write(KEEP_ALIVE)
+
+
+@asynccontextmanager
+async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancels what runs inside when the client disconnects, and raises `ClientDisconnect`. The body is read before.
+
+    The work stays in the caller's task, as with `asyncio.timeout`: generators inside see one task from first to last.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    cancelling = task.cancelling()
+    disconnected = False
+
+    async def watch() -> None:
+        nonlocal disconnected
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        disconnected = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if disconnected and task.uncancel() <= cancelling:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watcher.cancel()

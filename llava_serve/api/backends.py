@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 
 class Backend(Protocol):
@@ -16,14 +16,17 @@ class Backend(Protocol):
         """The name that requests use for the model."""
         ...
 
-    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+    ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes. Raises the `RequestError` that fits a bad input."""
         ...
 
     def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
-    ) -> AsyncGenerator[Chunk]:
-        """Streams the answer. Closing the generator ends the work in the engine."""
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
+    ) -> AsyncGenerator[list[Chunk]]:
+        """Streams the answer, in groups of chunks that come together. Closing the generator ends the work in the
+        engine."""
         ...
 
     async def check_health(self) -> None:

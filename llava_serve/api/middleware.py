@@ -1,0 +1,155 @@
+"""What a request meets before the app: an id and an answer whatever happens, the key, admission."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llava_serve.api.errors import error_response, log_if_internal
+from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.errors import AccessError, BodyTooLargeError
+from llava_serve.types import ImagePart, Query
+from llava_serve.types import Message as Turn
+
+REQUEST_ID = "x-request-id"
+CLIENT_CLOSED_REQUEST = 499
+"""Nobody reads it; access logs and metrics do."""
+
+OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
+"""Probes have no key, and the page has to be there before a key can be typed into it."""
+
+_ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+
+class RequestContextMiddleware:
+    """Sets `state.request_id` and `state.arrived` (seconds since the epoch), and returns the id in `X-Request-ID`.
+
+    Args:
+        app: whatever it raises before its first byte is answered here.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time())
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            if not started:
+                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_id)
+        except Exception as error:
+            log_if_internal(error, request_id)
+            if started:
+                raise
+            await error_response(error, request_id)(scope, receive, send_with_id)
+
+
+class APIKeyMiddleware:
+    """Requires a bearer key for every path that is not in `OPEN_PATHS`. Keys are compared in constant time.
+
+    Args:
+        app: what lies behind.
+        keys: accepted keys, one or more.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _path(scope) not in OPEN_PATHS:
+            self._require_key(Headers(scope=scope).get("authorization", ""))
+        await self._app(scope, receive, send)
+
+    def _require_key(self, authorization: str) -> None:
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise AccessError("API key required: send it as 'Authorization: Bearer KEY'.")
+        sent = given.strip().encode("latin-1")  # the bytes as they came
+        # All keys are compared, whichever matches: the time tells nothing.
+        matches = [hmac.compare_digest(sent, key) for key in self._keys]
+        if not any(matches):
+            raise AccessError("The API key is not one that this server accepts.")
+
+
+class AdmissionMiddleware:
+    """Holds a place for each request from its arrival to the last byte of its answer, and bounds its body. Both are
+    decided before any picture is looked at.
+
+    Args:
+        app: what lies behind.
+        limiter: one request too many raises `CapacityError`.
+        max_body_bytes: of a request; more raises `BodyTooLargeError`, whatever its header has declared.
+    """
+
+    def __init__(self, app: ASGIApp, limiter: ConcurrencyLimiter, max_body_bytes: int) -> None:
+        self._app = app
+        self._limiter = limiter
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            _check_size(received, self._max_body_bytes)
+            return message
+
+        with self._limiter.request(works=scope["method"] == "POST"):
+            declared = Headers(scope=scope).get("content-length", "")
+            if declared.isdecimal():
+                _check_size(int(declared), self._max_body_bytes)
+            await self._app(scope, receive_counted, send)
+
+
+def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> None:
+    """Raises `BodyTooLargeError` if the pictures of what is asked have more than `limit` bytes together."""
+    if isinstance(asked, Query):
+        images = list(asked.images)
+    else:
+        images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
+    _check_size(sum(len(image.source) for image in images), limit)
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise BodyTooLargeError(
+            f"The request is larger than {limit / (1 << 20):.3g} MiB, which is the most this server takes."
+        )
+
+
+def _path(scope: Scope) -> str:
+    """Below the prefix that the app is mounted at."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _request_id(given: str | None) -> str:
+    return given if given and _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,37 @@
+"""Deadlines: seconds since the epoch (`time.time()`), so that they cross machines. Each stage looks before it works."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from llava_serve.errors import DeadlineExceededError
+
+_SENTENCE = "The request's time was up before its answer was complete."
+
+
+def check_deadline(deadline: float | None) -> None:
+    """Raises `DeadlineExceededError` if the time is up; None is no deadline."""
+    if deadline is not None and time.time() >= deadline:
+        raise DeadlineExceededError(_SENTENCE, "timeout")
+
+
+@asynccontextmanager
+async def deadline_scope(deadline: float | None) -> AsyncIterator[None]:
+    """Cancels what runs inside at the deadline, and raises `DeadlineExceededError`.
+
+    Every stage looks at the deadline by itself. This holds the promise if one hangs, or if a call waits for a tier
+    without replicas.
+    """
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.time()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceededError(_SENTENCE, "timeout") from None
+
+
+def deadline_in(timeout: float | None) -> float | None:
+    """The deadline of what begins now and may take `timeout` seconds; None is no deadline."""
+    return None if timeout is None else time.time() + timeout

@@ -1,0 +1,80 @@
+"""What callers of `generate`, `chat` and `stream` write, brought to one form: a list of prompts, each with its images
+and its sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from llava_serve.errors import RequestError
+from llava_serve.images.fetch import ImageSource
+from llava_serve.types import Message, SamplingParams
+
+Images = ImageSource | Sequence[ImageSource] | None
+"""The images of one prompt: one, several, or none."""
+
+
+class CallOptions(TypedDict, total=False):
+    """What every call takes beside what is asked.
+
+    Attributes:
+        conv_mode: overrides the checkpoint's template.
+        timeout: seconds that the answer may take; then `DeadlineExceededError`.
+        priority: a smaller number is served earlier, as in vLLM; 0 where nothing is said.
+    """
+
+    conv_mode: str | None
+    timeout: float | None
+    priority: int
+
+
+def as_images(images: Any) -> list[Any]:
+    """The images of one prompt: one picture, a list of them, or None."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def images_and_sampling(images: Any, sampling: SamplingParams | None) -> tuple[list[Any], SamplingParams | None]:
+    """The two of one prompt. `stream(messages, sampling)` has no images: there the second argument is the sampling, as
+    that of `chat` is."""
+    return ([], images) if isinstance(images, SamplingParams) else (as_images(images), sampling)
+
+
+def images_of_each(images: Any, count: int) -> list[list[Any]]:
+    """The images of each of `count` prompts: one entry each, a picture, a list of them, or None.
+
+    Raises:
+        RequestError: not one entry each.
+    """
+    if images is None:
+        return [[] for _ in range(count)]
+    if not isinstance(images, list | tuple) or len(images) != count:
+        given = f"{len(images)} entries" if isinstance(images, list | tuple) else "one picture"
+        raise RequestError(
+            f"For a list of {count} prompts, images has one entry each (a picture, a list of pictures, or None); "
+            f"got {given}.",
+            "images",
+        )
+    return [as_images(each) for each in images]
+
+
+def sampling_of_each(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """How each of `count` answers is drawn: one for all, or one each.
+
+    Raises:
+        RequestError: not one each.
+    """
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * count
+    if len(sampling) != count:
+        raise RequestError(
+            f"sampling is one SamplingParams for all prompts or a list with one each; got {len(sampling)} for {count}.",
+            "sampling",
+        )
+    return list(sampling)
+
+
+def is_one_conversation(messages: Sequence[Any]) -> bool:
+    """Whether it is a conversation, rather than a list of conversations."""
+    return not messages or isinstance(messages[0], Message | Mapping)

@@ -1,0 +1,68 @@
+"""Prepares prompts in threads, for servers: the one way from an event loop to the `Processor`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from llava_serve.deadline import check_deadline
+from llava_serve.errors import DeadlineExceededError
+from llava_serve.processor import Processor
+from llava_serve.types import Message, PreparedPrompt, Query
+
+
+class ThreadedProcessor:
+    """A `Processor` with a thread pool of its own: pictures that wait for a core hold up nothing else.
+
+    Args:
+        processor: does the work.
+        num_threads: prompts that are prepared at once; each holds one decoded picture at most.
+        observe: is told each prompt that was prepared, and the seconds that it took.
+    """
+
+    def __init__(
+        self, processor: Processor, num_threads: int, observe: Callable[[PreparedPrompt, float], None] | None = None
+    ) -> None:
+        self.processor = processor
+        self._observe = observe
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
+
+    async def prepare(
+        self,
+        read: Callable[[], Query | Sequence[Message]],
+        *,
+        conv_mode: str | None = None,
+        deadline: float | None = None,
+    ) -> PreparedPrompt:
+        """One prompt as model input. The work ends before its next picture once its caller has left.
+
+        Args:
+            read: gives what `Processor.prepare` takes; called in the thread, since it may read files.
+            conv_mode: overrides the checkpoint's template.
+            deadline: seconds since the epoch; looked at before each picture.
+
+        Raises:
+            RequestError: the input is at fault; the class says how.
+            DeadlineExceededError: the time was up before the work was done.
+        """
+        disconnected = False
+
+        def check() -> None:
+            check_deadline(deadline)
+            if disconnected:
+                raise DeadlineExceededError("The client has disconnected.")
+
+        def work() -> PreparedPrompt:
+            check()
+            began = time.perf_counter()
+            prepared = self.processor.prepare(read(), conv_mode=conv_mode, check=check)
+            if self._observe is not None:
+                self._observe(prepared, time.perf_counter() - began)
+            return prepared
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            disconnected = True

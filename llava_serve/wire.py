@@ -1,0 +1,106 @@
+"""What all models of a request have in common: strict types, and fields that nobody declared refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llava_serve.errors import RequestError, UnsupportedParameterError
+
+Neutral = Callable[[object], bool]
+
+_RULES = {
+    "missing": "is required",
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "int_parsing_size": "is too large a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "model_type": "must be an object",
+    "literal_error": "must be one of {expected}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be {le} or less",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "too_long": "must have {max_length} items or fewer",
+}
+
+
+class Wire(BaseModel):
+    """Base: JSON types are taken as they are (no "5" for 5), and null is the same as absent.
+
+    A field that is not declared is kept as an extra, so that `refuse_extras` can tell "asks for nothing" from "asks for
+    something that this server does not do".
+
+    Attributes:
+        NEUTRAL: by the name of a field that is not declared, which of its values ask for nothing. Null asks for
+            nothing anywhere.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    NEUTRAL: ClassVar[Mapping[str, Neutral]] = {}
+
+
+def one_of(*values: object) -> Neutral:
+    """These values ask for nothing."""
+    return lambda value: any(value == neutral and type(value) is type(neutral) for neutral in values)
+
+
+def anything(value: object) -> bool:
+    """A label or a hint: it changes no answer, so any value passes."""
+    return True
+
+
+def refuse_extras(model: Wire, path: str = "") -> None:
+    """Raises `UnsupportedParameterError` for the first field that asks for something unknown.
+
+    Args:
+        model: what was read, with all that is below it.
+        path: where it stands in the request, with the dot behind it.
+    """
+    for name in _asking(model, path):
+        raise UnsupportedParameterError(f"This server does not support '{name}' as given; leave it out.", name)
+
+
+def _asking(model: Wire, path: str) -> Iterator[str]:
+    for name, value in (model.model_extra or {}).items():
+        if value is not None and not (name in model.NEUTRAL and model.NEUTRAL[name](value)):
+            yield f"{path}{name[:100]}"
+    for name, value in model:
+        if isinstance(value, Wire):
+            yield from _asking(value, f"{path}{name}.")
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, Wire):
+                    yield from _asking(item, f"{path}{name}[{number}].")
+
+
+def as_request_error(error: ValidationError, path: str = "") -> RequestError:
+    """A sentence about the first fault that a validator found; `param` names the field, None the body as a whole."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    field = (path + field_path(fault["loc"])).removeprefix(".")
+    if fault["type"] == "json_invalid":
+        return RequestError("The request's body is not valid JSON.")
+    if not field:
+        return RequestError("The request's body must be a JSON object.")
+    rule = _RULES.get(fault["type"], "has a value that is not allowed")
+    bounds = {name: _plain(value) for name, value in fault.get("ctx", {}).items()}
+    return RequestError(f"'{field}' {rule.format(**bounds)}.", field)
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """`.messages[0].content[1].text`, as OpenAI names fields, with a dot before a name."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+
+
+def _plain(bound: Any) -> Any:
+    """0, where the validator says 0.0."""
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
