@@ -12,7 +12,7 @@ from deployments.preprocessor import ImagePreprocessor
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 
-DEPLOYMENTS = ("Ingress", "ImagePreprocessor", "LlavaModel")
+DEPLOYMENTS = tuple(each.__name__ for each in (Ingress, ImagePreprocessor, LlavaModel))
 """The names that a config may give replicas and resources to."""
 
 

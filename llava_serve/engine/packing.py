@@ -18,9 +18,8 @@ from torch import nn
 _EXACT = 16
 """Numbers of rows up to which none are added: there are few of them."""
 
-# Layers that transformers' models give the same input, in the order in which they are called. One product instead of
-# three saves most where there are few rows.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers that transformers' models give the same input: one product instead of three saves most where rows are few.
+_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def padded(rows: int) -> int:
@@ -79,35 +78,45 @@ def _multiplied(inputs: torch.Tensor, number: int, out_features: int) -> torch.T
     return inputs.new_empty((*inputs.shape[:-1], out_features))
 
 
-class _First(nn.Module):
-    """The first of several layers that are given the same input one after the other: computes all of them."""
+class MergedProjections(nn.Module):
+    """Several layers of one input, computed as one product by whichever is called first: their order does not matter.
+
+    The outputs of the others are kept until they are called for the same input, or any is called for another one.
+    """
+
+    _inputs: torch.Tensor | None = None
+    _outputs: tuple[torch.Tensor, ...] = ()
+    _waiting: int = 0
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         self._packed = PackedLinear(linears)
         self._sizes = [linear.out_features for linear in linears]
-        self.others = [_Later() for _ in linears[1:]]
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features of the first]."""
-        first, *rest = torch.split_with_sizes(self._packed(inputs), self._sizes, dim=-1)
-        for other, product in zip(self.others, rest, strict=True):
-            other.inputs, other.product = inputs, product
-        return first
+    def forward(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features] of the layer `index`."""
+        if inputs is not self._inputs:
+            self._outputs = torch.split_with_sizes(self._packed(inputs), self._sizes, dim=-1)
+            self._inputs, self._waiting = inputs, len(self._sizes)
+        output = self._outputs[index]
+        self._waiting -= 1
+        if not self._waiting:
+            self._inputs, self._outputs = None, ()
+        return output
 
 
-class _Later(nn.Module):
-    """Hands out what `_First` has computed for it, once, and only for the same input."""
+class _Projection(nn.Module):
+    """Stands where one of the merged layers stood."""
 
-    inputs: torch.Tensor | None = None
-    product: torch.Tensor | None = None
+    def __init__(self, merged: MergedProjections, index: int) -> None:
+        super().__init__()
+        self._merged = merged
+        self._index = index
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        assert inputs is self.inputs, "siblings are called one after the other with the same input"
-        assert self.product is not None, "siblings are called one after the other with the same input"
-        product, self.inputs, self.product = self.product, None, None
-        return product
+        output: torch.Tensor = self._merged(inputs, self._index)
+        return output
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -122,12 +131,12 @@ def pack_linears(model: nn.Module) -> None:
         return type(module) is nn.Linear and module.weight.dtype in packable
 
     for module in model.modules():
-        for names in _SIBLINGS:
-            siblings = [child for name in names if plain(child := getattr(module, name, None))]
-            if len(siblings) == len(names) and len({sibling.bias is None for sibling in siblings}) == 1:
-                first = _First(siblings)
-                for name, part in zip(names, [first, *first.others], strict=True):
-                    setattr(module, name, part)
+        for names in _MERGED:
+            linears = [child for name in names if plain(child := getattr(module, name, None))]
+            if len(linears) == len(names) and len({linear.bias is None for linear in linears}) == 1:
+                merged = MergedProjections(linears)
+                for index, name in enumerate(names):
+                    setattr(module, name, _Projection(merged, index))
         for name, child in module.named_children():
             if plain(child):
                 setattr(module, name, PackedLinear([child]))
