@@ -38,7 +38,7 @@ class Ingress:
     ) -> None:
         self._options = options
         self._backend = HandleBackend(model_name, preprocessor, model)
-        self._limiter = ConcurrencyLimiter(options.max_in_flight)
+        self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
         self._aborted = AbortedCalls()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -71,8 +71,8 @@ class Ingress:
             LlavaServeError: the class says what is wrong; the root itself is a fault of ours, which is in the log.
         """
         try:
-            with self._limiter.request():
-                check_image_bytes(asked, self._options.max_body_bytes)
+            with self._limiter.request() as hold:
+                hold(check_image_bytes(asked, self._options.max_body_bytes))
                 check_priority(priority, self._options.priority_range)
                 bounded = min(deadline, time.time() + self._options.max_timeout_s)
                 request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)

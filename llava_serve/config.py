@@ -134,6 +134,7 @@ class ApiOptions(Options):
         max_body_bytes: of a request.
         max_in_flight: requests that are worked on at once, per ingress replica; beyond it 429. `max_queue` is its old
             name, which goes with the next version.
+        max_in_flight_bytes: of the bodies of all of them; beyond it 429.
         default_timeout_s: a request's time, where it names none.
         max_timeout_s: the longest time that a request may name.
         priority_range: the smallest and the largest priority that a request may name; a smaller one is served earlier.
@@ -143,6 +144,7 @@ class ApiOptions(Options):
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_in_flight: int = Field(default=256, ge=1, validation_alias=AliasChoices("max_in_flight", "max_queue"))
+    max_in_flight_bytes: int = Field(default=512 << 20, ge=1)
     default_timeout_s: float = Field(default=120, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
     priority_range: tuple[int, int] = (0, 100)

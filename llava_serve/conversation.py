@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from llava_serve.errors import RequestError
 from llava_serve.templates import TEMPLATES, Style, Template
@@ -56,11 +57,11 @@ def prompt_text(spans: Iterable[Span]) -> str:
 def merge_text(spans: Iterable[Span]) -> list[Span]:
     """Joins neighbouring texts: tokens may cross the border between a template's words and a user's."""
     merged: list[Span] = []
-    for span in spans:
-        if isinstance(span, Text) and merged and isinstance(merged[-1], Text):
-            merged[-1] = Text(merged[-1].text + span.text)
-        elif span != Text(""):
-            merged.append(span)
+    for is_text, run in groupby(spans, lambda span: isinstance(span, Text)):
+        if not is_text:
+            merged += run
+        elif text := "".join(span.text for span in run if isinstance(span, Text)):
+            merged.append(Text(text))
     return merged
 
 
@@ -91,9 +92,10 @@ def query_message(query: str, images: Sequence[ImagePart], *, line_breaks: bool 
 def chat_message(message: Message) -> Message:
     """A chat message with its line breaks: an image is followed by one if text follows anywhere behind it."""
     parts: list[TextPart | ImagePart] = []
+    last_text = max((i for i, part in enumerate(message.parts) if isinstance(part, TextPart) and part.text), default=-1)
     for i, part in enumerate(message.parts):
         parts.append(part)
-        if isinstance(part, ImagePart) and any(isinstance(p, TextPart) and p.text for p in message.parts[i + 1 :]):
+        if isinstance(part, ImagePart) and i < last_text:
             parts.append(TextPart("\n"))
     return Message(message.role, tuple(parts))
 
@@ -111,16 +113,17 @@ def split_system(messages: Sequence[Message]) -> tuple[str | None, list[Message]
     rest = list(messages)
     if rest and rest[0].role == "system":
         system = "".join(part.text for part in _texts(rest.pop(0)))
-    turns: list[Message] = []
+    joined: list[tuple[Role, list[TextPart | ImagePart]]] = []
     for message in rest:
         if message.role == "system":
             raise RequestError("A system message may only stand first.", "messages")
         if message.role == "assistant":
             _texts(message)
-        if turns and turns[-1].role == message.role:
-            turns[-1] = Message(message.role, (*turns[-1].parts, TextPart("\n"), *message.parts))
+        if joined and joined[-1][0] == message.role:
+            joined[-1][1].extend((TextPart("\n"), *message.parts))
         else:
-            turns.append(message)
+            joined.append((message.role, list(message.parts)))
+    turns = [Message(role, tuple(parts)) for role, parts in joined]
     if not turns or turns[0].role != "user" or turns[-1].role != "user":
         raise RequestError("The conversation must begin and end with a user message.", "messages")
     for turn in turns:
@@ -150,7 +153,7 @@ def render(conv_mode: str, system: str | None, turns: Sequence[Message], *, imag
     """
     template = TEMPLATES.get(conv_mode)
     if template is None:
-        raise RequestError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.", "conv_mode")
+        raise RequestError(f"There is no template {conv_mode[:100]!r}; there are {', '.join(TEMPLATES)}.", "conv_mode")
     spans: list[Span] = []
     system_spans: list[Span] = [Text(template.system if system is None else system)]
     if template.style is not Style.LLAMA_2:

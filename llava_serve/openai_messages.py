@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from llava_serve.errors import RequestError, UnsupportedParameterError
 from llava_serve.types import ImagePart, Message, Query, Role, TextPart
 from llava_serve.wire import Wire, as_request_error, one_of, refuse_extras
+
+MAX_MESSAGES = 4096
+"""Of a conversation. A context of 32,000 tokens holds no more turns."""
+MAX_PARTS = 4096
+"""Of a message."""
 
 ChatMessage = Message | Mapping[str, Any]
 """A `Message`, or OpenAI's dict; {"type": "image", "image": ...} holds a path, URL, bytes, PIL image or array."""
@@ -71,7 +76,10 @@ class WireMessage(Wire):
     NEUTRAL = {"tool_calls": one_of([]), "annotations": one_of([])}  # noqa: RUF012 (declared as a ClassVar above)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
+    content: Annotated[
+        Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)],
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[Part]),
+    ]
     name: str | None = None
 
 

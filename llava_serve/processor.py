@@ -30,7 +30,7 @@ from llava_serve.images.tiles import digest, make_tiles, num_features
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.templates import TEMPLATES
 from llava_serve.tokenizer import load_tokenizer
-from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt, Query
+from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt, Query, TextPart
 
 
 class Processor:
@@ -93,13 +93,8 @@ class Processor:
     def _prepare(
         self, messages: Sequence[Message], key: str, check: Callable[[], None] | None = None
     ) -> PreparedPrompt:
+        parts = self._check_counts(messages)
         system, turns = split_system(messages)
-        parts = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
-        if len(parts) > self.options.max_per_request:
-            raise InvalidImageError(
-                f"The request has {len(parts)} pictures; at most {self.options.max_per_request} are accepted.",
-                "messages",
-            )
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
@@ -123,6 +118,26 @@ class Processor:
             stop_token_ids=stop_token_ids,
             stop=stop,
         )
+
+    def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
+        """The pictures of a conversation. Refuses too many, and a text that cannot fit: the work on both grows with
+        them."""
+        parts = [part for message in messages for part in message.parts]
+        images = [part for part in parts if isinstance(part, ImagePart)]
+        if len(images) > self.options.max_per_request:
+            raise InvalidImageError(
+                f"The request has {len(images)} pictures; at most {self.options.max_per_request} are accepted.",
+                "messages",
+            )
+        characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+        least = characters // self.tokenizer.longest
+        if least >= self.spec.context_length:
+            raise PromptTooLongError(
+                least,
+                self.spec.context_length - 1,
+                f"The prompt takes at least {least} tokens; this model takes at most {self.spec.context_length - 1}.",
+            )
+        return images
 
     def _see(self, part: ImagePart, room: int) -> Seen:
         """A picture as model input, without its tiles if there is no room for those.

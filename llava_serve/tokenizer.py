@@ -24,11 +24,18 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 """Byte-level vocabularies write each byte as a character: a printable one as itself, the others from U+0100 on."""
 
 
+_SHRINKING = 4
+"""A normalizer may make fewer characters of a text before it is cut into tokens."""
+
+
 class Tokenizer(ABC):
     """What the rest needs of a tokenizer. Build one with `load_tokenizer`."""
 
     size: int
     """Tokens in the vocabulary, added ones included."""
+
+    longest: int
+    """Characters of a text that one token stands for at most, so that a text's length bounds its tokens from below."""
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
@@ -90,6 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
         base = self._pieces.get_piece_size()
         self.size = base + len(spec.added_tokens)
         self._added = {token: base + i for i, token in enumerate(spec.added_tokens)}
+        self.longest = max(len(self._pieces.id_to_piece(i)) for i in range(base)) * _SHRINKING
         self._silent = {i for i in range(base) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
         # A user-defined piece such as <|im_end|> matches inside any text: a user's is cut so that it cannot.
         marks = [piece for piece in map(self._pieces.id_to_piece, range(base)) if re.fullmatch(r"<\|.+\|>", piece)]
@@ -163,6 +171,7 @@ class JsonTokenizer(Tokenizer):
         if spec.added_tokens:
             self._tokenizer.add_special_tokens(list(spec.added_tokens))
         self.size = self._tokenizer.get_vocab_size()
+        self.longest = max(map(len, self._tokenizer.get_vocab())) * _SHRINKING
         self._image_token = spec.image_token
         self._image_id = None if spec.image_token is None else self._tokenizer.token_to_id(spec.image_token)
         added = self._tokenizer.get_added_tokens_decoder()

@@ -127,7 +127,7 @@ async def test_a_drain_waits_for_those_inside_and_refuses_the_next() -> None:
         await let_go.wait()
         await PlainTextResponse("done")(scope, receive, send)
 
-    limiter = ConcurrencyLimiter(1)
+    limiter = ConcurrencyLimiter(1, 1000)
     app = RequestContextMiddleware(AdmissionMiddleware(answer, limiter, 1000))
     inside = asyncio.create_task(ask(app))
     await asyncio.sleep(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llava_serve.errors import CapacityError
@@ -16,10 +16,13 @@ class ConcurrencyLimiter:
 
     Args:
         max_in_flight: requests that may be worked on at once.
+        max_in_flight_bytes: of the bodies of all of them.
     """
 
-    def __init__(self, max_in_flight: int) -> None:
+    def __init__(self, max_in_flight: int, max_in_flight_bytes: int) -> None:
         self._max_in_flight = max_in_flight
+        self._max_bytes = max_in_flight_bytes
+        self._bytes = 0
         self._working = 0
         self._in_flight = 0
         self._draining = False
@@ -27,15 +30,27 @@ class ConcurrencyLimiter:
         self._idle.set()
 
     @contextmanager
-    def request(self, *, works: bool = True) -> Iterator[None]:
+    def request(self, *, works: bool = True) -> Iterator[Callable[[int], None]]:
         """A request, from its arrival to the end of its answer.
 
         Args:
             works: it costs work, so that it counts for the bound. A drain waits for others, too.
 
+        Yields:
+            What is to be told each number of bytes that the request holds from now on; it raises `CapacityError` too.
+
         Raises:
             CapacityError: at capacity, or draining.
         """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if self._bytes + size > self._max_bytes:
+                raise CapacityError("The server is at capacity; try again later.")
+            self._bytes += size
+            held += size
+
         if self._draining:
             raise CapacityError("The server is shutting down; try again later.")
         if works and self._working >= self._max_in_flight:
@@ -44,8 +59,9 @@ class ConcurrencyLimiter:
         self._in_flight += 1
         self._idle.clear()
         try:
-            yield
+            yield hold
         finally:
+            self._bytes -= held
             self._working -= works
             self._in_flight -= 1
             if not self._in_flight:

@@ -118,24 +118,28 @@ class AdmissionMiddleware:
         async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
             _check_size(received, self._max_body_bytes)
+            hold(size)
             return message
 
-        with self._limiter.request(works=scope["method"] == "POST"):
+        with self._limiter.request(works=scope["method"] == "POST") as hold:
             declared = Headers(scope=scope).get("content-length", "")
             if declared.isdecimal():
                 _check_size(int(declared), self._max_body_bytes)
             await self._app(scope, receive_counted, send)
 
 
-def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> None:
-    """Raises `BodyTooLargeError` if the pictures of what is asked have more than `limit` bytes together."""
+def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
+    """The bytes of the pictures of what is asked. Raises `BodyTooLargeError` if they are more than `limit`."""
     if isinstance(asked, Query):
         images = list(asked.images)
     else:
         images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
-    _check_size(sum(len(image.source) for image in images), limit)
+    size = sum(len(image.source) for image in images)
+    _check_size(size, limit)
+    return size
 
 
 def _check_size(size: int, limit: int) -> None:

@@ -23,13 +23,22 @@ _SAME_NAME = (
 )
 
 
+MAX_VALUES = 100_000
+"""JSON values of a body, counted by the commas and brackets in it, those in texts too. Reading takes time and memory by
+their number, some hundred bytes each, and a conversation of a hundred thousand tokens has fewer."""
+
+_STRUCTURE = (b",", b"[", b"{")
+
+
 def parse_request(body: bytes) -> ChatRequest:
-    """Reads a request.
+    """Reads a request. Its work is linear in the body's length, and the first fault ends it.
 
     Raises:
         RequestError: it is not JSON, or a field is missing or wrong; the sentence names the field.
         UnsupportedParameterError: a field asks for what this server does not do.
     """
+    if sum(map(body.count, _STRUCTURE)) > MAX_VALUES:
+        raise RequestError(f"The request's body has more than {MAX_VALUES:,} values.")
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
