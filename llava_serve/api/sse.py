@@ -1,4 +1,7 @@
-"""Server-sent events over ASGI."""
+"""Server-sent events over ASGI.
+
+Not sse-starlette: it sends status 200 at once; here the first chunk chooses it, unless a comment comes before that.
+"""
 
 from __future__ import annotations
 
