@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 from deployments.app import DEPLOYMENTS, AppArgs
 from llava_serve.config import RoutingOptions
@@ -53,6 +53,8 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
         return faults
     assert isinstance(config, Mapping)
     for number, application in enumerate(config["applications"]):
+        for place, deployment in enumerate(deployments_of(application)):
+            faults += check_values(deployment, f"applications[{number}].deployments[{place}].")
         if application["import_path"] == IMPORT_PATH:
             faults += check_application(application, f"applications[{number}].")
     if cpus is not None and not faults:
@@ -80,6 +82,14 @@ def check_application(application: Mapping[str, Any], path: str) -> Iterator[str
             yield f"{path}deployments: {name} is missing; Serve would give it one whole CPU"
 
 
+def check_values(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
+    """What Serve's schema takes unseen: any dict where it says `Dict | Model`."""
+    for name, value in deployment.items():
+        if isinstance(value, Mapping):
+            for model in models_of(DeploymentSchema.model_fields[name].annotation):
+                yield from wrong_values(value, model, f"{path}{name}.")
+
+
 def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
     """What Serve would find out in the replicas, where every call then waits for ever."""
     routing = deployment.get("request_router_config") or {}
@@ -91,6 +101,7 @@ def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
     """Walks a value beside the type that it should have, and names the keys that no model in the type has."""
+    # Not pydantic's extra="forbid": that passes any key where the schema says `Dict | Model`, and knows no near names.
     models = list(models_of(schema))
     if isinstance(value, Mapping) and models:
         for key, below in value.items():

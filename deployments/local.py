@@ -35,6 +35,10 @@ class LocalServeError(Exception):
     """The application could not be started; the message is for the terminal."""
 
 
+class ConfigError(LocalServeError):
+    """The config cannot be used: a usage error."""
+
+
 @dataclass(frozen=True)
 class LocalServe:
     """A running application.
@@ -113,14 +117,14 @@ def read_config(path: Path, *, port: int | None = None, model: str | None = None
     """A Serve config from its file, on another port or with another model.
 
     Raises:
-        LocalServeError: the file cannot be read, or the strict check finds fault with it.
+        ConfigError: the file cannot be read, or the strict check finds fault with it.
     """
     try:
         config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise LocalServeError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}") from None
     if faults := check(config):
-        raise LocalServeError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
     if port is not None:
         config.setdefault("http_options", {})["port"] = port
     if model is not None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
+from cachetools import LRUCache
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from llava_serve.config import RoutingOptions
@@ -72,7 +72,7 @@ class Affinity:
 
     def __init__(self, slack: int) -> None:
         self._slack = slack
-        self._seen: OrderedDict[str, set[str]] = OrderedDict()  # least recent first
+        self._replicas: LRUCache[str, set[str]] = LRUCache(REMEMBERED_KEYS)
 
     def choose(self, key: str | None, loads: Mapping[str, int]) -> str:
         """Returns the replica that is to work on the key, and remembers it.
@@ -85,13 +85,11 @@ class Affinity:
             return min(random.sample(list(loads), min(2, len(loads))), key=loads.__getitem__)
         bound = min(loads.values()) + self._slack
         ranked = sorted(loads, key=lambda replica: score(key, replica))
-        seen = self._seen.pop(key, set()) & loads.keys()
-        fit = [replica for replica in ranked if replica in seen and loads[replica] <= bound]
+        known = self._replicas.get(key, set()) & loads.keys()
+        fit = [replica for replica in ranked if replica in known and loads[replica] <= bound]
         fit = fit or [replica for replica in ranked[:2] if loads[replica] <= bound] or ranked
         chosen = min(fit, key=loads.__getitem__)  # the first of equals
-        self._seen[key] = seen | {chosen}
-        if len(self._seen) > REMEMBERED_KEYS:
-            self._seen.popitem(last=False)
+        self._replicas[key] = known | {chosen}
         return chosen
 
 

@@ -8,12 +8,15 @@ import signal
 import sys
 from pathlib import Path
 
-from deployments.local import LocalServeError, local_serve, read_config
+from deployments.local import ConfigError, LocalServeError, local_serve, read_config
 from deployments.profile import ProfileError, read_profile
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status is 0 if the application was stopped in order."""
+    """The exit status is 0 if the application ran and was stopped in order.
+
+    It is 2 for a usage error, 130 if it was stopped before it ran or while it drained, and 1 otherwise.
+    """
     parser = argparse.ArgumentParser(prog="python -m deployments.serve", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument("--port", type=int, help="instead of the config's")
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
     except (LocalServeError, ProfileError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError | ProfileError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -25,7 +25,7 @@ from llava_serve.conversation import (
 from llava_serve.errors import InvalidImageError, PromptTooLongError
 from llava_serve.images.decode import decode_image
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
-from llava_serve.images.seen import Seen, SeenPictures
+from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.images.tiles import digest, make_tiles, num_features
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.templates import TEMPLATES
@@ -41,7 +41,7 @@ class Processor:
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._special_tokens = _special_tokens(spec)
-        self._seen = SeenPictures(options.cache_bytes)
+        self._tile_cache = TileCache(options.cache_bytes)
 
     def prepare(
         self,
@@ -102,7 +102,7 @@ class Processor:
         for part in parts:
             if check is not None:
                 check()
-            pictures.append(self._see(part, self.spec.context_length - length))
+            pictures.append(self._process_image(part, self.spec.context_length - length))
             length += pictures[-1].count
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
@@ -139,23 +139,23 @@ class Processor:
             )
         return images
 
-    def _see(self, part: ImagePart, room: int) -> Seen:
+    def _process_image(self, part: ImagePart, room: int) -> CachedTiles:
         """A picture as model input, without its tiles if there is no room for those.
 
         It is decoded only in here: a large one takes hundreds of megabytes.
         """
         data = read_request_source(part.source, self.options)
         key = blake2b(data, digest_size=16).digest()
-        if (known := self._seen.get(key)) is not None:
+        if (known := self._tile_cache.get(key)) is not None:
             return known
         image = decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
         count = num_features(image.size, self.spec.image)
         if count >= room:
-            return Seen(image.size, count, np.empty(0, np.uint8), "")
+            return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
         tiles = make_tiles(image, self.spec.image)
-        seen = Seen(image.size, count, tiles, digest(tiles, image.size, self.spec.image))
-        self._seen.put(key, seen)
-        return seen
+        made = CachedTiles(image.size, count, tiles, digest(tiles, image.size, self.spec.image))
+        self._tile_cache.put(key, made)
+        return made
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
         if self._is_chat_template(key):

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from api_server import PacedBackend, serving, wait_until
-from browser import Page, browser
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
@@ -19,12 +19,6 @@ from llava_serve.types import ImagePart, TextPart
 
 PICTURE = Path(__file__).parent / "golden" / "images" / "square.png"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ANSWER = "document.getElementById('answer').textContent"
-STATUS = "document.getElementById('status').textContent"
-
-
-def shown(identifier: str) -> str:
-    return f"document.getElementById('{identifier}').checkVisibility()"
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -36,36 +30,56 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("needs Chromium or Chrome, and there is none")
-    with browser(CHROMIUM) as page:
-        yield page
+    expect.set_options(timeout=10_000)
+    flags = ["--disable-gpu", "--disable-quic"]  # the rest that keeps it quiet is Playwright's own
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=flags) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A tab with a profile of its own."""
+    with browser.new_context() as context:
+        yield context.new_page()
 
 
 def ask(page: Page, question: str) -> None:
-    page.run("document.getElementById('question').value = ''; document.getElementById('question').focus()")
-    page.type(question)
-    page.press_enter()
+    page.locator("#question").fill(question)
+    page.locator("#question").press("Enter")
 
 
 def test_a_picture_and_a_question_get_an_answer_as_it_comes(page: Page) -> None:
+    requests: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if said.type in ("warning", "error") else None)
     backend = PacedBackend(pace_s=0.2)
     with serving(create_app(backend, ApiOptions())) as url:
-        page.open(f"{url}/")
-        page.wait_for("document.getElementById('model').textContent === 'paced'")
-        assert not page.run(shown("access"))
-        page.choose_file("#file", PICTURE)
-        page.wait_for("document.getElementById('preview').naturalWidth > 0")
-        page.type("What is it?")  # the cursor is there already
-        page.press_enter()
-        page.wait_for(f"{ANSWER} === 'A '")
-        assert page.run(shown("stop"))
-        page.wait_for(f"{STATUS}.startsWith('3 tokens in ')")
-        assert page.run(ANSWER) == "A red circle."
-        assert not page.run(shown("stop"))
-        assert page.complaints == []
-        assert all(request.startswith((url, "data:")) for request in page.requests)
+        page.goto(f"{url}/")
+        expect(page.locator("#model")).to_have_text("paced")
+        expect(page.locator("#access")).to_be_hidden()
+        page.locator("#file").set_input_files(PICTURE)
+        expect(page.locator("#preview")).to_have_js_property("naturalWidth", 64)
+        page.locator("#answer").evaluate(
+            """answer => {
+                window.shown = [];
+                new MutationObserver(() => shown.push(answer.textContent)).observe(answer, {childList: true});
+            }"""
+        )
+        page.keyboard.type("What is it?")  # the cursor is there already
+        page.keyboard.press("Enter")
+        expect(page.locator("#stop")).to_be_visible()
+        expect(page.locator("#status")).to_have_text(re.compile(r"^3 tokens in "))
+        assert list(dict.fromkeys(page.evaluate("shown"))) == ["A ", "A red ", "A red circle."]
+        assert page.locator("#answer").text_content() == "A red circle."
+        expect(page.locator("#stop")).to_be_hidden()
+        assert complaints == []
+        assert {f"{url}/", f"{url}/v1/models", f"{url}/v1/chat/completions"} <= set(requests)
+        assert all(request.startswith((url, "data:")) for request in requests)
     message = backend.seen[-1][0][0]
     assert isinstance(message.parts[0], ImagePart)
     assert str(message.parts[0].source).startswith("data:image/png;base64,")
@@ -75,54 +89,54 @@ def test_a_picture_and_a_question_get_an_answer_as_it_comes(page: Page) -> None:
 def test_stop_ends_the_work(page: Page) -> None:
     backend = PacedBackend(words=["x"] * 100, pace_s=0.1)
     with serving(create_app(backend, ApiOptions())) as url:
-        page.open(f"{url}/")
+        page.goto(f"{url}/")
         ask(page, "What is it?")
-        page.wait_for(f"{ANSWER}.startsWith('x')")
-        page.run("document.getElementById('stop').click()")
-        page.wait_for(f"{STATUS} === 'Stopped.'")
+        expect(page.locator("#answer")).to_have_text(re.compile(r"^x"))
+        page.locator("#stop").click()
+        expect(page.locator("#status")).to_have_text("Stopped.")
         wait_until(lambda: backend.working == 0)
 
 
 def test_an_error_is_told_in_the_servers_words(page: Page) -> None:
     backend = PacedBackend(failure=EngineDeadError("The engine has stopped."), fail_at=1)
     with serving(create_app(backend, ApiOptions())) as url:
-        page.open(f"{url}/")
-        for fail_at in (1, 0):
+        page.goto(f"{url}/")
+        for fail_at, answer in ((1, "A "), (0, "")):
             backend.fail_at = fail_at
             ask(page, "What is it?")
-            page.wait_for(f"{STATUS} === 'The engine has stopped.'")
+            expect(page.locator("#status")).to_have_text("The engine has stopped.")
+            assert page.locator("#answer").text_content() == answer
     ask(page, "Still there?")
-    page.wait_for(f"{STATUS} === 'The server cannot be reached.'")
+    expect(page.locator("#status")).to_have_text("The server cannot be reached.")
 
 
 def test_a_key_is_asked_for_only_where_one_is_needed(page: Page) -> None:
     with serving(create_app(PacedBackend(), ApiOptions(api_keys=("sesame",)))) as url:
-        page.open(f"{url}/")
-        page.wait_for(shown("access"))
+        page.goto(f"{url}/")
+        expect(page.locator("#access")).to_be_visible()
         ask(page, "What is it?")
-        page.wait_for(f"{STATUS}.startsWith('This server wants a key')")
-        page.run("document.getElementById('key').focus()")
-        page.type("sesame")
+        expect(page.locator("#status")).to_have_text(re.compile(r"^This server wants a key"))
+        page.locator("#key").fill("sesame")
         ask(page, "What is it?")
-        page.wait_for(f"{ANSWER} === 'A red circle.'")
+        expect(page.locator("#answer")).to_have_text("A red circle.")
 
 
-def test_a_picture_can_be_dropped_and_pasted(page: Page) -> None:
-    script = """(async kind => {
-        const file = new File([await (await new Promise(done => {
-            const canvas = Object.assign(document.createElement('canvas'), {width: 9, height: 5});
-            canvas.getContext('2d');
-            canvas.toBlob(done);
-        })).arrayBuffer()], kind + '.png', {type: 'image/png'});
-        const data = new DataTransfer();
-        data.items.add(file);
-        document.dispatchEvent(kind === 'paste'
-            ? new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true})
-            : new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
-    })"""
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_a_picture_can_be_dropped_and_pasted(page: Page, kind: str) -> None:
     with serving(create_app(PacedBackend(), ApiOptions())) as url:
-        page.open(f"{url}/")
-        for kind in ("paste", "drop"):
-            page.run(f"{script}('{kind}')")
-            page.wait_for(f"document.getElementById('preview').alt.endsWith('{kind}.png')")
-            page.wait_for("document.getElementById('preview').naturalWidth === 9")
+        page.goto(f"{url}/")
+        page.evaluate(
+            """async kind => {
+                const canvas = Object.assign(document.createElement('canvas'), {width: 9, height: 5});
+                canvas.getContext('2d');
+                const blob = await new Promise(done => canvas.toBlob(done));
+                const data = new DataTransfer();
+                data.items.add(new File([blob], kind + '.png', {type: 'image/png'}));
+                document.dispatchEvent(kind === 'paste'
+                    ? new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true})
+                    : new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
+            }""",
+            kind,
+        )
+        expect(page.locator("#preview")).to_have_attribute("alt", re.compile(rf"{kind}\.png$"))
+        expect(page.locator("#preview")).to_have_js_property("naturalWidth", 9)

@@ -113,6 +113,14 @@ def test_a_wrong_value_is_refused_with_its_place(config: Config) -> None:
     assert sentence.startswith("applications[0].args.engine.max_num_seqs: ")
 
 
+def test_a_wrong_value_is_refused_where_serve_takes_any_dict(config: Config) -> None:
+    deployment(config, "ImagePreprocessor")["autoscaling_config"]["max_replicas"] = "many"
+    deployment(config, "LlavaModel")["request_router_config"]["max_backoff_s"] = "long"
+    first, second = check(config, cpus=2)
+    assert first.startswith("applications[0].deployments[1].autoscaling_config.max_replicas: ")
+    assert second.startswith("applications[0].deployments[2].request_router_config.max_backoff_s: ")
+
+
 def test_a_deployment_that_is_not_named_is_refused(config: Config) -> None:
     application(config)["deployments"].pop()
     assert check(config) == ["applications[0].deployments: LlavaModel is missing; Serve would give it one whole CPU"]

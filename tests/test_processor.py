@@ -19,7 +19,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.errors import DeadlineExceededError, PromptTooLongError
 from llava_serve.images.decode import decode_image
-from llava_serve.images.seen import Seen, SeenPictures
+from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.images.tiles import digest
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.types import ImagePart, Message, TextPart
@@ -107,21 +107,23 @@ def test_a_picture_seen_before_is_not_decoded_again(decoded: list[Any]) -> None:
         subject.prepare(about(30))
 
 
-def test_the_pictures_seen_last_are_kept_within_a_bound() -> None:
-    def picture(name: str, size: int) -> Seen:
-        return Seen((1, 1), 1, np.zeros(size, np.uint8), name)
+def test_the_tiles_used_last_are_kept_within_a_bound() -> None:
+    def image(name: str, size: int) -> CachedTiles:
+        return CachedTiles((1, 1), 1, np.zeros(size, np.uint8), name)
 
-    subject = SeenPictures(10)
-    subject.put(b"a", picture("a", 4))
-    subject.put(b"b", picture("b", 4))
-    subject.put(b"a", picture("not again", 4))
+    subject = TileCache(10)
+    subject.put(b"a", image("a", 4))
+    subject.put(b"b", image("b", 4))
+    subject.put(b"a", image("not again", 4))
     known = subject.get(b"a")
     assert known is not None
     assert known.digest == "a"
-    subject.put(b"c", picture("c", 4))
+    subject.put(b"c", image("c", 4))
     assert subject.get(b"b") is None
     assert subject.get(b"a") is known
-    subject.put(b"large", picture("large", 11))
-    assert [subject.get(key) for key in (b"a", b"c", b"large")] == [None] * 3
-    subject.put(b"d", picture("d", 10))
+    subject.put(b"large", image("large", 11))
+    assert subject.get(b"large") is None
+    assert subject.get(b"a") is known  # what cannot be kept takes no room from the others
+    subject.put(b"d", image("d", 10))
     assert subject.get(b"d") is not None
+    assert [subject.get(key) for key in (b"a", b"c")] == [None] * 2

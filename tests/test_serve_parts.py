@@ -8,9 +8,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
+from api_server import wait_until
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments import aborts
 from deployments.aborts import AbortedCalls
 from deployments.coalesce import coalesce
 from deployments.proxy import HeaderGuard
@@ -92,6 +94,20 @@ def test_an_abort_is_remembered_for_a_call_that_comes_after_it() -> None:
     calls.add(["three"])
     assert all(call in calls for call in ("one", "two", "three"))
     assert "four" not in calls
+
+
+def test_only_so_many_aborts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aborts, "REMEMBERED_CALLS", 2)
+    calls = AbortedCalls()
+    calls.add(["one", "two", "three"])
+    assert [call in calls for call in ("one", "two", "three")] == [False, True, True]
+
+
+def test_an_abort_is_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aborts, "REMEMBERED_S", 0.05)
+    calls = AbortedCalls()
+    calls.add(["one"])
+    wait_until(lambda: "one" not in calls)
 
 
 def test_a_deadline_is_looked_at() -> None:

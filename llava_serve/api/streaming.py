@@ -1,6 +1,6 @@
 """Server-sent events over ASGI, and the notice of a client that disconnects.
 
-By hand, because the first event chooses the status: until then the answer may still become an error.
+Not sse-starlette: it sends status 200 at once; here the first chunk chooses it, unless a comment comes before that.
 """
 
 from __future__ import annotations

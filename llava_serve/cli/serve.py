@@ -1,15 +1,15 @@
-"""`llava-serve serve`: the Serve application in a process of its own, or the web app alone in this one."""
+"""`llava-serve serve`: the Serve application on Ray, or the web app alone in this one."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 from llava_serve.cli import options as flags
 from llava_serve.errors import RequestError
@@ -65,26 +65,16 @@ def run(options: argparse.Namespace) -> int:
     return _serve_on_ray(options.config or Path("serve_config.yaml"), options.profile)
 
 
-def _serve_on_ray(config: Path, profile: Path | None) -> int:
-    """Ray drops what it does not know in a config; so that is looked for first."""
+def _serve_on_ray(config: Path, profile: Path | None) -> NoReturn:
+    """Becomes the process that serves, so that signals and the exit status are its own; it checks the config first.
+
+    Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the answers on their way.
+    """
     if not config.is_file():
         raise RequestError(f"There is no config {config}; name one, or serve with --in-process.")
-    check = subprocess.run([sys.executable, "-m", "deployments.check_config", str(config)], check=False)
-    if check.returncode:
-        return 2
-    # In a session of its own, so that Ctrl-C reaches it once: from here.
-    # Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the answers on their way.
     command = [sys.executable, "-m", "deployments.serve", "--config", str(config)]
     command += ["--profile", str(profile)] if profile is not None else []
-    process = subprocess.Popen(command, start_new_session=True)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    stopped_early = (130, -signal.SIGINT, -signal.SIGTERM)  # before the application was ready
-    return 0 if process.wait() in (0, *stopped_early) else 1
+    os.execv(sys.executable, command)
 
 
 def _serve_in_process(options: argparse.Namespace) -> int:

@@ -1,0 +1,49 @@
+"""The tiles of the images seen last: a conversation sends all its images again with every turn."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from cachetools import LRUCache
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTiles:
+    """An image as model input.
+
+    Attributes:
+        size: (width, height) in pixels, before tiling.
+        count: positions that it takes.
+        tiles: uint8 [tiles, height, width, 3]; shared, so never written to.
+        digest: names the tiles.
+    """
+
+    size: tuple[int, int]
+    count: int
+    tiles: NDArray[np.uint8]
+    digest: str
+
+
+class TileCache:
+    """The least recently used goes first. For several threads.
+
+    Args:
+        max_bytes: of all tiles that are kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._images: LRUCache[bytes, CachedTiles] = LRUCache(max_bytes, getsizeof=lambda image: image.tiles.nbytes)
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> CachedTiles | None:
+        with self._lock:
+            return self._images.get(key)
+
+    def put(self, key: bytes, image: CachedTiles) -> None:
+        """Keeps an image, if it fits; of two threads that have made it at once, the first one's."""
+        if image.tiles.nbytes <= self._images.maxsize:
+            with self._lock:
+                self._images.setdefault(key, image)
