@@ -115,7 +115,7 @@ def test_a_key_is_asked_for_only_where_one_is_needed(page: Page) -> None:
         page.goto(f"{url}/")
         expect(page.locator("#access")).to_be_visible()
         ask(page, "What is it?")
-        expect(page.locator("#status")).to_have_text(re.compile(r"^This server wants a key"))
+        expect(page.locator("#status")).to_have_text(re.compile(r"^API key required"))
         page.locator("#key").fill("sesame")
         ask(page, "What is it?")
         expect(page.locator("#answer")).to_have_text("A red circle.")

@@ -6,19 +6,19 @@ import asyncio
 import time
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
-from llava_serve.api.describe import CHAT_DESCRIPTION, DescribedApp
 from llava_serve.api.errors import openai_error
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
 from llava_serve.api.pipeline import GenerationRequest
 from llava_serve.api.protocol import Answer, ChatRequest, Model, ModelList
+from llava_serve.api.routing import CHAT_RESPONSES, ERROR_RESPONSES, route_reading_by
 from llava_serve.api.validation import check_priority, parse_request, sampling_of
 from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
@@ -50,7 +50,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         options: access and limits.
         limiter: where requests that come another way are counted too; None is the app's own.
     """
-    app = DescribedApp(title="llava-serve", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="llava-serve", version="1", docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
     names = (model.id, short_name(model.id))
     page = _PAGE.read_text(encoding="utf-8")
@@ -59,9 +59,13 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         if name not in names:
             raise UnknownModelError(f"There is no model '{name[:100]}' here; this server has '{model.id}'.", "model")
 
-    @app.post("/v1/chat/completions", summary="Answer a conversation about pictures", openapi_extra=CHAT_DESCRIPTION)
-    async def chat_completions(request: Request) -> Response:
-        wire = await _parsed(await _body(request, options.default_timeout_s))
+    async def read(request: Request) -> ChatRequest:
+        return await _parsed(await _body(request, options.default_timeout_s))
+
+    chat = APIRouter(route_class=route_reading_by(read))
+
+    @chat.post("/v1/chat/completions", summary="Answer a conversation about pictures", responses=CHAT_RESPONSES)
+    async def chat_completions(request: Request, wire: ChatRequest) -> Response:
         check_model(wire.model)
         priority = wire.priority or 0
         check_priority(priority, options.priority_range)
@@ -94,6 +98,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
 
+    app.include_router(chat)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The last one added is the first one met.
     app.add_middleware(

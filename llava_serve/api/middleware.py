@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -105,7 +106,7 @@ class AdmissionMiddleware:
     """
 
     def __init__(self, app: ASGIApp, limiter: ConcurrencyLimiter, max_body_bytes: int) -> None:
-        self._app = app
+        self._app = RequestBodyLimitMiddleware(app, max_body_bytes)
         self._limiter = limiter
         self._max_body_bytes = max_body_bytes
 
@@ -113,22 +114,19 @@ class AdmissionMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received = 0
 
         async def receive_counted() -> Message:
-            nonlocal received
             message = await receive()
-            size = len(message.get("body", b""))
-            received += size
-            _check_size(received, self._max_body_bytes)
-            hold(size)
+            hold(len(message.get("body", b"")))
             return message
 
+        async def send_own_refusal(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 413:
+                raise _too_large(self._max_body_bytes)  # instead of Starlette's plain text
+            await send(message)
+
         with self._limiter.request(works=scope["method"] == "POST") as hold:
-            declared = Headers(scope=scope).get("content-length", "")
-            if declared.isdecimal():
-                _check_size(int(declared), self._max_body_bytes)
-            await self._app(scope, receive_counted, send)
+            await self._app(scope, receive_counted, send_own_refusal)
 
 
 def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
@@ -138,15 +136,15 @@ def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
     else:
         images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
     size = sum(len(image.source) for image in images)
-    _check_size(size, limit)
+    if size > limit:
+        raise _too_large(limit)
     return size
 
 
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise BodyTooLargeError(
-            f"The request is larger than {limit / (1 << 20):.3g} MiB, which is the most this server takes."
-        )
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"The request is larger than {limit / (1 << 20):.3g} MiB, which is the most this server takes."
+    )
 
 
 def _path(scope: Scope) -> str:

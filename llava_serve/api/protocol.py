@@ -220,3 +220,18 @@ class ModelList(Answer):
 
     object: Literal["list"]
     data: list[Model]
+
+
+class ErrorDetail(Answer):
+    """What is wrong: OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Answer):
+    """The body of every refusal."""
+
+    error: ErrorDetail

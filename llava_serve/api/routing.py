@@ -1,0 +1,57 @@
+"""A route whose request FastAPI describes at `/openapi.json`, and our own function reads: see `parse_request`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+
+from llava_serve.api.protocol import ChatCompletion, ChatCompletionChunk, ChatRequest, ErrorBody
+
+_STREAM = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}
+
+CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ChatCompletion,
+        "description": "The answer; with `stream`, events of `ChatCompletionChunk` and at last `[DONE]`.",
+        "content": _STREAM,
+    },
+    **{
+        status: {"model": ErrorBody, "description": description}
+        for status, description in {
+            400: "A field, a picture or the prompt's length is at fault; the message says which.",
+            401: "No API key, or a wrong one.",
+            404: "No such model.",
+            413: "The body is too large.",
+            429: "The server is at capacity; `Retry-After` says when to try again.",
+            500: "The server failed on this request.",
+            503: "The model cannot answer at present.",
+            504: "The request's time was up.",
+        }.items()
+    },
+}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorBody, "description": "An error; the message says which."}
+}
+"""Of every route; they take the place of FastAPI's own 422."""
+
+
+def route_reading_by(read: Callable[[Request], Awaitable[ChatRequest]]) -> type[APIRoute]:
+    """Routes whose endpoint declares (request, body): FastAPI describes the body, and `read` alone reads it."""
+
+    class ReadingRoute(APIRoute):
+        def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+            super().__init__(path, endpoint, **options)
+            self.stream_item_type = ChatCompletionChunk  # so that its schema is among the components
+
+        def get_route_handler(self) -> Callable[[Request], Any]:
+            async def handle(request: Request) -> Response:
+                response: Response = await self.endpoint(request, await read(request))
+                return response
+
+            return handle
+
+    return ReadingRoute
