@@ -11,10 +11,10 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from ray import serve
 from ray.serve import Application
@@ -24,8 +24,10 @@ from deployments.app import AppArgs
 from deployments.backend import HandleBackend
 from deployments.coalesce import coalesce
 from deployments.ingress import Ingress
+from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ApiOptions, ImageOptions, ModelOptions
+from llava_serve.processor import Processor
 from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams, TextPart
 
 
@@ -92,26 +94,41 @@ class StampedPreprocessor(ImagePreprocessor):
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         super().__init__(model, images)
-        self._processor: Any = StampedProcessor(self._processor)
+        self._processor = StampedProcessor(self._processor.spec, images)
 
     async def prepare(self, messages: Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         reached = time.time()
         return stamped(await super().prepare(messages, conv_mode, deadline), reached=reached)
 
 
-class StampedProcessor:
-    """A processor with a clock; it hands the question on."""
+class StampedProcessor(Processor):
+    """The real processor with a clock; it hands the question on."""
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def prepare(self, messages: Sequence[Message], *, conv_mode: str | None = None) -> PreparedPrompt:
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        *,
+        conv_mode: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> PreparedPrompt:
         began = time.time()
-        prepared: PreparedPrompt = self._processor.prepare(messages, conv_mode=conv_mode)
+        prepared = super().prepare(messages, conv_mode=conv_mode, check=check)
         (order,) = (part.text for part in messages[-1].parts if isinstance(part, TextPart))
         return dataclasses.replace(
             prepared, prompt=json.dumps({"order": json.loads(order), "began": began, "ended": time.time()})
         )
+
+
+class ModelTier(Protocol):
+    """What the ingress calls of a model replica: the stand-in must have it as the real one has it."""
+
+    def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, call_id: str, deadline: float
+    ) -> AsyncGenerator[list[Chunk]]: ...
+
+    async def abort(self, call_ids: Sequence[str]) -> None: ...
+
+    async def health(self) -> None: ...
 
 
 class PacedModel:
@@ -150,6 +167,10 @@ async def paced(order: Order, stamps: dict[str, float], tokens: int) -> AsyncGen
             await asyncio.sleep(wait)
         text = json.dumps({**stamps, "made": time.time()}) if number == 0 else " word"
         yield Chunk(0, text, (number,), "length" if number == tokens - 1 else None)
+
+
+TIERS: tuple[type[ModelTier], ...] = (LlavaModel, PacedModel)
+"""Handles call by name, which no type checker sees: it sees here where the two part."""
 
 
 def build_app(args: AppArgs) -> Application:

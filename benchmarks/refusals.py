@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import make_parser, parse
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
 from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
@@ -45,7 +46,7 @@ class Busy:
         return None
 
 
-async def measure(count: int = 2000) -> list[float]:
+async def measure(count: int) -> list[float]:
     """Seconds of `count` refusals, one after the other."""
     backend = Busy()
     app = create_app(backend, ApiOptions(max_queue=1))
@@ -71,6 +72,12 @@ async def measure(count: int = 2000) -> list[float]:
     return times
 
 
-if __name__ == "__main__":
-    taken = np.array(asyncio.run(measure())) * 1e3
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="refusals")
+    taken = np.array(asyncio.run(measure(parse(parser, count=20).count))) * 1e3
     print(json.dumps({f"p{q}_ms": round(float(np.percentile(taken, q)), 3) for q in (50, 95, 99)}))
+
+
+if __name__ == "__main__":
+    main()

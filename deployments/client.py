@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
 from typing import Any, TypeAlias, TypeVar
@@ -91,7 +91,7 @@ class LlavaClient:
         *,
         conv_mode: str | None = None,
         timeout_s: float | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """The answer to a conversation as it comes. Closing the iterator ends the work.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -136,7 +136,7 @@ class LLM:
         results = self.run(prepared, sampling)
         return results[0] if single else results
 
-    def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Iterator[Chunk]:
+    def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Generator[Chunk]:
         """Answers a prepared prompt chunk by chunk; several streams may be open. Closing the iterator ends the work."""
         request = self.engine.limits.accept(uuid.uuid4().hex, prepared, sampling or SamplingParams())
         answer = self._open(request)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from api_server import serving
 from openai import AsyncOpenAI, BadRequestError, OpenAI
+from openai.types.chat import ChatCompletion
 
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
@@ -88,7 +89,8 @@ async def test_the_asynchronous_client_asks_many_at_once(url: str, client: OpenA
 
         async def ask(stream: bool) -> str | None:
             if not stream:
-                return (await many.chat.completions.create(**greedy(LANDSCAPE))).choices[0].message.content
+                whole: ChatCompletion = await many.chat.completions.create(**greedy(LANDSCAPE))
+                return whole.choices[0].message.content
             chunks = await many.chat.completions.create(**greedy(LANDSCAPE, stream=True))
             return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 

@@ -65,8 +65,8 @@ def test_keys_are_demanded_where_they_are_configured() -> None:
         with pytest.raises(AuthenticationError):
             official(web).models.list()
         for key in ("one", "zwei-ü"):
-            header = {"Authorization": f"Bearer {key}".encode()}
-            assert web.get("/v1/models", headers=header).status_code == 200
+            encoded = {b"Authorization": f"Bearer {key}".encode()}
+            assert web.get("/v1/models", headers=encoded).status_code == 200
         for path in ("/health", "/", "/openapi.json"):
             assert web.get(path).status_code == 200
 

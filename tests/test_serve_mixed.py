@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def conversations(count: int) -> list[list[dict[str, Any]]]:
         said = {"role": "assistant", "content": "There are two shapes in the picture."}
         return [user(image(), {"type": "text", "text": QUESTIONS[1]}), said, user(text())]
 
-    forms = [
+    forms: list[Callable[[], list[dict[str, Any]]]] = [
         lambda: [user(image(), text())],
         lambda: [user(text(), image())],
         second_turn,
