@@ -22,7 +22,7 @@ help:
 	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
 	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
 	@echo "make check         format, lint, types, floors, dependencies, serve_config.yaml"
-	@echo "make check-training  lint and types of training/, which make check leaves out"
+	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
 	@echo "make eval-builtin  measures the model that ships"
 	@echo "make clean         removes $(VENV) and caches"
 	@echo "PYTHON=, PIP_ARGS= choose the interpreter and, say, a package index"
@@ -59,16 +59,17 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry $(LIBRARY) --optional-dependencies-dev-groups dev
-	$(BIN)/deptry $(LIBRARY) $(BESIDE) training
+	$(BIN)/deptry $(LIBRARY) $(BESIDE)
 	$(BIN)/python -m deployments.check_config --cpus 2 serve_config.yaml
 
 check-training: setup
 	$(BIN)/ruff check training
 	$(BIN)/mypy training
+	$(BIN)/deptry training --ignore DEP002
 
 eval-builtin: setup
 	@$(BIN)/python -m training.evaluate
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
