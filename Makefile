@@ -8,15 +8,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
+LIBRARY := llava_serve deployments
+BESIDE := tests benchmarks examples
+PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo serve test test-slow check eval-builtin clean
+.PHONY: help setup demo serve test test-extended test-slow check check-training eval-builtin clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo          a Ray Serve application answers a question about a picture"
 	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env)"
-	@echo "make test          the quick tests        make test-slow   the rest"
-	@echo "make check         format, lint, types, floors, serve_config.yaml"
+	@echo "make test          the everyday tests: some minutes on two cores; measures coverage"
+	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
+	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
+	@echo "make check         format, lint, types, floors, dependencies, serve_config.yaml"
+	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
 	@echo "make eval-builtin  measures the model that ships"
 	@echo "make clean         removes $(VENV) and caches"
 	@echo "PYTHON=, PIP_ARGS= choose the interpreter and, say, a package index"
@@ -39,21 +45,31 @@ serve: setup
 	@$(BIN)/python -m deployments.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE))
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow and not extended" --cov --cov-report=
+
+test-extended: setup
+	@$(PYTEST) -m "extended and not slow"
 
 test-slow: setup
-	@$(BIN)/python -m pytest -q -m slow
+	@$(PYTEST) -m slow
 
 check: setup
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff check $(LIBRARY) $(BESIDE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry $(LIBRARY) --optional-dependencies-dev-groups dev
+	$(BIN)/deptry $(LIBRARY) $(BESIDE)
 	$(BIN)/python -m deployments.check_config --cpus 2 serve_config.yaml
+
+check-training: setup
+	$(BIN)/ruff check training
+	$(BIN)/mypy training
+	$(BIN)/deptry training --ignore DEP002
 
 eval-builtin: setup
 	@$(BIN)/python -m training.evaluate
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

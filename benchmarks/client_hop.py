@@ -1,6 +1,6 @@
 """What it costs `LlavaClient` to go through the ingress, over calling the two tiers itself: one JSON object.
 
-    RAY_AUTH_MODE=token RAY_AUTH_TOKEN=... python -m benchmarks.client_hop [--rounds 40]
+    python -m benchmarks.client_hop [--rounds 40]
 
 Both ways ask for one token about the same pictures, in turns, on one running application, so that neighbours on the
 machine hit both alike. The pictures have random pixels; their bytes are what crosses the hop.
@@ -8,7 +8,6 @@ machine hit both alike. The pictures have random pixels; their bytes are what cr
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import json
@@ -20,10 +19,11 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import ray
 from PIL import Image
 from ray import serve
 
+from benchmarks.options import make_parser, parse
+from benchmarks.ray_job import ray_job
 from deployments.backend import HandleBackend
 from deployments.client import LlavaClient
 from deployments.local import free_port, local_serve, read_config
@@ -36,13 +36,11 @@ SIDES = {"64 x 64": 64, "640 x 640": 640, "2000 x 2000": 2000}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
-    rounds = parser.parse_args().rounds
-    with local_serve(read_config(CONFIG, port=free_port())) as running:
-        ray.init(address=running.ray_address, log_to_driver=False)
+    rounds = parse(parser, rounds=1).rounds
+    with local_serve(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
         print(json.dumps(asyncio.run(measure(rounds)), indent=2))
-        ray.shutdown()
 
 
 async def measure(rounds: int) -> dict[str, Any]:
@@ -57,7 +55,7 @@ async def measure(rounds: int) -> dict[str, Any]:
     async def straight_to_the_tiers(messages: list[Message]) -> None:
         deadline = time.time() + 120
         prepared = await backend.prepare(messages, conv_mode=None, deadline=deadline)
-        chunks = backend.generate(prepared, ONE, request_id=uuid.uuid4().hex, deadline=deadline)
+        chunks = backend.generate(prepared, ONE, request_id=uuid.uuid4().hex, deadline=deadline, priority=0)
         async with aclosing(chunks):
             async for _ in chunks:
                 pass

@@ -25,6 +25,8 @@ from typing import Any
 import requests
 
 from benchmarks.load import drive
+from benchmarks.make_checkpoint import given_or_tiny
+from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_bars
 from benchmarks.workload import make_jobs
 
@@ -47,8 +49,12 @@ def running(server: str, model: str, device: str) -> Iterator[tuple[str, int]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(server, model, device, port), env={**os.environ, "HF_HUB_OFFLINE": "1"}, **quiet)
+    process = subprocess.Popen(
+        command(server, model, device, port),
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(240):
             try:
@@ -82,21 +88,28 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser = make_parser(__doc__)
+    parser.add_argument("model", nargs="?", help="a checkpoint; --smoke makes one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--per-client", type=int, default=16, help="requests of each client")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser.set_defaults(same_picture=[8])
+    args = parse(parser, clients=[1], per_client=1, rounds=1, same_picture=[])
+    with given_or_tiny(parser, args) as model:
+        compare(model, args)
+
+
+def compare(model: str, args: argparse.Namespace) -> None:
+    """All rounds of all cases, and what they say."""
     runs = []
-    cases = [(clients, False) for clients in args.clients] + [(8, True)]
+    cases = [(clients, False) for clients in args.clients] + [(clients, True) for clients in args.same_picture]
     for round_ in range(args.rounds):
         for clients, same in cases:
             for server in (OURS, THEIRS):
                 count = max(4, clients * args.per_client)
-                runs.append(measure(server, args.model, args.device, clients, count, 10 * round_, same))
+                runs.append(measure(server, model, args.device, clients, count, 10 * round_, same))
                 print(json.dumps(runs[-1]), flush=True)
     speeds = {
         (server, clients, same): median(

@@ -72,7 +72,7 @@ class CountedIngress(Ingress):
         self._preprocessor = preprocessor
         self._model = model
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # type: ignore[override]  # Serve takes any
         app = FastAPI()
         app.add_api_route("/left", self.left)
         app.add_api_route("/engine", self.engine)

@@ -17,6 +17,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +25,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.make_checkpoint import given_or_tiny
+from benchmarks.options import make_parser, parse
 from llava_serve.config import EngineOptions
 from llava_serve.engine import alike
 from llava_serve.engine.engine import Engine
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
+
+FULL = {"gaps": 5, "bookkeeping": (16, 64, 128, 256), "memory": 5000, "steps": (1, 8, 16)}
+"""Rounds, sequences at once, requests, questions at once."""
+SMOKE = {"gaps": 1, "bookkeeping": (16,), "memory": 20, "steps": (1, 2)}
 
 
 def text_prompt(rng: np.random.Generator, length: int) -> PreparedPrompt:
@@ -47,7 +54,7 @@ def fill(engine: Engine, rng: np.random.Generator, rows: int, answer: int, name:
         engine.step()
 
 
-def gaps(llm: LLM, rounds: int = 5) -> dict[str, Any]:
+def gaps(llm: LLM, rounds: int) -> dict[str, Any]:
     """Gaps between tokens of eight answers, before and while a large picture is read."""
     rng = np.random.default_rng(0)
     engine = llm.engine
@@ -79,7 +86,7 @@ def _timed(engine: Engine) -> tuple[float, float]:
     return time.perf_counter() - wall, time.thread_time() - processor
 
 
-def bookkeeping(llm: LLM) -> dict[str, Any]:
+def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
     """Processor time of a step and of what of it is scheduling, accounts and outputs."""
     rng = np.random.default_rng(0)
     engine = llm.engine
@@ -97,7 +104,7 @@ def bookkeeping(llm: LLM) -> dict[str, Any]:
     engine._runner.run = watch("run", engine._runner.run)  # type: ignore[method-assign]
     engine._draw = watch("draw", engine._draw)  # type: ignore[method-assign]
     report = {}
-    for rows in (16, 64, 128, 256):
+    for rows in sizes:
         fill(engine, rng, rows, 200, f"{rows}-")
         spent.update(run=0.0, draw=0.0)
         started = time.thread_time()
@@ -116,7 +123,7 @@ def bookkeeping(llm: LLM) -> dict[str, Any]:
     return report
 
 
-def memory(llm: LLM, count: int = 5000) -> dict[str, Any]:
+def memory(llm: LLM, count: int) -> dict[str, Any]:
     """Resident memory in MB after each tenth of the requests, each with its own picture and a short answer."""
     rng = np.random.default_rng(0)
     engine = llm.engine
@@ -135,14 +142,14 @@ def memory(llm: LLM, count: int = 5000) -> dict[str, Any]:
     return {"requests": count, "resident_mb": samples}
 
 
-def steps(plain: LLM, compiled: LLM) -> dict[str, Any]:
+def steps(plain: LLM, compiled: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
     """Milliseconds of a decode step by the way it is computed."""
     never = 1 << 60
     ways = {"plain": (plain, never), "compiled": (compiled, never), "compiled, together": (compiled, alike._WORTH)}
     pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
     sampling = SamplingParams(temperature=0, max_new_tokens=500, ignore_eos=True)
     report = {}
-    for rows in (1, 8, 16):
+    for rows in sizes:
         for llm in (plain, compiled):
             for at in range(rows):
                 prompt = llm.processor.prepare_query(f"Question {at}?", [Image.fromarray(pixels)])
@@ -163,22 +170,33 @@ def steps(plain: LLM, compiled: LLM) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gaps", "bookkeeping", "memory", "steps"])
-    parser.add_argument("model")
+    parser = make_parser(__doc__)
+    parser.add_argument("what", choices=FULL)
+    parser.add_argument("model", nargs="?", help="a checkpoint; --smoke makes one")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
-    caches = {"kv_cache_bytes": 1 << 29}
+    args = parse(parser)
+    with given_or_tiny(parser, args) as model:
+        print(json.dumps(measure(model, args), indent=2))
+
+
+def measure(model: str, args: argparse.Namespace) -> object:
+    """The figures of `args.what`."""
+    caches: dict[str, Any] = {"kv_cache_bytes": 1 << 29}
     if args.what == "memory":  # caches that are full after a tenth of the requests
         caches = {"kv_cache_bytes": 1 << 25, "feature_cache_bytes": 1 << 20}
     options = EngineOptions(max_num_seqs=256, num_threads=args.threads, **caches)
-    llm = LLM(args.model, dtype=args.dtype, engine=options)
-    if args.what == "steps":
-        report = steps(llm, LLM(args.model, dtype=args.dtype, engine=options.model_copy(update={"compile": True})))
-    else:
-        report = {"gaps": gaps, "bookkeeping": bookkeeping, "memory": memory}[args.what](llm)
-    print(json.dumps(report, indent=2))
+    llm = LLM(model, dtype=args.dtype, engine=options)
+    size: Any = (SMOKE if args.smoke else FULL)[args.what]
+    match args.what:
+        case "gaps":
+            return gaps(llm, size)
+        case "bookkeeping":
+            return bookkeeping(llm, size)
+        case "memory":
+            return memory(llm, size)
+    compiled = LLM(model, dtype=args.dtype, engine=options.model_copy(update={"compile": True}))
+    return steps(llm, compiled, size)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ is over: this program shares the cores with the server.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
 
+from benchmarks.options import make_parser, parse
 from benchmarks.workload import Job, make_jobs
 
 
@@ -105,7 +105,7 @@ def summarise(traces: list[Trace], seconds: float, clients: int) -> dict[str, An
     }
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in milliseconds."""
     if not seconds:
         return {}
@@ -114,7 +114,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("url")
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--clients", type=int, default=8)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--same-picture", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-eos", action="store_true", help="our server's extension: go on to the length asked")
-    args = parser.parse_args()
+    args = parse(parser, clients=2, requests=4)
     jobs = make_jobs(args.requests, seed=args.seed, same_picture=args.same_picture)
     extra = {"ignore_eos": True} if args.ignore_eos else {}
     print(json.dumps(asyncio.run(drive(args.url, args.model, jobs, args.clients, extra)), indent=2))

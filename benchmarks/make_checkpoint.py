@@ -2,8 +2,8 @@
 
     python -m benchmarks.make_checkpoint 60m /tmp/bench/60m
 
-`60m` and `60m-anyres` fit a laptop (the latter cuts a picture into five tiles, so that one takes up to 2,928
-positions), `1b` a small server, `llava-1.5-7b` has the real model's sizes.
+`tiny` is for `--smoke`; `60m` and `60m-anyres` fit a laptop (the latter cuts a picture into five tiles, so that one
+takes up to 2,928 positions), `1b` a small server, `llava-1.5-7b` has the real model's sizes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import string
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from benchmarks.options import make_parser
 
 VOCABULARY = 32_000
 CHAT_TEMPLATE = (
@@ -54,6 +59,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size((64, 128, 2, 4), (64, 128, 2, 4), 56),
     "60m": Size((512, 1376, 8, 8), (384, 1536, 6, 6), 224),
     "60m-anyres": Size((512, 1376, 8, 8), (384, 1536, 6, 6), 336, anyres=True),
     "1b": Size((2048, 5504, 22, 16), (1024, 4096, 24, 16), 336),
@@ -123,8 +129,21 @@ def make_checkpoint(size: Size, folder: Path, device: str = "cpu") -> None:
     processor.save_pretrained(folder)
 
 
+@contextmanager
+def given_or_tiny(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
+    """The checkpoint that the command line names. With `--smoke` it may name none: then one is made, and removed."""
+    if args.model is not None:
+        yield args.model
+        return
+    if not args.smoke:
+        parser.error("a model is needed")
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(SIZES["tiny"], Path(folder))
+        yield folder
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")

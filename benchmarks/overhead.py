@@ -10,7 +10,6 @@ share the machine.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -19,8 +18,8 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import aiohttp
 import numpy as np
 import psutil
 
+from benchmarks.options import make_parser, parse
 from benchmarks.paced import Order, read_stamps
 from benchmarks.workload import make_picture
 from deployments.local import free_port, local_serve, read_config
@@ -67,18 +67,19 @@ Stamps = dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--profile", type=Path, action="append", default=[], help="repeatable; beside Serve's defaults")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=160, help="per round at 16 clients; a quarter of it at one")
+    parser.add_argument("--streams", type=int, nargs=2, default=[200, 16], help="at once: grouped, and one by one")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parse(parser, rounds=1, requests=8, streams=[4, 2])
     profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_profile(p) for p in options.profile}
     rounds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(options.rounds):
         for name, profile in profiles.items():
             with local_serve(paced_config(), profile=profile | PRIORITY) as running:
-                rounds[name].append(asyncio.run(measure(running.url, options.requests)))
+                rounds[name].append(asyncio.run(measure(running.url, options.requests, *options.streams)))
             print(json.dumps({name: summary(rounds[name][-1:])}), file=sys.stderr, flush=True)
     result = {
         "cpu_cores": os.cpu_count(),
@@ -98,18 +99,18 @@ def paced_config() -> dict[str, Any]:
     return config
 
 
-async def measure(url: str, requests: int) -> dict[str, Any]:
+async def measure(url: str, requests: int, grouped: int, one_by_one: int) -> dict[str, Any]:
     """One round under one profile."""
     pictures = [make_picture(seed) for seed in range(16)]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
         ask = Asker(session, url, pictures)
-        await ask.by_clients(4, 32, FIRST_TOKEN, TOKENS)  # warms up
+        await ask.by_clients(4, min(32, requests), FIRST_TOKEN, TOKENS)  # warms up
         return {
             "1": await ask.by_clients(1, requests // 4, FIRST_TOKEN, TOKENS),
             "16": await ask.by_clients(16, requests, FIRST_TOKEN, TOKENS),
-            "grouped": await ask.throughput(200, Order(0.5, 0.02, grouped=True)),
-            "one by one": await ask.throughput(16, Order(0.5, 0, grouped=False)),
+            "grouped": await ask.throughput(grouped, Order(0.5, 0.02, grouped=True)),
+            "one by one": await ask.throughput(one_by_one, Order(0.5, 0, grouped=False)),
         }
 
 
@@ -172,9 +173,9 @@ class Asker:
         return {**stamps, "sent": sent, "received": received, "over": time.time()}
 
 
-def processor_seconds() -> Counter[str]:
+def processor_seconds() -> dict[str, float]:
     """What each part of the application has used so far; this process apart."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             title, times = " ".join(process.cmdline()), process.cpu_times()
@@ -184,10 +185,10 @@ def processor_seconds() -> Counter[str]:
     return seconds
 
 
-def used(before: Counter[str], among: int, unit: float) -> dict[str, float]:
+def used(before: Mapping[str, float], among: int, unit: float) -> dict[str, float]:
     """The processor time since `before` of each part, per item."""
     now = processor_seconds()
-    return {part: (now[part] - before[part]) / among * unit for part in sorted(now)}
+    return {part: (now[part] - before.get(part, 0)) / among * unit for part in sorted(now)}
 
 
 def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from ray import serve
 from ray.serve import Application
@@ -24,9 +24,11 @@ from deployments.app import AppArgs
 from deployments.backend import HandleBackend
 from deployments.coalesce import coalesce
 from deployments.ingress import Ingress
+from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ApiOptions, ImageOptions, ModelOptions
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams, TextPart
+from llava_serve.processor import Processor
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams, TextPart
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,23 @@ class StampedBackend(HandleBackend):
 
     timeout_s: float
 
-    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+    ) -> PreparedPrompt:
         called = time.time()
-        prepared = await super().prepare(messages, conv_mode=conv_mode, deadline=deadline)
+        prepared = await super().prepare(asked, conv_mode=conv_mode, deadline=deadline)
         return stamped(prepared, arrived=deadline - self.timeout_s, parsed=called, prepared=time.time())
 
     async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
-    ) -> AsyncGenerator[Chunk]:
-        async with aclosing(super().generate(prepared, sampling, request_id=request_id, deadline=deadline)) as chunks:
-            first = await anext(chunks)
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
+    ) -> AsyncGenerator[list[Chunk]]:
+        answer = super().generate(prepared, sampling, request_id=request_id, deadline=deadline, priority=priority)
+        async with aclosing(answer) as groups:
+            first, *others = await anext(groups)
             stamps, rest = read_stamps(first.text)
-            yield dataclasses.replace(first, text=json.dumps({**stamps, "back": time.time()}) + rest)
-            async for chunk in chunks:
-                yield chunk
+            yield [dataclasses.replace(first, text=json.dumps({**stamps, "back": time.time()}) + rest), *others]
+            async for group in groups:
+                yield group
 
 
 class StampedPreprocessor(ImagePreprocessor):
@@ -92,26 +97,42 @@ class StampedPreprocessor(ImagePreprocessor):
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         super().__init__(model, images)
-        self._processor: Any = StampedProcessor(self._processor)
+        self._processor.processor = StampedProcessor(self._processor.processor.spec, images)
 
-    async def prepare(self, messages: Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         reached = time.time()
-        return stamped(await super().prepare(messages, conv_mode, deadline), reached=reached)
+        return stamped(await super().prepare(asked, conv_mode, deadline), reached=reached)
 
 
-class StampedProcessor:
-    """A processor with a clock; it hands the question on."""
+class StampedProcessor(Processor):
+    """The real processor with a clock; it hands the question on."""
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def prepare(self, messages: Sequence[Message], *, conv_mode: str | None = None) -> PreparedPrompt:
+    def prepare(
+        self,
+        asked: Query | Sequence[Message],
+        *,
+        conv_mode: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> PreparedPrompt:
         began = time.time()
-        prepared: PreparedPrompt = self._processor.prepare(messages, conv_mode=conv_mode)
-        (order,) = (part.text for part in messages[-1].parts if isinstance(part, TextPart))
+        prepared = super().prepare(asked, conv_mode=conv_mode, check=check)
+        assert not isinstance(asked, Query)
+        (order,) = (part.text for part in asked[-1].parts if isinstance(part, TextPart))
         return dataclasses.replace(
             prepared, prompt=json.dumps({"order": json.loads(order), "began": began, "ended": time.time()})
         )
+
+
+class ModelTier(Protocol):
+    """What the ingress calls of a model replica: the stand-in must have it as the real one has it."""
+
+    def generate(
+        self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
+    ) -> AsyncGenerator[list[Chunk]]: ...
+
+    async def abort(self, call_ids: Sequence[str]) -> None: ...
+
+    async def health(self) -> None: ...
 
 
 class PacedModel:
@@ -121,7 +142,7 @@ class PacedModel:
         self._name = model.model
 
     async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, call_id: str, deadline: float
+        self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
     ) -> AsyncGenerator[list[Chunk]]:
         """Streams `max_new_tokens` tokens."""
         stamps = {**json.loads(prepared.prompt), "asked": time.time()}
@@ -150,6 +171,10 @@ async def paced(order: Order, stamps: dict[str, float], tokens: int) -> AsyncGen
             await asyncio.sleep(wait)
         text = json.dumps({**stamps, "made": time.time()}) if number == 0 else " word"
         yield Chunk(0, text, (number,), "length" if number == tokens - 1 else None)
+
+
+TIERS: tuple[type[ModelTier], ...] = (LlavaModel, PacedModel)
+"""Handles call by name, which no type checker sees: it sees here where the two part."""
 
 
 def build_app(args: AppArgs) -> Application:

@@ -10,11 +10,9 @@ Beside it stand two more picture tiers, of one replica and of two, which get the
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
-import secrets
 import statistics
 import threading
 import time
@@ -25,41 +23,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Ray reads them when it is imported.
-os.environ["RAY_AUTH_MODE"] = "token"
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
 import numpy as np
 import psutil
-import ray
 from PIL import Image
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from benchmarks.options import make_parser, parse
+from benchmarks.ray_job import ray_job
 from deployments.local import free_port, local_serve, read_config
 from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
-SIZE = 4000, 3000
 FREE = {"num_cpus": 0.01}  # of Ray's account: the application itself takes all that a machine of two cores has
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=40, help="per round")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    parser.set_defaults(size=(4000, 3000), hops=100)
+    options = parse(parser, rounds=1, pictures=4, size=(400, 300), hops=2)
     with local_serve(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
         load = os.getloadavg()[0]
         report = {
             "cpu_cores": os.cpu_count(),
             "load_before": round(load, 1),
-            "rate": rate(running.url, options.rounds, options.pictures),
+            "rate": rate(running.url, options.rounds, options.pictures, options.size),
             "one_more_replica": one_more_replica(options.rounds),
-            "hops": hops(100),
+            "hops": hops(options.hops),
         }
     text = json.dumps(report, indent=2)
     print(text)
@@ -67,24 +62,15 @@ def main() -> None:
         options.output.write_text(text + "\n", encoding="utf-8")
 
 
-@contextmanager
-def ray_job(address: str) -> Iterator[None]:
-    """Joins a Ray, and leaves it before it ends: its end would end this process without a word."""
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def photographs(count: int = 4) -> list[bytes]:
-    """JPEGs of 12 megapixels and about 3 MB, as a telephone takes them."""
+def photographs(size: tuple[int, int], count: int = 4) -> list[bytes]:
+    """JPEGs as a telephone takes them: at 12 megapixels about 3 MB."""
+    width, height = size
     rng = np.random.default_rng(0)
     photos = []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 255, (75, 100, 3), dtype=np.uint8))
-        soft = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
-        grain = rng.normal(0, 4, (SIZE[1], SIZE[0], 1)).astype(np.float32)
+        soft = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        grain = rng.normal(0, 4, (height, width, 1)).astype(np.float32)
         file = io.BytesIO()
         Image.fromarray(np.clip(soft + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         photos.append(file.getvalue())
@@ -106,9 +92,9 @@ def processes(name: str) -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if title in " ".join(each.cmdline())]
 
 
-def rate(url: str, rounds: int, pictures: int) -> dict[str, Any]:
+def rate(url: str, rounds: int, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
     """Pictures per second of one replica and of two; rounds alternate, so that a slow minute hits both."""
-    photos = photographs()
+    photos = photographs(size)
     prompts = [[Message("user", (ImagePart(photo), TextPart("What is this?")))] for photo in photos]
     handles = {replicas: tier(f"tier{replicas}", replicas) for replicas in (1, 2)}
     rates: dict[int, list[float]] = {1: [], 2: []}
@@ -151,7 +137,7 @@ def _prepare(handle: DeploymentHandle, prompts: Sequence[list[Message]], count: 
 
 def _processor_time(name: str) -> float:
     times = [each.cpu_times() for each in processes(name)]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 @contextmanager
@@ -161,12 +147,14 @@ def polled(url: str, every_s: float = 0.2) -> Iterator[list[float]]:
     stop = threading.Event()
 
     def poll() -> None:
-        while not stop.wait(every_s):
+        while True:
             start = time.perf_counter()
             with urllib.request.urlopen(url, timeout=60) as response:
                 assert response.status == 200
                 response.read()
             times.append(time.perf_counter() - start)
+            if stop.wait(every_s):
+                return
 
     thread = threading.Thread(target=poll)
     thread.start()

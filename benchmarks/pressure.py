@@ -10,7 +10,6 @@ streamed and not; the time is from closing the socket to an engine that is seen 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -24,38 +23,39 @@ import aiohttp
 import numpy as np
 
 from benchmarks.counted import counted_config
+from benchmarks.options import make_parser, parse
 from benchmarks.workload import make_picture
 from deployments.local import local_serve
 from deployments.profile import read_profile
 
-CROWD = 200
-SEATS = 32
 TOKENS = 64
 LONG = 1500
 JSON = {"Content-Type": "application/json"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--profile", type=Path, action="append", default=[], help="repeatable; beside Serve's defaults")
     parser.add_argument("--rate", type=float, default=60, help="clients per second")
+    parser.add_argument("--crowd", type=int, default=200, help="clients")
+    parser.add_argument("--seats", type=int, default=32)
     parser.add_argument("--leavers", type=int, default=40, help="of each kind")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parse(parser, crowd=8, seats=2, leavers=1)
     profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_profile(p) for p in options.profile}
-    result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": CROWD, "clients_per_s": options.rate}
-    result["seats"] = SEATS
+    result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": options.crowd, "clients_per_s": options.rate}
+    result["seats"] = options.seats
     for name, profile in profiles.items():
-        with local_serve(counted_config(max_in_flight=SEATS), profile=profile) as running:
-            result[name] = asyncio.run(measure(running.url, options.rate, options.leavers))
+        with local_serve(counted_config(max_in_flight=options.seats), profile=profile) as running:
+            result[name] = asyncio.run(measure(running.url, options.crowd, options.rate, options.leavers))
         print(json.dumps({name: result[name]}), flush=True)
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-async def measure(url: str, rate: float, leavers: int) -> dict[str, Any]:
+async def measure(url: str, clients: int, rate: float, leavers: int) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=600)
-    crowd = [body(number, TOKENS, number % 2 == 0) for number in range(CROWD)]
+    crowd = [body(number, TOKENS, number % 2 == 0) for number in range(clients)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         await asyncio.gather(*(ask(session, url, one) for one in crowd[:4]))  # warms up
         began = time.perf_counter()

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import make_parser, parse
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 PATH = "/v1/chat/completions"
 BODY = {"model": "busy", "messages": [{"role": "user", "content": "Hello"}]}
@@ -30,14 +31,16 @@ class Busy:
     def __init__(self) -> None:
         self.entered = asyncio.Event()
 
-    async def prepare(self, messages: Sequence[Message], *, conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+    ) -> PreparedPrompt:
         self.entered.set()
         await asyncio.Event().wait()
         raise AssertionError("never")
 
     async def generate(
-        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float
-    ) -> AsyncGenerator[Chunk]:
+        self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
+    ) -> AsyncGenerator[list[Chunk]]:
         raise AssertionError("never")
         yield
 
@@ -45,7 +48,7 @@ class Busy:
         return None
 
 
-async def measure(count: int = 2000) -> list[float]:
+async def measure(count: int) -> list[float]:
     """Seconds of `count` refusals, one after the other."""
     backend = Busy()
     app = create_app(backend, ApiOptions(max_in_flight=1))
@@ -71,6 +74,12 @@ async def measure(count: int = 2000) -> list[float]:
     return times
 
 
-if __name__ == "__main__":
-    taken = np.array(asyncio.run(measure())) * 1e3
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="refusals")
+    taken = np.array(asyncio.run(measure(parse(parser, count=20).count))) * 1e3
     print(json.dumps({f"p{q}_ms": round(float(np.percentile(taken, q)), 3) for q in (50, 95, 99)}))
+
+
+if __name__ == "__main__":
+    main()

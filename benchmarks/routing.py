@@ -12,13 +12,11 @@ difference between the two replicas' requests over their sum: the mean of sample
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
 import os
 import random
-import secrets
 import statistics
 import time
 from collections.abc import Awaitable, Iterator, Sequence
@@ -28,14 +26,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Ray reads them when it is first imported: this process joins the application's Ray as another job.
-os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-import ray
 from openai import AsyncOpenAI
 from ray import serve
 
+from benchmarks.options import make_parser, parse
+from benchmarks.ray_job import ray_job
 from benchmarks.workload import make_picture
 from deployments.local import free_port, local_serve, read_config
 
@@ -45,24 +40,25 @@ TEMPLATE = 64
 CLIENTS = 16
 SAMPLE_S = 0.1
 Result = dict[str, float]
-Messages = list[dict[str, Any]]
+Messages = list[Any]
 numbers = itertools.count(random.SystemRandom().randrange(10**9))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ingress", type=int, nargs="+", default=[1, 2], help="numbers of ingress replicas")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    settings = list(itertools.product(options.ingress, ("affinity", "default")))
+    parser.set_defaults(routers=("affinity", "default"), share=1.0)
+    options = parse(parser, rounds=1, ingress=[1], routers=("affinity",), share=0.05)
+    settings = list(itertools.product(options.ingress, options.routers))
     by_round: list[dict[str, dict[str, Result]]] = []
     for _ in range(options.rounds):
         by_round.append({})
         for ingress, router in settings:
             # In a process of its own: what Serve keeps in one is of the Ray that it was first in.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                result = process.submit(drive, router, ingress).result()
+                result = process.submit(drive, router, ingress, options.share).result()
             by_round[-1][f"{router}, ingress replicas: {ingress}"] = result
             text = json.dumps({"cpu_cores": os.cpu_count(), "clients": CLIENTS, "by_round": by_round}, indent=2)
             if options.output is not None:
@@ -70,10 +66,10 @@ def main() -> None:
     print(text)
 
 
-def drive(router: str, ingress: int) -> dict[str, Result]:
+def drive(router: str, ingress: int, share: float) -> dict[str, Result]:
     """All loads on the application with one router."""
     with application(router, ingress) as url:
-        return asyncio.run(measure(url))
+        return asyncio.run(measure(url, share))
 
 
 @contextmanager
@@ -88,24 +84,21 @@ def application(router: str, ingress: int) -> Iterator[str]:
     tiers["LlavaModel"]["num_replicas"] = 2
     if router == "default":
         del tiers["LlavaModel"]["request_router_config"]
-    with local_serve(config, num_cpus=8) as running:  # counted, not there: the replicas share what the machine has
-        ray.init(address=running.ray_address, log_to_driver=False, logging_level="ERROR")
-        try:
-            yield running.url
-        finally:
-            ray.shutdown()
+    # The CPUs are counted, not there: the replicas share what the machine has.
+    with local_serve(config, num_cpus=8) as running, ray_job(running.ray_address):
+        yield running.url
 
 
-async def measure(url: str) -> dict[str, Result]:
-    """All loads, one after the other."""
+async def measure(url: str, share: float) -> dict[str, Result]:
+    """So large a share of all loads, one after the other."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         load = Load(client)
         await asyncio.gather(*(load.ask(about(picture(), "Warm up.")) for _ in range(8)))
         return {
-            "questions about pictures": await load.run(questions(load)),
-            "conversations": await load.run(conversations(load)),
-            "distinct pictures": await load.run(distinct(load)),
-            "one picture": await load.run(one_picture(load)),
+            "questions about pictures": await load.run(questions(load, round(30 * share))),
+            "conversations": await load.run(conversations(load, round(24 * share))),
+            "distinct pictures": await load.run(distinct(load, round(160 * share))),
+            "one picture": await load.run(one_picture(load, round(160 * share))),
         }
 
 
@@ -172,8 +165,8 @@ class Load:
         return result
 
 
-async def questions(load: Load, pictures: int = 30, each: int = 4) -> None:
-    """Four questions about each of 30 pictures, in random order, but each after the first about its picture."""
+async def questions(load: Load, pictures: int, each: int = 4) -> None:
+    """Four questions about each picture, in random order, but each after the first about its picture."""
     known = [picture() for _ in range(pictures)]
     await asyncio.gather(*(load.ask(about(one, "Question 0: what is this?")) for one in known))
     later = [(one, number) for one in known for number in range(1, each)]
@@ -181,8 +174,8 @@ async def questions(load: Load, pictures: int = 30, each: int = 4) -> None:
     await asyncio.gather(*(load.ask(about(one, f"Question {n}: what is this?"), again=True) for one, n in later))
 
 
-async def conversations(load: Load, count: int = 24, turns: int = 4) -> None:
-    """24 conversations of four turns, which begin with different texts."""
+async def conversations(load: Load, count: int, turns: int = 4) -> None:
+    """Conversations of four turns, which begin with different texts."""
 
     async def one() -> None:
         messages = say([], f"{next(numbers)} is where we begin. " + "The circle is red and the square is blue. " * 20)
@@ -193,15 +186,15 @@ async def conversations(load: Load, count: int = 24, turns: int = 4) -> None:
     await asyncio.gather(*(one() for _ in range(count)))
 
 
-async def distinct(load: Load, count: int = 160) -> None:
-    """160 pictures that nobody has sent before, with answers of 8 to 48 tokens."""
+async def distinct(load: Load, count: int) -> None:
+    """Pictures that nobody has sent before, with answers of 8 to 48 tokens."""
     draw = random.Random(0)
     lengths = [draw.randint(8, 48) for _ in range(count)]
     await asyncio.gather(*(load.ask(about(picture(), "What is this?"), tokens=length) for length in lengths))
 
 
-async def one_picture(load: Load, count: int = 160) -> None:
-    """160 questions about one picture, with answers of 8 to 48 tokens."""
+async def one_picture(load: Load, count: int) -> None:
+    """Questions about one picture, with answers of 8 to 48 tokens."""
     draw, hot = random.Random(0), picture()
     lengths = [draw.randint(8, 48) for _ in range(count)]
     await asyncio.gather(*(load.ask(about(hot, f"Question {n}?"), tokens=tokens) for n, tokens in enumerate(lengths)))

@@ -1,6 +1,6 @@
 """Tokens per second of the running application by number of clients, over HTTP: one JSON object on standard output.
 
-    python benchmarks/serve_clients.py [--url http://127.0.0.1:8000] [--clients 1 8] [--tokens 128] [--rounds 3]
+    python -m benchmarks.serve_clients [--url http://127.0.0.1:8000] [--clients 1 8] [--tokens 128] [--rounds 3]
 
 Without a URL it starts the application of `serve_config.yaml` on a Ray of its own. Each client sends one question after
 another and gets exactly `--tokens` tokens each time (`ignore_eos`); the pictures differ, so that no cache helps.
@@ -23,19 +23,20 @@ from pathlib import Path
 from openai import AsyncOpenAI
 from PIL import Image
 
+from benchmarks.options import make_parser, parse
 from deployments.local import free_port, local_serve, read_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--url", help="of a running application")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=128, help="per answer")
     parser.add_argument("--answers", type=int, default=4, help="per client and round")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parse(parser, clients=[1, 2], tokens=4, answers=1, rounds=1)
     with application(options.url) as url:
         print(json.dumps(asyncio.run(measure(url, options)), indent=2))
 

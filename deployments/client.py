@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
 from typing import Any, TypeAlias, TypeVar, Unpack
@@ -114,7 +114,7 @@ class LlavaClient:
         images: Images | SamplingParams = None,
         sampling: SamplingParams | None = None,
         **options: Unpack[CallOptions],
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """The answer to a query or a conversation as it comes. Closing the iterator ends the work.
 
         Args:

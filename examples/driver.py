@@ -1,6 +1,7 @@
 """Asks the running application from a driver: any Python process that has joined the application's Ray cluster."""
 
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -18,7 +19,7 @@ llava = LlavaClient()
 print(llava.ask(PICTURE, "What colour is the circle?"))
 
 # A conversation, in OpenAI's form, and all that is known of its answer.
-messages = [
+messages: list[dict[str, Any]] = [
     {
         "role": "user",
         "content": [

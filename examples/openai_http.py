@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 import llava_serve
 
@@ -16,7 +17,7 @@ client = OpenAI(base_url=URL, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 model = client.models.list().data[0].id
 
 picture = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
-messages = [
+messages: list[ChatCompletionMessageParam] = [
     {
         "role": "user",
         "content": [
@@ -28,12 +29,10 @@ messages = [
 
 completion = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=32)
 print(completion.choices[0].message.content)
-print(
-    completion.usage.prompt_tokens,
-    "tokens, of them",
-    completion.usage.prompt_tokens_details.image_tokens,
-    "of the picture",
-)
+usage = completion.usage
+assert usage is not None
+assert usage.prompt_tokens_details is not None
+print(usage.prompt_tokens, "tokens, of them", usage.prompt_tokens_details.image_tokens, "of the picture")
 
 for event in client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=32, stream=True):
     print(event.choices[0].delta.content or "", end="", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Unpack, overload
@@ -145,7 +145,7 @@ class LLM:
         images: Any = None,
         sampling: SamplingParams | None = None,
         **options: Unpack[CallOptions],
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Answers a query or a conversation chunk by chunk; several streams may be open. Closing the iterator ends the
         work.
 
@@ -173,7 +173,7 @@ class LLM:
         *,
         deadline: float | None = None,
         priority: int = 0,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Answers a prepared prompt chunk by chunk, as `stream` does.
 
         Args:

@@ -99,7 +99,7 @@ def replicas(name: str, served: Any) -> list[psutil.Process]:
     """The processes of a deployment, by the title that Ray gives them; other applications' on the machine left out."""
     title, ray_dir = f"ray::ServeReplica:llava:{name}", str(served.log.parent)
     named = [each for each in psutil.process_iter(["cmdline"]) if title in " ".join(each.info["cmdline"] or ())]
-    return [each for each in named if ray_dir in " ".join(each.parent().cmdline())]
+    return [each for each in named if (parent := each.parent()) and ray_dir in " ".join(parent.cmdline())]
 
 
 def data_url(image: bytes, kind: str = "png") -> str:
@@ -107,7 +107,7 @@ def data_url(image: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64," + base64.b64encode(image).decode()
 
 
-def question(text: str, *images: bytes) -> list[dict[str, Any]]:
+def question(text: str, *images: bytes) -> list[Any]:
     """OpenAI messages: the pictures, then the text."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -13,7 +13,7 @@ from api_server import PacedBackend, app_over, error_of
 from llava_serve.types import ImagePart, Message, TextPart
 
 QUESTION = {"role": "user", "content": "What is it?"}
-PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+PICTURE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 @pytest.fixture(scope="module")

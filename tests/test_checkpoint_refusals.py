@@ -223,24 +223,24 @@ def test_an_adapter_with_half_a_factor(lora: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "file", "word"),
     [
-        {"r": 4},
-        {"r": None},
-        {"lora_alpha": None},
-        {"use_dora": True},
-        {"peft_type": "LOHA"},
-        {"rank_pattern": {"q_proj": 4}},
-        {"modules_to_save": ["lm_head"]},
-        {"init_lora_weights": "pissa"},
+        ({"r": 4}, "adapter_model.bin", "the rank is 4"),
+        ({"r": None}, "adapter_config.json", "lacks r"),
+        ({"lora_alpha": None}, "adapter_config.json", "lacks lora_alpha"),
+        ({"use_dora": True}, "adapter_config.json", "use_dora"),
+        ({"peft_type": "LOHA"}, "adapter_config.json", "LOHA"),
+        ({"rank_pattern": {"q_proj": 4}}, "adapter_config.json", "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "adapter_config.json", "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "adapter_config.json", "'pissa'"),
     ],
     ids=str,
 )
-def test_an_adapter_of_another_kind(changes: dict[str, Any], lora: Path) -> None:
+def test_an_adapter_of_another_kind(changes: dict[str, Any], file: str, word: str, lora: Path) -> None:
     edit(lora / "adapter_config.json", **changes)
     message = refusal(lora, model_base=str(lora.parent / "vicuna-v1.5-tiny"))
-    assert "adapter_config.json" in message or "adapter_model.bin" in message
-    assert any(str(word) in message for pair in changes.items() for word in (*pair, "rank"))
+    assert file in message
+    assert word in message
 
 
 def test_a_projector_that_is_cut_off(projector: Path) -> None:
@@ -255,5 +255,5 @@ def test_a_projector_for_a_base_of_another_width(projector: Path) -> None:
     base = projector.parent / "vicuna-v1.5-tiny"
     write(base, {name: narrow(tensor, 64, 48) for name, tensor in read(base).items()})
     message = refusal(projector, model_base=str(base))
-    assert "model.embed_tokens.weight" in message or "model.layers.0" in message
-    assert "48" in message
+    assert "model.embed_tokens.weight" in message
+    assert "(700, 48)" in message

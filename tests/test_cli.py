@@ -147,7 +147,7 @@ def test_a_wrong_flag_is_told_by_the_parser(capfd: pytest.CaptureFixture[str], a
     assert word in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "llava_serve.cli", "ask", "--model", MODEL, "What?", "--max-new-tokens", "300"],

@@ -44,7 +44,7 @@ def in_process(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]
         process.communicate()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
 def test_serve_in_process_answers_and_drains(stop: signal.Signals) -> None:
     with in_process("--dtype", "bfloat16", "--port", 0, "--api-key", "sesame") as (url, process):
         assert httpx.get(f"{url}/v1/models").status_code == 401
@@ -84,7 +84,7 @@ def test_serve_refuses_a_config_with_a_typo(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_serve_starts_the_application_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

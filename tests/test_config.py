@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import CONFIG
 from pydantic import ValidationError
+from ray.serve import Application
 
 from deployments.app import DEPLOYMENTS, AppArgs, build_app
 from deployments.check_config import check
@@ -143,8 +144,9 @@ def test_the_application_refuses_a_typo_at_deploy() -> None:
 
 
 def test_the_names_are_those_of_the_deployments() -> None:
-    app = build_app(AppArgs())
-    assert app._bound_deployment.name == DEPLOYMENTS[0]
+    ingress = build_app(AppArgs())._bound_deployment
+    tiers = [each._bound_deployment for each in ingress.init_args if isinstance(each, Application)]
+    assert tuple(each.name for each in (ingress, *tiers)) == DEPLOYMENTS
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ class Letters(Tokenizer):
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
     def stays_open(self, token_id: int) -> bool:
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_attention_in_two_parts_is_attention(kv_heads: int, dtype: torch.dtype) 
         return pair[0].to(dtype), pair[1].to(dtype)
 
     given = attend_alike([query.to(dtype) for query in queries], cast(common), [cast(pair) for pair in own], 0.3)
-    loose = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
+    loose: dict[str, Any] = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
     for row, right in zip(given, expected, strict=True):
         assert row.dtype == dtype
         torch.testing.assert_close(row.double(), right, **loose)

@@ -28,7 +28,8 @@ REQUESTS = [(one, GREEDY) for one in PROMPTS]
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", pytest.param("mistral", marks=pytest.mark.slow), pytest.param("qwen2", marks=pytest.mark.slow)]
+    "kind",
+    ["llama", pytest.param("mistral", marks=pytest.mark.extended), pytest.param("qwen2", marks=pytest.mark.extended)],
 )
 def test_a_compiled_decoder_answers_as_the_plain_one_and_is_compiled_once(kind: str) -> None:
     plain, subject = engine(TinyModel(kind)), engine(TinyModel(kind), compile=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION
@@ -57,7 +59,7 @@ def test_attention_without_that_kernel_gives_the_same(
     dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llava_serve.engine.varlen.available", lambda *_: False)
-    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     expected = attended("cpu", torch.float32, biased=biased)
     torch.testing.assert_close(attended("cuda", dtype, biased=biased), expected, **close)
 
@@ -88,6 +90,6 @@ def test_graphs_answer_as_their_kernels_do(rows: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_builtin_model_answers_on_cuda_as_on_a_cpu(dtype: str) -> None:
+def test_the_builtin_model_answers_on_cuda_as_on_a_cpu(dtype: Any) -> None:
     llm = LLM("builtin", device="cuda", dtype=dtype)
     assert DEMO_ANSWER in llm.generate(DEMO_QUESTION, images=[DEMO_IMAGE], sampling=GREEDY).text

@@ -9,6 +9,7 @@ import functools
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def make_sampling(rng: random.Random) -> SamplingParams:
         case 2:
             return SamplingParams(temperature=1, top_p=0.8, top_k=30, seed=rng.randrange(99), max_new_tokens=count)
         case 3:
-            penalties = {"presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
+            penalties: dict[str, Any] = {"presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
             return SamplingParams(temperature=0, max_new_tokens=count, **penalties)
         case _:
             return SamplingParams(temperature=0, max_new_tokens=count)

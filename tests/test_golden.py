@@ -14,12 +14,13 @@ import torch
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions
 from llava_serve.llava import Llava
-from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
+from llava_serve.types import GenerationResult, ImagePart, Message, PreparedPrompt, TextPart
 
 GOLDEN = Path(__file__).parent / "golden"
 SUITE: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text())
-CASES = [pytest.param(name, case, id=f"{name}-{case['id']}") for name, one in SUITE.items() for case in one["cases"]]
-BEAMS = [param for param in CASES if param.values[1].get("beam3_max8_ids")]
+PAIRS = [(name, case) for name, one in SUITE.items() for case in one["cases"]]
+CASES = [pytest.param(name, case, id=f"{name}-{case['id']}") for name, case in PAIRS]
+BEAMS = [param for param, (_, case) in zip(CASES, PAIRS, strict=True) if case.get("beam3_max8_ids")]
 TOLERANCE = 2e-3
 PREPARED: dict[tuple[str, str], PreparedPrompt] = {}
 
@@ -61,9 +62,17 @@ def last_logits(model: Llava, prepared: PreparedPrompt) -> torch.Tensor:
     return logits
 
 
-def until_tie(case: dict[str, Any], ids: tuple[int, ...]) -> bool:
-    """Equal, or different from a near tie on: a case whose margin is below the tolerance may differ."""
-    return list(ids) == case["greedy_ids"] or case["min_top2_margin"] < TOLERANCE
+def assert_equal_until_tie(case: dict[str, Any], result: GenerationResult) -> None:
+    """The original's tokens and text. They may part where both tokens are nearly as likely, and nowhere else."""
+    if list(result.token_ids) == case["greedy_ids"]:
+        assert result.text == case["greedy_text"]
+        return
+    assert result.logprobs is not None
+    pairs = zip(result.logprobs, case["greedy_ids"], strict=False)  # behind a tie one of them may end first
+    entry, expected = next((entry, token) for entry, token in pairs if entry.token_id != token)
+    logprobs = {token: logprob for token, _, logprob in entry.top}
+    assert expected in logprobs, case["id"]
+    assert entry.logprob - logprobs[expected] < TOLERANCE, case["id"]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -79,7 +88,7 @@ def test_pixels(name: str, case: dict[str, Any]) -> None:
     prepared = prepare(name, case)
     image = load(name).spec.image
     for tiles, expected in zip(prepared.tiles, case["pixel_values"], strict=True):
-        pixels = (tiles.astype(np.float32) / 255 - np.float32(image.mean)) / np.float32(image.std)
+        pixels = (tiles.astype(np.float32) / 255 - np.array(image.mean, np.float32)) / np.array(image.std, np.float32)
         pixels = pixels.transpose(0, 3, 1, 2).reshape(expected["shape"])
         assert pixels.mean() == pytest.approx(expected["mean"], abs=1e-4)
         assert pixels.std() == pytest.approx(expected["std"], abs=1e-4)
@@ -104,12 +113,17 @@ def plain_model(name: str, base: str | None) -> Llava:
 
 @pytest.mark.parametrize("name", SUITE)
 def test_greedy_tokens_and_text(name: str) -> None:
-    sampling = SamplingParams(temperature=0, max_new_tokens=20)
+    sampling = SamplingParams(temperature=0, max_new_tokens=20, logprobs=2)
     for case in SUITE[name]["cases"]:
-        result = load(name).run([prepare(name, case)], sampling)[0]
-        assert until_tie(case, result.token_ids), case["id"]
-        if list(result.token_ids) == case["greedy_ids"]:
-            assert result.text == case["greedy_text"]
+        assert_equal_until_tie(case, load(name).run([prepare(name, case)], sampling)[0])
+
+
+def test_a_difference_before_a_tie_is_found() -> None:
+    name, case = PAIRS[0]
+    result = load(name).run([prepare(name, case)], SamplingParams(temperature=0, max_new_tokens=20, logprobs=2))[0]
+    assert_equal_until_tie(case, result)
+    with pytest.raises(AssertionError):
+        assert_equal_until_tie(case | {"greedy_ids": [*case["greedy_ids"][:-1], 0]}, result)
 
 
 @pytest.mark.parametrize(("name", "case"), BEAMS)

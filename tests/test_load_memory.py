@@ -20,7 +20,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_llava(to, hidden=2048, intermediate=5632, layers=6, files=request.param, shards=3)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_loading_takes_little_more_than_the_model(folder: Path, dtype: str) -> None:
     assert sum(file.stat().st_size for file in folder.glob("*model-*")) > 500e6

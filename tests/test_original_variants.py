@@ -242,7 +242,7 @@ def test_a_projector_over_a_llava_with_a_deeper_one(tmp_path: Path) -> None:
     base, projector = copy("llava-v1.5-tiny", tmp_path), copy("llava-v1-tiny-pretrain-projector", tmp_path)
     model = load(projector, model_base=str(base))
     stored = torch.load(projector / "mm_projector.bin")
-    assert torch.equal(model.projector[0].weight, stored["model.mm_projector.weight"].float())
+    assert torch.equal(model.projector.state_dict()["0.weight"], stored["model.mm_projector.weight"].float())
     assert len(model.projector) == 1
     assert torch.equal(model.language_model.lm_head.weight, read(base)["lm_head.weight"].float())
 
@@ -263,6 +263,7 @@ def test_lora_on_a_mistral(tmp_path: Path) -> None:
     model = load(adapter, model_base=str(base))
     assert_decoder(model, merged, differs_from=weights)
     assert model.language_model.config.model_type == "mistral"
+    assert model.image_newline is not None
     assert torch.equal(model.image_newline, weights["model.image_newline"].float() * 0.5)
 
 

@@ -55,8 +55,8 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             yield from (state.absmax, state.state2.absmax)
-        elif getattr(parameter, "SCB", None) is not None:
-            yield parameter.SCB
+        elif (scales := getattr(parameter, "SCB", None)) is not None:
+            yield scales
 
 
 @needs_bitsandbytes

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 CONSOLE = re.findall(r"```console\n\$ (.+)\n(.+)\n```", README)
+CURL = re.findall(r"^(curl .+?)```", README, re.DOTALL | re.MULTILINE)
 PYTHON = [code for code in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "a running application" not in code]
 
 
@@ -39,9 +43,20 @@ def test_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert len(printed) == 4
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_gets_the_answer(served: Any) -> None:
+    [command] = CURL
+    port = served.url.rsplit(":", 1)[1]
+    assert command.count("localhost:8000") == 1
+    command = command.replace("localhost:8000", f"localhost:{port}")
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "The circle is red."
+
+
 def test_named_files_and_targets_are_there() -> None:
-    for link in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / link).exists(), link
+    links = re.findall(r"\]\(([\w./-]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert len(links) > 5
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in set(re.findall(r"make ([a-z][\w-]*)", README)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    targets = set(re.findall(r"make ([a-z][\w-]*)", README))
+    assert {"demo", "test", "serve"} <= targets <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))

@@ -59,11 +59,11 @@ async def burst(url: str, clients: int, within_s: float) -> None:
 async def tokens_when_quiet(stats: Stats) -> int:
     """Waits until the engine is empty and stays so; returns the tokens that it has drawn since its start."""
     deadline = time.monotonic() + 120
-    before = None
+    before: int | None = None
     while True:
         now = await asyncio.to_thread(stats)
         empty = now["running"] == now["waiting"] == 0 and now["free_blocks"] == now["total_blocks"]
-        if empty and before == now["generated_tokens"]:
+        if empty and before is not None and before == now["generated_tokens"]:
             return before
         assert time.monotonic() < deadline, f"the engine does not come to rest: {now}"
         before = now["generated_tokens"] if empty else None

@@ -21,7 +21,7 @@ from openai import OpenAI
 
 from deployments.local import LocalServeError, environment, free_port, local_serve, read_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.extended
 
 
 def test_answers_on_their_way_are_finished() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def conversations(count: int) -> list[list[dict[str, Any]]]:
         said = {"role": "assistant", "content": "There are two shapes in the picture."}
         return [user(image(), {"type": "text", "text": QUESTIONS[1]}), said, user(text())]
 
-    forms = [
+    forms: list[Callable[[], list[dict[str, Any]]]] = [
         lambda: [user(image(), text())],
         lambda: [user(text(), image())],
         second_turn,
@@ -84,7 +85,7 @@ async def ask(client: AsyncOpenAI, messages: list[Any], *, stream: bool) -> tupl
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.extended)])
 async def test_mixed_requests_at_once_end_each_with_its_right_answer(served: Any, count: int) -> None:
     asked = conversations(count)
     # The engine takes 160 at once: the rest is told to come again, and the official client does.

@@ -61,7 +61,9 @@ def test_a_full_house_is_tried_again_after_the_time_that_it_names(narrow: str, a
         hooked = openai.DefaultHttpxClient(event_hooks={"response": [note]})
         with OpenAI(base_url=narrow, api_key="none", max_retries=10, http_client=hooked) as second:
             raw = second.chat.completions.with_raw_response.create(model="builtin", messages=HELLO, max_tokens=2)
-    assert raw.parse().usage.completion_tokens <= 2
+    usage = raw.parse().usage
+    assert usage is not None
+    assert usage.completion_tokens <= 2
     assert raw.retries_taken == len(tries) - 1 >= 1
     assert [status for status, _ in tries] == [429] * raw.retries_taken + [200]
     assert all(later - earlier >= 1 for (_, earlier), (_, later) in itertools.pairwise(tries))
@@ -97,7 +99,7 @@ async def test_the_asynchronous_contexts(served: Any, at_rest: int) -> None:
         async with client.chat.completions.stream(**asked()) as stream:
             async for _ in stream:
                 pass
-            assert DEMO_ANSWER in (await stream.get_final_completion()).choices[0].message.content
+            assert DEMO_ANSWER in ((await stream.get_final_completion()).choices[0].message.content or "")
         async with await client.chat.completions.create(**endless(stream=True)) as stream:
             assert (await anext(aiter(stream))).choices[0].delta.role == "assistant"
         # A left stream has freed its connection, and the client goes on.

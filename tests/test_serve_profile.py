@@ -46,6 +46,7 @@ def post(url: str, headers: dict[str, str]) -> Any:
         return response
 
 
+@pytest.mark.extended
 def test_it_answers_streamed_and_whole(production_client: OpenAI) -> None:
     asked: Any = {"model": "builtin", "messages": question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()), "temperature": 0}
     whole = production_client.chat.completions.create(**asked, max_tokens=20)
@@ -55,6 +56,7 @@ def test_it_answers_streamed_and_whole(production_client: OpenAI) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+@pytest.mark.extended
 def test_a_picture_beyond_grpcs_own_limit_is_answered(production_client: OpenAI) -> None:
     noise = io.BytesIO()
     Image.frombytes("RGB", (1500, 1500), os.urandom(1500 * 1500 * 3)).save(noise, "PNG")
@@ -64,6 +66,7 @@ def test_a_picture_beyond_grpcs_own_limit_is_answered(production_client: OpenAI)
     assert completion.usage is not None
 
 
+@pytest.mark.extended
 def test_an_answer_says_its_id_once_and_serve_is_not_steered(production: str, served: Any) -> None:
     for url in (production, served.url):
         # Serve would read "0.001" as this request's time and answer 408 before the application is asked.
@@ -72,6 +75,7 @@ def test_an_answer_says_its_id_once_and_serve_is_not_steered(production: str, se
         assert response.headers.get_all("x-request-id") == ["mine"]
 
 
+@pytest.mark.extended
 async def test_a_burst_of_clients_that_leave_leaves_nothing(
     production: str, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:

@@ -74,7 +74,7 @@ def picture() -> bytes:
 
 
 def prepare(text: str, *pictures: bytes) -> PreparedPrompt:
-    parts = (*(ImagePart(each) for each in pictures), TextPart(text))
+    parts: tuple[TextPart | ImagePart, ...] = (*(ImagePart(each) for each in pictures), TextPart(text))
     return Processor(open_checkpoint("builtin"), ImageOptions()).prepare([Message("user", parts)])
 
 
@@ -99,8 +99,9 @@ async def test_second_questions_about_a_picture_find_it(served: Any, model: Depl
             answer = await client.chat.completions.create(
                 model="builtin", messages=question(text, image), max_tokens=2, temperature=0
             )
-            details = answer.usage.prompt_tokens_details
-            return int(details.cached_tokens)
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens_details is not None
+            return answer.usage.prompt_tokens_details.cached_tokens or 0
 
         before = await stats(model)
         first = await asyncio.gather(*(cached("What is this?", each) for each in pictures[::-1]))

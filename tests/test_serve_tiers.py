@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from typing import Any
 import pytest
 import ray
 from conftest import CONFIG, DEMO_IMAGE, question, replicas
+from prometheus_client.parser import text_string_to_metric_families
+
+EXPORTED_AFTER_S = 12
+"""Ray's processes tell their figures every ten seconds."""
 
 PREPARE = """
 import asyncio, sys, time
@@ -45,20 +51,46 @@ def test_only_the_model_replica_has_torch(client: Any, served: Any, name: str, h
         assert ("libtorch" in libraries) == has_torch
 
 
+@pytest.mark.extended
 def test_the_figures_come_to_rays_metrics(
     client: Any, ray_job: None, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
-    client.chat.completions.create(model="builtin", messages=question("Hello", DEMO_IMAGE.read_bytes()), max_tokens=3)
     [node] = ray.nodes()
     endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
-    def all_there() -> bool:
+    def figures() -> Counter[str]:
+        """Of this application, over all replicas: sums of counters, and the counts of histograms."""
         with urllib.request.urlopen(endpoint, timeout=30) as response:
-            text = response.read().decode()
-        names = ("generated_tokens", "answers", "first_chunk_seconds", "prompts", "images", "prepare_seconds")
-        return all(f"ray_llava_{name}" in text for name in names)
+            families = text_string_to_metric_families(response.read().decode())
+        found: Counter[str] = Counter()
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.labels.get("application") == "llava" and sample.name.startswith("ray_llava_"):
+                reason = sample.labels.get("finish_reason", "")
+                found[f"{sample.name.removeprefix('ray_llava_')} {reason}".strip()] += int(sample.value)
+        return found
 
-    wait_until(all_there)
+    def ask(max_tokens: int) -> None:
+        messages = question("Hello", DEMO_IMAGE.read_bytes(), DEMO_IMAGE.read_bytes())
+        client.chat.completions.create(
+            model="builtin", messages=messages, max_tokens=max_tokens, extra_body={"ignore_eos": True}
+        )
+
+    ask(1)
+    time.sleep(EXPORTED_AFTER_S)  # what was asked before this test is there now
+    before = figures()
+    ask(3)
+    ask(5)
+    expected = {
+        "generated_tokens_total": 8,
+        "answers_total length": 2,
+        "first_chunk_seconds_count": 2,
+        "prompts_total": 2,
+        "images_total": 4,
+        "prepare_seconds_count": 2,
+    }
+    wait_until(lambda: all((figures() - before)[name] >= more for name, more in expected.items()))
+    now = figures()
+    assert {name: now[name] - before[name] for name in expected} == expected
 
 
 def test_a_port_in_use_is_one_clear_sentence(served: Any) -> None:

@@ -71,7 +71,13 @@ def test_a_users_text_has_none(yi_like: Tokenizer) -> None:
 @pytest.mark.parametrize("image_token", [None, "<image>"])
 def test_nor_with_a_json_tokenizer(json_folder: Path, image_token: str | None) -> None:
     tokenizer = load_tokenizer(read_tokenizer(json_folder, [], image_token))
-    spans = [Control("<|im_start|>"), Text("user\n" + ATTACK), ImageSlot(), Text("?"), Control("<|im_end|>")]
+    spans: list[Text | Control | ImageSlot] = [
+        Control("<|im_start|>"),
+        Text("user\n" + ATTACK),
+        ImageSlot(),
+        Text("?"),
+        Control("<|im_end|>"),
+    ]
     ids = tokenizer.encode(spans)
     controls = {tokenizer.token_id(name) for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<image>")}
     assert [i for i in ids if i in controls | {IMAGE_TOKEN_ID}] == [
