@@ -26,6 +26,7 @@ from PIL import Image
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine import alike
+from llava_serve.engine import engine as engine_module
 from llava_serve.engine.engine import Engine
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
@@ -95,7 +96,7 @@ def bookkeeping(llm: LLM) -> dict[str, Any]:
         return watched
 
     engine._runner.run = watch("run", engine._runner.run)  # type: ignore[method-assign]
-    engine._draw = watch("draw", engine._draw)  # type: ignore[method-assign]
+    engine_module.draw = watch("draw", engine_module.draw)  # type: ignore[attr-defined]
     report = {}
     for rows in (16, 64, 128, 256):
         fill(engine, rng, rows, 200, f"{rows}-")

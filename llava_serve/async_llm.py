@@ -19,10 +19,11 @@ from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.failures import request_failure
 from llava_serve.engine.sequence import EngineRequest, Output
 from llava_serve.engine.stats import EngineStats
 from llava_serve.engine.stream import ChunkStream
-from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+from llava_serve.errors import CapacityError, EngineDeadError
 from llava_serve.tokenizer import load_tokenizer
 from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
 
@@ -115,6 +116,7 @@ class AsyncLLM:
             RequestError: the prompt is too long, or the engine cannot do what is asked.
             CapacityError: the queue is full.
             DeadlineExceededError: the time was up before the answer was complete.
+            NumericalError: the model's numbers did not stay finite.
             EngineDeadError: the engine's loop has ended.
         """
         request = self._engine.limits.accept(
@@ -133,8 +135,6 @@ class AsyncLLM:
                 output = await consumer.outputs.get()
                 if output is None:
                     return
-                if output.error is not None:
-                    raise output.error
                 chunk = chunks.push(output)
                 if chunk is None:
                     continue
@@ -201,8 +201,9 @@ class AsyncLLM:
         self._taken += 1
         try:
             self._engine.add(request)
-        except LlavaServeError as error:
-            self._post({consumer.loop: [(consumer, Output(request.request_id, 0, error=error))]})
+        except Exception as error:
+            failure = request_failure(request.request_id, error)
+            self._post({consumer.loop: [(consumer, Output(request.request_id, 0, error=failure))]})
         else:
             self._consumers[request.request_id] = consumer
 

@@ -13,6 +13,7 @@ from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.engine.stream import ChunkStream, collect
+from llava_serve.errors import LlavaServeError
 from llava_serve.images.fetch import ImageSource
 from llava_serve.openai_messages import ChatMessage, as_message
 from llava_serve.processor import Processor
@@ -137,30 +138,41 @@ class LLM:
         return results[0] if single else results
 
     def stream(self, prepared: PreparedPrompt, sampling: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Answers a prepared prompt chunk by chunk; several streams may be open. Closing the iterator ends the work."""
+        """Answers a prepared prompt chunk by chunk; several streams may be open. Closing the iterator ends the work.
+
+        Raises:
+            NumericalError: the model's numbers did not stay finite.
+        """
         request = self.engine.limits.accept(uuid.uuid4().hex, prepared, sampling or SamplingParams())
         answer = self._open(request)
         try:
-            while not answer.stream.done or answer.chunks:
+            while not answer.done or answer.chunks:
                 if not answer.chunks:
                     self._step()
                 yield from answer.take()
+            answer.check()
         finally:
             self._close(request)
 
     def run(self, prepared: Iterable[PreparedPrompt], sampling: SamplingParams | None = None) -> list[GenerationResult]:
-        """Answers prepared prompts, batched by the engine, in their order."""
+        """Answers prepared prompts, batched by the engine, in their order.
+
+        Raises:
+            NumericalError: the model's numbers did not stay finite for one of them; the others have been answered.
+        """
         sampling = sampling or SamplingParams()
         requests = [self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling) for prompt in prepared]
         answers: list[_Answer] = []
         try:
-            while len(answers) < len(requests) or not all(answer.stream.done for answer in answers):
+            while len(answers) < len(requests) or not all(answer.done for answer in answers):
                 while len(answers) < len(requests) and self.engine.has_room(requests[len(answers)]):
                     answers.append(self._open(requests[len(answers)]))
                 self._step()
         finally:
             for request in requests:
                 self._close(request)
+        for answer in answers:
+            answer.check()
         return [collect(request.prompt, answer.take()) for request, answer in zip(requests, answers, strict=True)]
 
     def _open(self, request: EngineRequest) -> _Answer:
@@ -177,7 +189,12 @@ class LLM:
         """One step of the engine: new chunks go to whom they belong."""
         for output in self.engine.step():
             answer = self._answers[output.request_id]
-            chunk = answer.stream.push(output)
+            try:
+                chunk = None if answer.error else answer.stream.push(output)
+            except LlavaServeError as error:
+                answer.error = error
+                self.engine.abort(output.request_id)
+                continue
             if chunk is None:
                 continue
             if chunk.finish_reason is not None and output.finish_reason is None:
@@ -185,14 +202,25 @@ class LLM:
             answer.chunks.append(chunk)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Answer:
-    """What has come of an answer and has not been taken yet."""
+    """What has come of an answer and has not been taken yet; `error`: why nothing more does."""
 
     stream: ChunkStream
     chunks: list[Chunk] = field(default_factory=list)
+    error: LlavaServeError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Nothing more comes."""
+        return self.stream.done or self.error is not None
 
     def take(self) -> list[Chunk]:
         taken = list(self.chunks)
         self.chunks.clear()
         return taken
+
+    def check(self) -> None:
+        """Raises the error, if there is one."""
+        if self.error is not None:
+            raise self.error
