@@ -29,6 +29,7 @@ from benchmarks.make_checkpoint import given_or_tiny
 from benchmarks.options import make_parser, parse
 from llava_serve.config import EngineOptions
 from llava_serve.engine import alike
+from llava_serve.engine import engine as engine_module
 from llava_serve.engine.engine import Engine
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
@@ -102,7 +103,7 @@ def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
         return watched
 
     engine._runner.run = watch("run", engine._runner.run)  # type: ignore[method-assign]
-    engine._draw = watch("draw", engine._draw)  # type: ignore[method-assign]
+    engine_module.draw = watch("draw", engine_module.draw)  # type: ignore[attr-defined]
     report = {}
     for rows in sizes:
         fill(engine, rng, rows, 200, f"{rows}-")

@@ -32,10 +32,11 @@ from llava_serve.config import (
 from llava_serve.deadline import deadline_in
 from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.failures import request_failure
 from llava_serve.engine.sequence import EngineRequest, Output
 from llava_serve.engine.stats import EngineStats
 from llava_serve.engine.stream import ChunkStream, collect
-from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+from llava_serve.errors import CapacityError, EngineDeadError
 from llava_serve.inputs import CallOptions, Images, images_and_sampling
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
@@ -264,6 +265,7 @@ class AsyncLLM:
             RequestError: the prompt is too long, or the engine cannot do what is asked.
             CapacityError: the queue is full.
             DeadlineExceededError: the time was up before the answer was complete.
+            NumericalError: the model's numbers did not stay finite.
             EngineDeadError: the engine's loop has ended.
         """
         request = self._engine.limits.accept(
@@ -282,8 +284,6 @@ class AsyncLLM:
                 output = await consumer.outputs.get()
                 if output is None:
                     return
-                if output.error is not None:
-                    raise output.error
                 chunk = chunks.push(output)
                 if chunk is None:
                     continue
@@ -350,8 +350,9 @@ class AsyncLLM:
         self._taken += 1
         try:
             self._engine.add(request)
-        except LlavaServeError as error:
-            self._post({consumer.loop: [(consumer, Output(request.request_id, 0, error=error))]})
+        except Exception as error:
+            failure = request_failure(request.request_id, error)
+            self._post({consumer.loop: [(consumer, Output(request.request_id, 0, error=failure))]})
         else:
             self._consumers[request.request_id] = consumer
 

@@ -11,6 +11,7 @@ LlavaServeError
 ├── CapacityError              full: try again later
 ├── DeadlineExceededError      the request's time was up
 ├── CheckpointError            at load only: names file and tensor
+├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
 └── EngineDeadError            the engine's loop has ended
 
 A class carries no HTTP status: the web app has one table (`llava_serve.api.errors`). The message is a sentence for the
@@ -95,6 +96,10 @@ class DeadlineExceededError(LlavaServeError):
 
 class CheckpointError(LlavaServeError):
     """A checkpoint cannot be loaded; the message names the file or tensor and what to do. Raised at load only."""
+
+
+class NumericalError(LlavaServeError):
+    """The model's numbers became NaN or infinity on this request; the message names what the operator can change."""
 
 
 class EngineDeadError(LlavaServeError):

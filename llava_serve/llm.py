@@ -252,10 +252,15 @@ class LLM:
         """One step of the engine: new chunks go to whom they belong."""
         for output in self.engine.step():
             answer = self._answers[output.request_id]
-            if output.error is not None:
-                answer.error = output.error
+            if answer.error is not None or output.error is not None:
+                answer.error = answer.error or output.error
                 continue
-            chunk = answer.stream.push(output)
+            try:
+                chunk = answer.stream.push(output)
+            except LlavaServeError as error:
+                answer.error = error
+                self.engine.abort(output.request_id)
+                continue
             if chunk is None:
                 continue
             if chunk.finish_reason is not None and output.finish_reason is None:
@@ -265,7 +270,7 @@ class LLM:
 
 @dataclass(slots=True)
 class _Answer:
-    """What has come of an answer and has not been taken yet."""
+    """What has come of an answer and has not been taken yet; `error`: why nothing more does."""
 
     stream: ChunkStream
     chunks: list[Chunk] = field(default_factory=list)

@@ -13,6 +13,7 @@ from llava_serve.checkpoints.names import stored_name
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor
 from llava_serve.errors import CheckpointError
+from llava_serve.numerics import are_finite
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -28,14 +29,17 @@ def place_tensors(
     Never holds more than one tensor beside the model: what a process needs to load is what the model takes.
 
     Raises:
-        CheckpointError: lists the tensors that are missing, surplus, or of another shape.
+        CheckpointError: lists the tensors that are missing or surplus; names one of another shape, or that is not
+            finite.
     """
     tied = _tied_names(model)
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
     _check_names(wanted.keys(), stored, tied, spec)
     for name, parameter in wanted.items():
         path, _, last = name.rpartition(".")
-        _set(model.get_submodule(path), last, _read(stored[name], tuple(parameter.shape)), device, dtype)
+        value = _read(stored[name], tuple(parameter.shape))
+        placed = _set(model.get_submodule(path), last, value, device, dtype)
+        _check_finite(stored[name], value, placed)
     for module in model.modules():  # tables such as the rotary frequencies: computed, not stored
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
@@ -130,12 +134,26 @@ def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
-def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns the tensor as it was placed, or was to be quantized."""
     old = getattr(module, name)
     if type(old) is nn.Parameter:
         placed = torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
         setattr(module, name, nn.Parameter(placed, requires_grad=False))
-        return
+        return placed
     # bitsandbytes' parameters quantize themselves when they are moved to their device.
     settings = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}
-    setattr(module, name, type(old)(value.to(dtype), requires_grad=False, **settings).to(device))
+    rounded = value.to(dtype)
+    setattr(module, name, type(old)(rounded, requires_grad=False, **settings).to(device))
+    return rounded
+
+
+def _check_finite(stored: StoredTensor, value: Tensor, placed: Tensor) -> None:
+    """Raises `CheckpointError` for a tensor that spoils answers: NaN spreads to all that it meets."""
+    if placed.numel() == 0 or bool(are_finite(placed)):
+        return
+    what = f"{stored.name} in {stored.file}" + (" with the adapter's addition" if stored.delta else "")
+    if bool(are_finite(value)):
+        dtype = str(placed.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{what} holds numbers too large for {dtype}: choose bfloat16 or float32 with dtype.")
+    raise CheckpointError(f"{what} holds NaN or infinity: download it again.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import InitVar, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +18,25 @@ IMAGE_TOKEN_ID = -200
 PROMPT_VERSION = 2
 """Of `PreparedPrompt`'s layout. A change of its fields is a new version."""
 
+_GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy: vLLM's bound."""
+_SHOWN = 100
+"""Characters of a wrong value that a message repeats."""
+_RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
+    ("temperature", Real, 0, 100, "between 0 and 100"),
+    ("top_p", Real, math.ulp(0), 1, "above 0 and at most 1"),
+    ("top_k", Integral, 0, math.inf, "a whole number, 0 or more"),
+    ("max_new_tokens", Integral, 1, math.inf, "a whole number, 1 or more"),
+    ("seed", Integral, -(2**63), 2**63 - 1, "a whole number of 64 bits"),
+    ("n", Integral, 1, 128, "a whole number between 1 and 128"),
+    ("num_beams", Integral, 1, 64, "a whole number between 1 and 64"),
+    ("logprobs", Integral, 0, 20, "a whole number between 0 and 20"),
+    ("presence_penalty", Real, -2, 2, "between -2 and 2"),
+    ("frequency_penalty", Real, -2, 2, "between -2 and 2"),
+    ("repetition_penalty", Real, 0.01, 10, "between 0.01 and 10"),
+)
+"""Of the sampling fields: name, type, least and greatest value, and the same in words. NaN lies in no range."""
+
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 
@@ -25,18 +46,18 @@ class SamplingParams:
     """How an answer is drawn. The defaults are written here and nowhere else.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus mass in (0, 1].
-        top_k: 0 looks at the whole vocabulary.
-        max_new_tokens: bound on the answer, the end token included.
+        top_k: 0 looks at the whole vocabulary, and so does what is larger than it.
+        max_new_tokens: bound on the answer, the end token included; what the context does not hold is cut.
         stop: strings that end the answer; they are not part of it.
-        seed: makes the draw a function of (seed, choice, position).
+        seed: of 64 bits with its sign; makes the draw a function of (seed, choice, position).
         n: answers per prompt.
         num_beams: above 1 is beam search, sent only at its end.
         logprobs: None, or how many alternatives to report beside each token (0 to 20).
         presence_penalty: OpenAI's, in [-2, 2].
         frequency_penalty: OpenAI's, in [-2, 2].
-        repetition_penalty: above 0; 1 is none.
+        repetition_penalty: in [0.01, 10]; 1 is none.
         ignore_eos: go on to `max_new_tokens` whatever end token is drawn.
         max_tokens: another name for `max_new_tokens`, as OpenAI and vLLM have it; not kept.
 
@@ -63,23 +84,23 @@ class SamplingParams:
         if max_tokens is not None:
             object.__setattr__(self, "max_new_tokens", max_tokens)
 
-        def demand(good: bool, name: str, rule: str) -> None:
+        def check(good: bool, name: str, rule: str) -> None:
             if not good:
-                raise RequestError(f"{name} must be {rule}; got {getattr(self, name)}.", name)
+                raise RequestError(f"{name} must be {rule}; got {str(getattr(self, name))[:_SHOWN]}.", name)
 
-        demand(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
-        demand(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        demand(self.top_k >= 0, "top_k", "0 or more")
-        demand(self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
-        demand(isinstance(self.stop, tuple) and all(self.stop), "stop", "a tuple of strings that are not empty")
-        demand(1 <= self.n <= 128, "n", "between 1 and 128")
-        demand(1 <= self.num_beams <= 64, "num_beams", "between 1 and 64")
-        demand(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        demand(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
-        demand(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        demand(0 < self.repetition_penalty <= 10, "repetition_penalty", "above 0 and at most 10")
-        if self.num_beams > 1 and (self.temperature > 0 or self.n > 1):
+        for name, kind, least, greatest, rule in _RANGES:
+            value = getattr(self, name)
+            absent = value is None and name in ("seed", "logprobs")
+            check(absent or (isinstance(value, kind) and least <= value <= greatest), name, rule)
+        texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        check(texts, "stop", "a tuple of strings that are not empty")
+        if self.num_beams > 1 and (not self.greedy or self.n > 1):
             raise RequestError("num_beams above 1 needs temperature 0 and n 1.", "num_beams")
+
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token is taken each time."""
+        return self.temperature < _GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)

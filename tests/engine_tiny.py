@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MptCo
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.errors import LlavaServeError
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
 
 VOCABULARY, HIDDEN, FEATURES, CONTEXT = 97, 32, 6, 256
@@ -101,21 +103,54 @@ def prompt(*parts: int | list[int] | np.ndarray[Any, Any]) -> PreparedPrompt:
 
 
 _names = itertools.count()
+Request = tuple[PreparedPrompt, SamplingParams]
+Answer = list[list[int]]
+"""Ids per choice."""
 
 
-def run(engine: Engine, *requests: tuple[PreparedPrompt, SamplingParams]) -> list[list[list[int]]]:
-    """Ids per request and choice, all requests added at once."""
-    names = []
-    answers: dict[str, list[list[int]]] = {}
+def outcomes(engine: Engine, *requests: Request) -> list[Answer | LlavaServeError]:
+    """Each request's ids or error, all requests added at once; the engine's books are looked at after each step."""
+    answers: dict[str, Answer] = {}
+    failed: dict[str, LlavaServeError] = {}
     for one, sampling in requests:
-        names.append(f"r{next(_names)}")
-        answers[names[-1]] = [[] for _ in range(sampling.n)]
-        engine.add(engine.limits.accept(names[-1], one, sampling))
+        name = f"r{next(_names)}"
+        answers[name] = [[] for _ in range(sampling.n)]
+        engine.add(engine.limits.accept(name, one, sampling))
     while engine.has_work:
         for output in engine.step():
-            assert output.error is None
+            assert output.request_id not in failed, "nothing follows an error"
+            if output.error is not None:
+                failed[output.request_id] = output.error
             answers[output.request_id][output.index] += output.token_ids
-    return [answers[name] for name in names]
+        check_blocks(engine)
+    assert engine.stats.free_blocks == engine.stats.total_blocks
+    assert not engine._runner._embeddings
+    assert not engine._searches
+    return [failed.get(name, answer) for name, answer in answers.items()]
+
+
+def run(engine: Engine, *requests: Request) -> list[Answer]:
+    """As `outcomes`, where nothing fails."""
+    answers = outcomes(engine, *requests)
+    for answer in answers:
+        assert not isinstance(answer, LlavaServeError), answer
+    return answers  # type: ignore[return-value]
+
+
+def check_blocks(subject: Engine) -> None:
+    """Every count is the number of holders; nothing is lost, nothing counted twice, and what is cached is finite."""
+    kv, scheduler = subject._kv, subject._scheduler
+    held = Counter(kv.cached_blocks)
+    for group in scheduler.running:
+        for row in group.rows:
+            assert row.extent is not None
+            held.update(range(row.extent.start, row.extent.start + row.extent.size))
+    assert all(row.extent is None for group in scheduler.waiting for row in group.rows)
+    assert kv.counts == [held[block] for block in range(kv.num_blocks)]
+    assert kv.num_free == sum(count == 0 for count in kv.counts)
+    for half in itertools.chain(*subject._runner._memory.layers):
+        good = half[:, : kv.num_blocks * kv.block_size].isfinite().all(dim=2).all(dim=0).view(-1, kv.block_size)
+        assert bool(good[list(kv.cached_blocks)].all())
 
 
 def engine(model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8, **options: Any) -> Engine:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from variants import TOWER, Weights, read, refusal, write
 
 from llava_serve.checkpoints import open_checkpoint
+from llava_serve.errors import CheckpointError
 from llava_serve.llava import Llava
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -26,6 +27,17 @@ def without(name: str) -> Callable[[Weights], Weights]:
 
 def with_(name: str, *shape: int) -> Callable[[Weights], Weights]:
     return lambda weights: weights | {name: torch.zeros(shape, dtype=torch.float16)}
+
+
+def spoiled(name: str, number: float) -> Callable[[Weights], Weights]:
+    """One number of a tensor is another."""
+
+    def change(weights: Weights) -> Weights:
+        tensor = weights[name].float()
+        tensor.view(-1)[-1] = number
+        return weights | {name: tensor}
+
+    return change
 
 
 TENSORS: dict[str, tuple[Callable[[Weights], Weights], tuple[str, ...]]] = {
@@ -49,6 +61,12 @@ TENSORS: dict[str, tuple[Callable[[Weights], Weights], tuple[str, ...]]] = {
         ("model.embed_tokens.weight", "{file}", "(600, 64)", "vocab_size", "700 rows"),
     ),
     "the same tensor twice": (with_("model.mm_projector.linear.weight", 1), ("model.mm_projector.linear.weight",)),
+    "NaN in the decoder": (spoiled(Q_PROJ, torch.nan), (Q_PROJ, "{file}", "NaN or infinity", "download it again")),
+    "infinity in the projector": (
+        spoiled("model.mm_projector.2.bias", -torch.inf),
+        ("model.mm_projector.2.bias", "{file}", "NaN or infinity"),
+    ),
+    "NaN in the head": (spoiled("lm_head.weight", torch.nan), ("lm_head.weight", "{file}", "NaN or infinity")),
     "quantized already": (
         lambda weights: weights | {Q_PROJ: torch.zeros(64, 64, dtype=torch.int8)},
         (Q_PROJ, "{file}", "int8", "original"),
@@ -64,6 +82,36 @@ def test_tensors_that_do_not_fit(what: str, file: str, llava_15: Path) -> None:
     message = refusal(llava_15)
     for part in named:
         assert part.format(file=file) in message
+
+
+def test_nan_in_the_tower(llava_15: Path) -> None:
+    tower = llava_15.parent / TOWER
+    write(tower, spoiled("vision_model.pre_layrnorm.bias", torch.nan)(read(tower)))
+    message = refusal(llava_15)
+    assert "vision_model.pre_layrnorm.bias" in message
+    assert str(tower) in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_number_too_large_for_half_precision(dtype: torch.dtype, llava_15: Path) -> None:
+    write(llava_15, spoiled(Q_PROJ, 1e5)(read(llava_15)))
+    spec = open_checkpoint(str(llava_15))
+    if dtype == torch.bfloat16:
+        Llava.load(spec, dtype=dtype)
+        return
+    with pytest.raises(CheckpointError, match="too large for float16: choose bfloat16 or float32") as caught:
+        Llava.load(spec, dtype=dtype)
+    assert Q_PROJ in caught.value.message
+
+
+def test_nan_in_an_adapter(lora: Path) -> None:
+    file = lora / "adapter_model.bin"
+    weights = torch.load(file)
+    name = next(name for name in sorted(weights) if "q_proj.lora_B" in name)
+    torch.save(spoiled(name, torch.nan)(weights), file)
+    message = refusal(lora, model_base=str(lora.parent / "vicuna-v1.5-tiny"))
+    assert "q_proj" in message
+    assert "with the adapter's addition holds NaN or infinity" in message
 
 
 def test_all_missing_tensors_are_counted(llava_15: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from llava_serve.engine.attention import PackedStep, Span
 from llava_serve.engine.graphs import buckets, decode_input
 from llava_serve.engine.memory import KVMemory
 from llava_serve.engine.varlen import available
+from llava_serve.errors import NumericalError
 from llava_serve.llm import LLM
 from llava_serve.types import SamplingParams
 
+TINY = Path(__file__).parent / "golden" / "checkpoints" / "llava-v1.5-tiny"
 SHORT = "\nAnswer the question using a single word or phrase."
 GREEDY = SamplingParams(temperature=0)
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
@@ -40,6 +43,26 @@ def attended(device: str, dtype: torch.dtype, window: int | None = None, *, bias
 def test_attention_over_extents_is_not_tried_on_a_cpu_or_in_full_precision() -> None:
     assert not available(torch.device("cpu"), torch.bfloat16, KV_HEADS, HEAD_DIM)
     assert not available(torch.device("cuda"), torch.float32, KV_HEADS, HEAD_DIM)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_held_nan_is_as_good_as_new(device: str) -> None:
+    """Kernels read whole tiles; what lies behind a sequence's end must not count, whatever it is."""
+    llm = LLM(str(TINY), device=device, dtype="bfloat16", engine=EngineOptions(prefix_caching=False))
+    sampling = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True)
+    expected = llm.generate(["Why?", "Who?"], sampling=sampling)
+    ill = llm.processor.prepare_query("What is this, in so many words as you can say? 7")
+    weight = llm.engine.model.language_model.get_input_embeddings().weight.data
+    (poison, *_) = set(ill.token_ids.tolist()) - {
+        token for one in expected for token in (*one.input_ids, *one.token_ids)
+    }
+    weight[poison] = torch.nan
+    for _ in range(3):
+        with pytest.raises(NumericalError, match="bfloat16"):
+            llm.run([ill], sampling)
+        assert [one.token_ids for one in llm.generate(["Why?", "Who?"], sampling=sampling)] == [
+            one.token_ids for one in expected
+        ]
 
 
 @pytest.mark.gpu

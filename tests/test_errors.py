@@ -15,6 +15,7 @@ from llava_serve.errors import (
     CheckpointError,
     DeadlineExceededError,
     LlavaServeError,
+    NumericalError,
     PromptTooLongError,
     RequestError,
 )
@@ -73,5 +74,6 @@ def test_an_internal_error_tells_the_id_and_no_more(error: Exception) -> None:
 def test_headers_say_what_a_client_should_do_next() -> None:
     assert error_response(CapacityError("Full.", 7)).headers["retry-after"] == "7"
     assert error_response(DeadlineExceededError("Late.")).headers["x-should-retry"] == "false"
+    assert error_response(NumericalError("NaN.")).headers["x-should-retry"] == "false"
     assert error_response(AccessError("No.")).headers["www-authenticate"] == "Bearer"
     assert json.loads(bytes(error_response(AccessError("No.")).body))["error"]["code"] == "invalid_api_key"

@@ -124,6 +124,16 @@ def test_refused_in_double_precision(folder: Path) -> None:
         Llava.load(open_checkpoint(str(folder)), dtype=torch.float64, quantization="8bit")
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", EXPECTED)
+def test_weights_are_looked_at_before_they_are_quantized(quantization: Any, llava_15: Path) -> None:
+    weights = read(llava_15)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    write(llava_15, weights)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight .* NaN or infinity"):
+        Llava.load(open_checkpoint(str(llava_15)), quantization=quantization)
+
+
 @pytest.mark.parametrize("quantization", EXPECTED)
 def test_without_bitsandbytes_it_says_what_to_install(
     folder: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch

@@ -9,8 +9,9 @@ import pytest
 import torch
 from engine_tiny import prompt
 
-from llava_serve.engine.sampler import sample, uniform
-from llava_serve.engine.sequence import EngineRequest, Sequence
+from llava_serve.engine import sampler
+from llava_serve.engine.sampler import penalize, uniform
+from llava_serve.engine.sequence import EngineRequest, RawLogprob, Sequence
 from llava_serve.types import SamplingParams
 
 VOCABULARY = 40
@@ -23,6 +24,11 @@ def row(seed: int = 0, index: int = 0, answer: tuple[int, ...] = (), **sampling:
 
 def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+
+
+def sample(table: torch.Tensor, rows: list[Sequence]) -> list[RawLogprob]:
+    """The tokens alone."""
+    return sampler.sample(table, rows, torch.ones(0, dtype=torch.bool))[0]
 
 
 def drawn(table: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
@@ -100,6 +106,59 @@ def test_logprobs_are_the_models_own() -> None:
     assert [logprob for _, logprob in entry.top] == pytest.approx(best.values.tolist())
 
 
+EXTREMES: list[dict[str, Any]] = [
+    {"temperature": 1e-308},
+    {"temperature": 1e-40},
+    {"temperature": 1e-5},
+    {"temperature": 1e-3},
+    {"top_p": 5e-324},
+    {"top_p": 1e-46},
+    {"top_p": 1e-46, "temperature": 100},
+    {"temperature": 1e-5, "top_p": 1e-46, "top_k": 10**30},
+    {"top_k": 1},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e30])
+@pytest.mark.parametrize("sampling", EXTREMES, ids=str)
+def test_the_smallest_values_take_the_best(sampling: dict[str, Any], size: float, dtype: torch.dtype) -> None:
+    table = logits(5).to(dtype) * size
+    best = table.argmax(dim=-1).tolist()
+    assert [one.token_id for one in sample(table, [row(seed, **sampling) for seed in range(5)])] == best
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_k_above_the_vocabulary_is_the_vocabulary(dtype: torch.dtype) -> None:
+    table = logits().to(dtype)
+    for top_k in (VOCABULARY, VOCABULARY + 1, 2**63, 10**19, 10**400):
+        assert torch.equal(drawn(table, 300, top_k=top_k), drawn(table, 300))
+        assert torch.equal(drawn(table, 300, top_k=top_k, top_p=0.7), drawn(table, 300, top_p=0.7))
+
+
+@pytest.mark.parametrize("penalty", [0.01, 10])
+def test_penalties_leave_numbers_that_can_be_drawn_from(penalty: float) -> None:
+    table = torch.full((1, VOCABULARY), torch.finfo(torch.float16).max)
+    table[0, ::2] *= -1
+    answer = tuple(range(VOCABULARY))
+    for temperature in (0, 1e-5, 1):
+        (one,) = sample(table, [row(answer=answer, temperature=temperature, repetition_penalty=penalty)])
+        assert one.token_id % 2 == 1
+
+
+def test_the_seed_is_taken_with_its_sign() -> None:
+    numbers = [uniform(seed, 0, 0) for seed in (-(2**63), -1, 0, 1, 2**63 - 1)]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 <= number < 1 for number in numbers)
+
+
+def test_logits_stay_as_they_are_for_a_second_try() -> None:
+    table = logits(2)
+    before = table.clone()
+    sample(table, [row(answer=(3, 3), repetition_penalty=2, frequency_penalty=1), row(temperature=0.5, top_k=3)])
+    assert torch.equal(table, before)
+
+
 def test_penalties() -> None:
     table = torch.tensor([[0.0, 2.0, -2.0, 1.0, 1.5]])
     base = row(answer=(3, 3, 4), temperature=0, logprobs=0)
@@ -107,7 +166,7 @@ def test_penalties() -> None:
     def after(**changes: Any) -> list[float]:
         request = dataclasses.replace(base.request, sampling=SamplingParams(temperature=0, **changes))
         changed = table.clone()
-        sample(changed, [dataclasses.replace(base, request=request)])
+        penalize(changed, [dataclasses.replace(base, request=request)])
         return changed[0].tolist()
 
     assert after(frequency_penalty=0.5) == [0.0, 2.0, -2.0, 0.0, 1.0]  # the prompt does not count

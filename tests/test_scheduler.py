@@ -72,7 +72,7 @@ def test_those_who_talk_go_on_whatever_comes() -> None:
 def test_priority_goes_first() -> None:
     house = House(rows=1)
     house.add(prompt([5] * 4))
-    house.add(prompt([6] * 4), priority=1)
+    house.add(prompt([6] * 4), priority=-1)
     assert parts(house.step()) == [("r1", 0, 4, True)]
 
 

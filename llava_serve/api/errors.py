@@ -17,6 +17,7 @@ from llava_serve.errors import (
     EngineDeadError,
     InvalidImageError,
     LlavaServeError,
+    NumericalError,
     PromptTooLongError,
     RequestError,
     UnknownModelError,
@@ -47,6 +48,7 @@ WIRE_ERRORS: dict[type[BaseException], WireError] = {
     AccessError: WireError(401, "invalid_request_error", "invalid_api_key"),
     CapacityError: WireError(429, "rate_limit_error", "rate_limit_exceeded"),
     DeadlineExceededError: WireError(504, "timeout_error", "deadline_exceeded"),
+    NumericalError: WireError(500, "server_error", "numerical_error"),
     EngineDeadError: WireError(503, "server_error", "service_unavailable"),
     # Raised while a model loads, for its operator: the message names files, so no client sees it.
     CheckpointError: INTERNAL,
@@ -95,7 +97,7 @@ def _headers(error: BaseException) -> dict[str, str]:
         return {"Retry-After": str(error.retry_after_s)}
     if isinstance(error, AccessError):
         return {"WWW-Authenticate": "Bearer"}
-    if isinstance(error, DeadlineExceededError):
-        # The official client would retry a 504, though the caller has waited as long as it wanted to.
+    if isinstance(error, DeadlineExceededError | NumericalError):
+        # The official client would retry. But the caller has waited as long as it wanted to, or would get the same.
         return {"x-should-retry": "false"}
     return {}

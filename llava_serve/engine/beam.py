@@ -39,7 +39,7 @@ class BeamSearch:
     """The search of one group: its open rows' sums, and the best hypotheses so far."""
 
     def __init__(self, group: Group) -> None:
-        self._group = group
+        self.group = group
         self._width = group.request.sampling.num_beams
         self._totals = [0.0]
         self._finished: list[Hypothesis] = []
@@ -53,9 +53,9 @@ class BeamSearch:
         Returns:
             What the `num_beams` rows become, or the best hypothesis where the search has ended.
         """
-        request = self._group.request
+        request = self.group.request
         candidates = self._candidates(logits)
-        length = self._group.rows[0].num_output + 1
+        length = self.group.rows[0].num_output + 1
         open_: list[_Candidate] = []
         for rank, candidate in enumerate(candidates):
             if candidate.token not in request.stop_token_ids:
@@ -90,9 +90,9 @@ class BeamSearch:
         """The best continuations of all rows, best first; enough that `num_beams` of them are no end tokens."""
         vocabulary = logits.shape[-1]
         scores = logits.log_softmax(dim=-1)
-        penalize(scores, self._group.active)
+        penalize(scores, self.group.active)
         totals = scores + torch.tensor(self._totals, dtype=scores.dtype, device=scores.device)[:, None]
-        count = min(max(2, 1 + len(self._group.request.stop_token_ids)) * self._width, totals.numel())
+        count = min(max(2, 1 + len(self.group.request.stop_token_ids)) * self._width, totals.numel())
         best = totals.flatten().topk(count)
         return [
             _Candidate(at // vocabulary, at % vocabulary, total)
@@ -101,7 +101,7 @@ class BeamSearch:
 
     def _finish(self, candidate: _Candidate, length: int, *, ended: bool) -> None:
         """Enters a hypothesis, if it is among the `num_beams` best."""
-        row = self._group.rows[candidate.parent]
+        row = self.group.rows[candidate.parent]
         answer = (*row.token_ids[row.num_prompt :], candidate.token)
         self._finished.append(Hypothesis(candidate.total / length, answer, ended))
         self._finished.sort(key=lambda hypothesis: -hypothesis.score)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
 
 from llava_serve.config import EngineOptions
-from llava_serve.engine.beam import BeamSearch, Hypothesis
+from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
+from llava_serve.engine.draw import draw
+from llava_serve.engine.failures import request_failure
 from llava_serve.engine.features import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.limits import Limits
 from llava_serve.engine.model import VisionLanguageModel
 from llava_serve.engine.pacer import Pacer
-from llava_serve.engine.runner import Runner, num_blocks
-from llava_serve.engine.sampler import sample
+from llava_serve.engine.runner import Runner, StepResult, num_blocks
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Output, RawLogprob, Sequence
 from llava_serve.engine.stats import EngineStats
-from llava_serve.errors import CapacityError, DeadlineExceededError, RequestError
+from llava_serve.errors import CapacityError, DeadlineExceededError, NumericalError, RequestError
 from llava_serve.types import FinishReason
+
+_logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -43,7 +47,7 @@ class Engine:
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
         self.limits = Limits(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[Group]] = {}
-        self._searches: dict[Group, BeamSearch] = {}
+        self._searches: dict[str, BeamSearch] = {}
         self._arrivals = self._num_sequences = 0
         self._steps = self._cached = self._computed = self._generated = 0
 
@@ -85,14 +89,14 @@ class Engine:
         groups = []
         for index in range(request.sampling.n):
             rows = [Sequence(request, index, list(tokens)) for _ in range(request.sampling.num_beams)]
-            groups.append(Group(request, self._arrivals, rows))
-            if len(rows) > 1:
-                self._searches[groups[-1]] = BeamSearch(groups[-1])
-            self._arrivals += 1
-        self._groups[request.request_id] = groups
-        self._num_sequences += _num_sequences(request)
+            groups.append(Group(request, self._arrivals + index, rows))
         for group in groups:
             self._scheduler.add(group)
+        self._arrivals += len(groups)
+        if request.sampling.num_beams > 1:
+            self._searches[request.request_id] = BeamSearch(groups[0])
+        self._groups[request.request_id] = groups
+        self._num_sequences += _num_sequences(request)
 
     def has_room(self, request: EngineRequest) -> bool:
         """The queue has place for all sequences of a request; where there is nobody else, for any."""
@@ -114,9 +118,8 @@ class Engine:
         started, decoding = time.perf_counter(), self._scheduler.num_decoding
         outputs = self._expire()
         schedule = self._scheduler.schedule(self._pacer.budget(decoding))
-        logits = self._runner.run(schedule)
-        self._record(schedule)
-        outputs += self._draw(schedule, logits)
+        result = self._runner.run(schedule)
+        outputs += self._postprocess(schedule, result)
         prefill = max(0, schedule.num_tokens - decoding)  # a row that could decode may still wait for a picture
         self._pacer.observe(time.perf_counter() - started, decoding, prefill, schedule.num_tiles)
         return outputs
@@ -134,34 +137,37 @@ class Engine:
         error = DeadlineExceededError("The request's time was up before its answer was complete.")
         return [Output(request_id, 0, error=error) for request_id in late]
 
+    def _postprocess(self, schedule: Schedule, result: StepResult) -> list[Output]:
+        """Gives each sequence that draws its next token. What a failed request has computed is not kept."""
+        drawing = [segment.sequence for segment in schedule.segments if segment.draws]
+        drawn = draw(result, drawing, self._searches, self.model.dtype)
+        outputs = [self._fail(request_id, error) for request_id, error in drawn.failures.items()]
+        self._record(schedule)
+        outputs += [self._append(row, token) for row, token in drawn.tokens if self.has(row.request.request_id)]
+        for search, extended in drawn.beams:
+            outputs += self._advance_beams(search.group, extended)
+        return outputs
+
+    def _fail(self, request_id: str, error: Exception) -> Output:
+        """Ends a request with an error."""
+        if isinstance(error, NumericalError):
+            _logger.warning("Request %s has failed: %s", request_id, error)
+            for group in self._groups[request_id]:
+                self._scheduler.discard_pictures(group)
+        self.abort(request_id)
+        return Output(request_id, 0, error=request_failure(request_id, error))
+
     def _record(self, schedule: Schedule) -> None:
         """Enters what the step has computed."""
         self._steps += 1
         self._computed += schedule.num_tokens
         for segment in schedule.segments:
-            segment.sequence.num_computed = segment.end
-            self._kv.commit(segment.sequence)
+            if self.has(segment.sequence.request.request_id):
+                segment.sequence.num_computed = segment.end
+                self._kv.commit(segment.sequence)
         for group in self._scheduler.running:
             if group.pins and all(row.num_computed >= group.last_picture for row in group.active):
                 self._scheduler.prefilled(group)
-
-    def _draw(self, schedule: Schedule, logits: torch.Tensor) -> list[Output]:
-        """Gives each row that draws its next token, of logits [draws, vocabulary]; beams move as one."""
-        beams: dict[str, list[int]] = {}
-        rows = [segment.sequence for segment in schedule.segments if segment.draws]
-        single = []
-        for at, row in enumerate(rows):
-            if row.request.sampling.num_beams > 1:
-                beams.setdefault(row.request.request_id, []).append(at)
-            else:
-                single.append(at)
-        outputs: list[Output] = []
-        for request_id, places in beams.items():
-            outputs += self._advance_beams(self._groups[request_id][0], logits[places])
-        if single:
-            drawn = sample(logits[single] if beams else logits, [rows[at] for at in single])
-            outputs += [self._append(rows[at], token) for at, token in zip(single, drawn, strict=True)]
-        return outputs
 
     def _append(self, row: Sequence, token: RawLogprob) -> Output:
         """Gives a row its next token and ends it where that was its last."""
@@ -175,10 +181,8 @@ class Engine:
         logprobs = None if request.sampling.logprobs is None else (token,)
         return self._output(row, (token.token_id,), reason, logprobs)
 
-    def _advance_beams(self, group: Group, logits: torch.Tensor) -> list[Output]:
-        """One step of a beam search; its answer comes as a whole, at its end."""
-        search = self._searches[group]
-        result = search.advance(logits)
+    def _advance_beams(self, group: Group, result: list[Extension] | Hypothesis) -> list[Output]:
+        """Carries out a step of a beam search; its answer comes as a whole, at its end."""
         if isinstance(result, Hypothesis):
             return [self._output(group.rows[0], result.token_ids, "stop" if result.ended else "length", None)]
         for extension in result:
@@ -208,7 +212,7 @@ class Engine:
         """Takes a group out of the engine, with all that it holds."""
         self._scheduler.remove(group)
         self._num_sequences -= len(group.rows)
-        self._searches.pop(group, None)
+        self._searches.pop(group.request.request_id, None)
         for row in group.rows:
             self._runner.forget(row)
         groups = self._groups[group.request.request_id]

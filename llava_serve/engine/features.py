@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class _Picture:
+    """`kept`: its features stay when nobody needs them."""
+
     tiles: int
     encoded: int = 0
     users: int = 0
+    kept: bool = True
 
 
 class FeatureLedger:
@@ -46,10 +49,17 @@ class FeatureLedger:
             return
         self._idle[digest] = None
         self._idle_tiles += picture.encoded
+        if not picture.kept:
+            self._evict(digest)
         while self._idle_tiles > self._capacity:
-            oldest, _ = self._idle.popitem(last=False)
-            self._idle_tiles -= self._pictures.pop(oldest).encoded
-            self._evicted.append(oldest)
+            self._evict(next(iter(self._idle)))
+
+    def discard(self, digest: str) -> None:
+        """Forgets a picture, now or when its last user needs it no more. Unknown ones are ignored."""
+        if digest in self._pictures:
+            self._pictures[digest].kept = False
+        if digest in self._idle:
+            self._evict(digest)
 
     def missing(self, digest: str) -> int:
         """Tiles of a pinned picture that are not encoded yet."""
@@ -67,3 +77,8 @@ class FeatureLedger:
         """Pictures whose features are to be dropped; they are handed out once."""
         evicted, self._evicted = tuple(self._evicted), []
         return evicted
+
+    def _evict(self, digest: str) -> None:
+        del self._idle[digest]
+        self._idle_tiles -= self._pictures.pop(digest).encoded
+        self._evicted.append(digest)

@@ -112,21 +112,26 @@ class KVCache:
             source, target = parent.extent.start * self.block_size, child.extent.start * self.block_size
             self._copies.append(Copy(source + same, target + same, parent.num_computed - same))
         child.token_ids[:] = parent.token_ids
-        child.num_computed = parent.num_computed
+        child.num_computed, child.num_committed = parent.num_computed, parent.num_committed
+
+    def filled(self, sequence: Sequence, end: int) -> range:
+        """Blocks of a sequence, counted from its first, that `commit` will enter once `end` positions are computed."""
+        first = full = sequence.num_committed // self.block_size
+        if self._caching and end - sequence.num_committed >= self.block_size:
+            full = max(first, min(end, sequence.num_fixed) // self.block_size)
+        return range(first, full)
 
     def commit(self, sequence: Sequence) -> None:
         """Enters the full blocks that have been computed since the last time into the prefix cache."""
-        if not self._caching or sequence.num_computed - sequence.num_committed < self.block_size:
-            return
-        assert sequence.extent is not None, "only a running sequence computes"
-        full = min(sequence.num_computed, sequence.num_fixed) // self.block_size
-        for at in range(sequence.num_committed // self.block_size, full):
+        blocks = self.filled(sequence, sequence.num_computed)
+        for at in blocks:
+            assert sequence.extent is not None, "only a running sequence computes"
             key, block = self._hash(sequence, at), sequence.extent.start + at
             if key not in self._index:
                 self._index[key] = block
                 self._hash_of[block] = key
                 self.counts[block] += 1
-        sequence.num_committed = full * self.block_size
+        sequence.num_committed = blocks.stop * self.block_size
 
     def release(self, sequence: Sequence) -> None:
         """Takes the extent back; the prefix cache keeps what it holds of it. The sequence is as if never computed."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llava_serve.engine.sequence import Copy
+from llava_serve.numerics import are_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class KVMemory:
                     memory.narrow(1, run.start, run.length).copy_(part)
                 else:
                     memory.index_copy_(1, run.targets, part)
+
+    def finite(self, start: int, length: int) -> torch.Tensor:
+        """Whether the keys and values of all layers at positions [start, start + length) are, as bool [1]."""
+        return are_finite(self._memory[..., start : start + length, :])[None]
 
 
 def _allocate(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine import varlen
 from llava_serve.engine.alike import Alike, find_alike
+from llava_serve.engine.attempt import attempt
 from llava_serve.engine.attention import PackedStep, Span
 from llava_serve.engine.decoder import Decoder
 from llava_serve.engine.graphs import DecodeGraphs
@@ -19,7 +22,25 @@ from llava_serve.engine.packing import padded
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
 from llava_serve.engine.sequence import Sequence
 from llava_serve.errors import CheckpointError
+from llava_serve.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step has computed.
+
+    Attributes:
+        logits: [draws, vocabulary] of the segments that draw, in their order, in float32 or better.
+        judged: sequences whose numbers were looked at.
+        finite: bool [judged]: they are neither NaN nor infinity. Still on the device.
+        failures: by request id; what else there is of such a request is of no use.
+    """
+
+    logits: torch.Tensor
+    judged: list[Sequence]
+    finite: torch.Tensor
+    failures: dict[str, Exception]
 
 
 class Runner:
@@ -65,18 +86,18 @@ class Runner:
         step = PackedStep(self._memory, [Span(0, 1, spare, 0)], self._model.dtype, self._model.device, rows - 1)
         return self._model.embed(torch.zeros_like(step.positions)), step
 
-    def run(self, schedule: Schedule) -> torch.Tensor:
-        """Does the step's work.
-
-        Returns:
-            logits [draws, vocabulary] of the segments that draw, in their order, in float32 or better.
-        """
+    def run(self, schedule: Schedule) -> StepResult:
+        """Does the step's work."""
         for digest in schedule.evicted:
             self._features.pop(digest, None)
         self._encode(schedule.tile_jobs)
         self._memory.copy(schedule.copies)
-        if not schedule.segments:
-            return torch.empty(0, 0)
+        failures: dict[str, Exception] = {}
+        logits = self._forward(schedule, failures) if schedule.segments else torch.empty(0, 0)
+        return StepResult(logits, *self._judge(schedule.segments, logits), failures)
+
+    def _forward(self, schedule: Schedule, failures: dict[str, Exception]) -> torch.Tensor:
+        """One packed forward pass. Returns logits [draws, vocabulary]; adds to the failures."""
         spans = self._pack(schedule.segments)
         if self._graphs is not None and all(_decodes(segment) for segment in schedule.segments):
             return self._graphs.run([segment.sequence.token_ids[-1] for segment in schedule.segments], spans)
@@ -84,7 +105,7 @@ class Runner:
         step = PackedStep(
             self._memory, spans, self._model.dtype, self._model.device, padding, self._alike(schedule.segments)
         )
-        hidden = self._decoder.forward(self._embed(schedule.segments, padding), step)
+        hidden = self._decoder.forward(self._embed(schedule.segments, padding, failures), step)
         drawn = [
             span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
         ]
@@ -92,6 +113,21 @@ class Runner:
             torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the pacer times this step
         rows = [*drawn, *[0] * (self._filled(len(drawn)) - len(drawn))]
         return self._decoder.logits(hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)])[: len(drawn)]
+
+    def _judge(self, segments: tuple[Segment, ...], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+        """Which logits to draw from, and which keys and values that are to enter the prefix cache, are finite.
+
+        A causal kernel multiplies what it hides by 0, which leaves NaN as it is: one position spoils earlier ones of
+        its tile, and in a chunk of a prompt there may be no logits that tell. So the blocks themselves are looked at.
+        """
+        judged = [segment.sequence for segment in segments if segment.draws]
+        flags = [are_finite(logits, -1)] if judged else []
+        for segment in segments:
+            if segment.filled:
+                start = self._base(segment) + segment.filled.start * self._block_size
+                flags.append(self._memory.finite(start, len(segment.filled) * self._block_size))
+                judged.append(segment.sequence)
+        return judged, torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence's prefill."""
@@ -117,10 +153,14 @@ class Runner:
         rows = itertools.accumulate(lengths, initial=0)
         spans = []
         for segment, row, length in zip(segments, rows, lengths, strict=False):
-            extent = segment.sequence.extent
-            assert extent is not None, "a scheduled sequence has its place"
-            spans.append(Span(row, length, extent.start * self._block_size, segment.start))
+            spans.append(Span(row, length, self._base(segment), segment.start))
         return spans
+
+    def _base(self, segment: Segment) -> int:
+        """Where the memory of a segment's sequence begins."""
+        extent = segment.sequence.extent
+        assert extent is not None, "a scheduled sequence has its place"
+        return extent.start * self._block_size
 
     def _filled(self, rows: int) -> int:
         """What a product of so many rows is filled up to."""
@@ -136,7 +176,7 @@ class Runner:
         ]
         return find_alike(computed, self._block_size)
 
-    def _embed(self, segments: tuple[Segment, ...], padding: int) -> torch.Tensor:
+    def _embed(self, segments: tuple[Segment, ...], padding: int, failures: dict[str, Exception]) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
         ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
         tokens = torch.tensor([*ids, *[0] * padding], device=self._model.device)
@@ -144,7 +184,9 @@ class Runner:
         row = 0
         for segment in segments:
             if IMAGE_TOKEN_ID in segment.sequence.token_ids[segment.start : segment.end]:
-                self._merge(embeddings[row : row + segment.end - segment.start], segment)
+                merge = partial(self._merge, embeddings[row : row + segment.end - segment.start], segment)
+                if error := attempt(merge):  # a picture that does not fit its prompt
+                    failures[segment.sequence.request.request_id] = error
             row += segment.end - segment.start
         return embeddings
 

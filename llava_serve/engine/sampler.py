@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 
 from llava_serve.engine.sequence import RawLogprob, Sequence
+from llava_serve.types import SamplingParams
 
 _MASK = (1 << 64) - 1
 _FEW = 256
@@ -24,28 +25,36 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[RawLogprob]:
+def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor) -> tuple[list[RawLogprob], list[bool]]:
     """Draws one token per row.
 
     Args:
-        logits: [rows, vocabulary] in float32 or float64; changed in place.
+        logits: [rows, vocabulary] in float32 or float64; not changed.
         sequences: whose rows they are.
+        flags: bool of any number. They come along, so that the device is waited for once.
 
     Returns:
-        The tokens. Log-probabilities are the model's own, before temperature and penalties; they are computed, with the
-        alternatives, only for requests that ask, and are 0 elsewhere.
+        The tokens, and the flags. Log-probabilities are the model's own, before temperature and penalties; they are
+        computed, with the alternatives, only for requests that ask, and are 0 elsewhere.
     """
-    logprobs = _logprobs(logits, sequences)
-    penalize(logits, sequences)
-    tokens = logits.max(dim=-1).indices.tolist()  # on a CPU three times as fast as argmax
-    drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
-    if drawn:
-        for row, token in zip(drawn, _draw(logits[drawn], [sequences[row] for row in drawn]), strict=True):
-            tokens[row] = token
-    return [
+    if not sequences:
+        return [], flags.tolist()
+    tables = _logprobs(logits, sequences)
+    if any(_penalizes(sequence.request.sampling) for sequence in sequences):
+        logits = logits.clone()
+        penalize(logits, sequences)
+    drawing = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
+    best = logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
+    drawn = _draw(logits[drawing], [sequences[row] for row in drawing]) if drawing else best[:0]
+    tokens: list[int] = torch.cat([best, drawn, flags]).tolist()
+    start = len(sequences) + len(drawing)
+    for row, token in zip(drawing, tokens[len(sequences) : start], strict=True):
+        tokens[row] = token
+    entries = [
         RawLogprob(token, 0.0) if table is None else _entry(table, token, sequence.request.sampling.logprobs or 0)
-        for token, table, sequence in zip(tokens, logprobs, sequences, strict=True)
+        for token, table, sequence in zip(tokens[: len(sequences)], tables, sequences, strict=True)
     ]
+    return entries, [bool(flag) for flag in tokens[start:]]
 
 
 def _logprobs(logits: torch.Tensor, sequences: list[Sequence]) -> list[torch.Tensor | None]:
@@ -62,6 +71,10 @@ def _entry(table: torch.Tensor, token: int, count: int) -> RawLogprob:
     best = table.topk(min(count, len(table)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return RawLogprob(token, float(table[token]), top)
+
+
+def _penalizes(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
 
 
 def penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
@@ -83,10 +96,15 @@ def penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
             logits[row, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """Inverse transform sampling: the noise of a row is one number, whatever the batch and the device."""
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Inverse transform sampling: the noise of a row is one number, whatever the batch and the device.
+
+    Returns:
+        ids [rows].
+    """
     samplings = [sequence.request.sampling for sequence in sequences]
-    logits = logits / _column([sampling.temperature for sampling in samplings], logits)
+    # less the greatest: a small temperature makes -inf of the others then, and never infinity of two
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column([one.temperature for one in samplings], logits)
     narrow = [row for row, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
     if narrow:
         chosen = [samplings[row] for row in narrow]
@@ -98,18 +116,17 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     tokens = torch.searchsorted(mass, target, right=True)[:, 0]
     # rounding may put the target at the very end: the last token that has any mass is meant
     last = (mass < mass[:, -1:]).sum(dim=-1)
-    result: list[int] = torch.minimum(tokens, last).tolist()
-    return result
+    return torch.minimum(tokens, last)
 
 
 def _truncate(logits: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
-    """Keeps the `top_k` best (0: all), and of these the fewest that reach `top_p`; the others become -inf.
+    """Keeps the `top_k` best (0: all), of these the fewest that reach `top_p`, one at least; the others become -inf.
 
     Sorting a vocabulary is slow: the best few are looked at first, and nearly always are enough.
     """
     vocabulary = logits.shape[-1]
-    keep = torch.tensor([[k or vocabulary] for k in top_k], device=logits.device)
-    limit = _column(top_p, logits)
+    keep = torch.tensor([[min(k, vocabulary) or vocabulary] for k in top_k], device=logits.device)
+    limit = _column(top_p, logits).clamp(min=torch.finfo(logits.dtype).tiny)  # a share that rounds to 0 is not none
     for wanted in (min(vocabulary, max([_FEW, *top_k])), vocabulary):
         values, order = logits.topk(wanted, dim=-1)
         values = values.masked_fill(torch.arange(wanted, device=logits.device) >= keep, float("-inf"))

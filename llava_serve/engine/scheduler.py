@@ -16,12 +16,18 @@ from llava_serve.engine.sequence import Copy, Group, Sequence
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Positions [start, end) of a sequence, computed in this step; `draws` if its next token is drawn from them."""
+    """Positions [start, end) of a sequence, computed in this step.
+
+    Attributes:
+        draws: its next token is drawn from them.
+        filled: blocks of the sequence that are full then, and are to enter the prefix cache.
+    """
 
     sequence: Sequence
     start: int
     end: int
     draws: bool
+    filled: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,11 @@ class Scheduler:
             self._features.unpin(digest)
         group.pins = ()
 
+    def discard_pictures(self, group: Group) -> None:
+        """Lets the features of a group's pictures go as soon as nobody needs them: they may not be finite."""
+        for digest in group.request.prompt.digests:
+            self._features.discard(digest)
+
     def _advance(self, budget: Budget) -> tuple[list[Segment], bool]:
         """One position for every row that has just one to compute. Whoever ranks last gives way where room is short."""
         segments: list[Segment] = []
@@ -131,7 +142,7 @@ class Scheduler:
                 if victim is group:
                     rows = []
             if rows:
-                segments += [Segment(row, row.num_computed, len(row.token_ids), True) for row in rows]
+                segments += [self._segment(row, len(row.token_ids)) for row in rows]
                 budget.tokens -= len(rows)
         return segments, preempted
 
@@ -146,9 +157,12 @@ class Scheduler:
             last = len(row.token_ids) - (len(group.active) > 1)
             end = min(limit, last, row.num_computed + budget.tokens)
             if end > row.num_computed:
-                segments.append(Segment(row, row.num_computed, end, end == len(row.token_ids)))
+                segments.append(self._segment(row, end))
                 budget.take_tokens(end - row.num_computed)
         return segments
+
+    def _segment(self, row: Sequence, end: int) -> Segment:
+        return Segment(row, row.num_computed, end, end == len(row.token_ids), self._kv.filled(row, end))
 
     def _encode(self, row: Sequence, budget: Budget, jobs: list[TileJob]) -> int:
         """Sends the row's pictures to the tower, in order, within the budget. Returns how far it can be computed."""

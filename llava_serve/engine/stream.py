@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from llava_serve.detokenizer import Detokenizer
+from llava_serve.engine.failures import request_failure
 from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob
 from llava_serve.tokenizer import Tokenizer
 from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPrompt, TokenLogprob
@@ -20,6 +21,7 @@ class ChunkStream:
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:
         sampling = request.sampling
         stop = sampling.stop if sampling.ignore_eos else (*sampling.stop, *request.prompt.stop)
+        self._request_id = request.request_id
         self._tokenizer = tokenizer
         self._open = {index: Detokenizer(tokenizer, stop) for index in range(sampling.n)}
 
@@ -32,7 +34,18 @@ class ChunkStream:
         """The chunk of an output; None if its choice has ended before.
 
         A chunk that ends where its output does not has met a stop string: the engine is to abort that choice.
+
+        Raises:
+            LlavaServeError: the request has failed, in the engine or here; nothing more comes of it.
         """
+        if output.error is not None:
+            raise output.error
+        try:
+            return self._push(output)
+        except Exception as error:
+            raise request_failure(self._request_id, error) from None
+
+    def _push(self, output: Output) -> Chunk | None:
         detokenizer = self._open.get(output.index)
         if detokenizer is None:
             return None

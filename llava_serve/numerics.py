@@ -1,0 +1,34 @@
+"""Numbers that are not finite: how they are found, and what is told of them."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_serve.errors import NumericalError
+
+_INF = float("inf")
+
+
+def are_finite(values: torch.Tensor, dim: int | tuple[int, ...] = ()) -> torch.Tensor:
+    """Whether no value is NaN or infinity.
+
+    Two reductions without a copy: several times as fast as `isfinite().all()`, and for no shape does it take memory.
+
+    Args:
+        values: of any shape, but not empty along `dim`.
+        dim: that are reduced; all by default.
+
+    Returns:
+        bool tensor of the other dimensions, on the same device.
+    """
+    return (values.amin(dim) > -_INF) & (values.amax(dim) < _INF)  # NaN is carried along, and is in no order
+
+
+def numerical_error(dtype: torch.dtype) -> NumericalError:
+    """The error of a request whose numbers did not stay finite in a model of this precision."""
+    advice = {
+        torch.float16: "with dtype bfloat16 or float32 they may be",
+        torch.bfloat16: "with dtype float32 they may be, unless its weights are damaged",
+    }.get(dtype, "its weights may be damaged")
+    name = str(dtype).removeprefix("torch.")
+    return NumericalError(f"The model's numbers are not finite in {name} on this request; {advice}.")
