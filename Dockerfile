@@ -13,7 +13,7 @@ COPY llava_serve llava_serve
 COPY deployments deployments
 ARG PIP_ARGS=""
 RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt . \
-    && python -m deployments.haproxy /usr/local/bin/haproxy-without-splice
+    && python -m deployments.tools.haproxy /usr/local/bin/haproxy-without-splice
 
 # A container is reached through its port mapping, never by its own loopback.
 COPY serve_config.yaml production.env ./
@@ -21,4 +21,4 @@ RUN sed -i 's/host: 127.0.0.1/host: 0.0.0.0/' serve_config.yaml
 
 USER ray
 EXPOSE 8000
-CMD ["python", "-m", "deployments.serve", "--config", "serve_config.yaml"]
+CMD ["python", "-m", "deployments.tools.serve", "--config", "serve_config.yaml"]

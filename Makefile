@@ -39,10 +39,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	@$(BIN)/python -m deployments.demo --config $(CONFIG)
+	@$(BIN)/python -m deployments.tools.demo --config $(CONFIG)
 
 serve: setup
-	@$(BIN)/python -m deployments.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m deployments.tools.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE))
 
 test: setup
 	@$(PYTEST) -m "not slow and not extended" --cov --cov-report=
@@ -60,7 +60,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/deptry $(LIBRARY) --optional-dependencies-dev-groups dev
 	$(BIN)/deptry $(LIBRARY) $(BESIDE)
-	$(BIN)/python -m deployments.check_config --cpus 2 serve_config.yaml
+	$(BIN)/python -m deployments.tools.check_config --cpus 2 serve_config.yaml
 
 check-training: setup
 	$(BIN)/ruff check training

@@ -19,9 +19,9 @@ from starlette.types import ASGIApp
 
 from deployments.app import AppArgs
 from deployments.ingress import Ingress
-from deployments.local import free_port, read_config
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
+from deployments.tools.local_cluster import free_port, read_config
 from llava_serve.config import ApiOptions
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"

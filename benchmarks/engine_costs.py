@@ -28,9 +28,9 @@ from PIL import Image
 from benchmarks.make_checkpoint import given_or_tiny
 from benchmarks.options import make_parser, parse
 from llava_serve.config import EngineOptions
-from llava_serve.engine import alike
 from llava_serve.engine import engine as engine_module
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.executor import cascade_attention as alike
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
 

@@ -31,8 +31,8 @@ import psutil
 from benchmarks.options import make_parser, parse
 from benchmarks.paced import Order, read_stamps
 from benchmarks.workload import make_picture
-from deployments.local import free_port, local_serve, read_config
-from deployments.profile import read_profile
+from deployments.tools.local_cluster import free_port, local_serve, read_config
+from deployments.tools.serve_env import read_profile
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 STAGES = {

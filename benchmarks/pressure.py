@@ -25,8 +25,8 @@ import numpy as np
 from benchmarks.counted import counted_config
 from benchmarks.options import make_parser, parse
 from benchmarks.workload import make_picture
-from deployments.local import local_serve
-from deployments.profile import read_profile
+from deployments.tools.local_cluster import local_serve
+from deployments.tools.serve_env import read_profile
 
 TOKENS = 64
 LONG = 1500

@@ -32,7 +32,7 @@ from ray import serve
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from benchmarks.workload import make_picture
-from deployments.local import free_port, local_serve, read_config
+from deployments.tools.local_cluster import free_port, local_serve, read_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 TEMPLATE = 64

@@ -24,7 +24,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from benchmarks.options import make_parser, parse
-from deployments.local import free_port, local_serve, read_config
+from deployments.tools.local_cluster import free_port, local_serve, read_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 

@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.aborts import AbortSender
-from deployments.calls import call, stream
+from deployments.handle_calls import AbortSender, call, stream
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams

@@ -15,12 +15,11 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from deployments.aborts import AbortSender
-from deployments.calls import stream
+from deployments.handle_calls import AbortSender, stream
 from llava_serve.api.middleware import check_image_bytes
 from llava_serve.config import ImageOptions, resolve_image_options
 from llava_serve.deadline import deadline_scope
-from llava_serve.engine.stream import collect
+from llava_serve.engine.output_processor import collect
 from llava_serve.errors import UnknownModelError
 from llava_serve.images.fetch import ImageSource, read_local_source
 from llava_serve.inputs import CallOptions, images_and_sampling

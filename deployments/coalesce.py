@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from llava_serve.engine.stream import join_chunks
+from llava_serve.engine.output_processor import join_chunks
 from llava_serve.types import Chunk
 
 GATHER_S = 0.05

@@ -10,8 +10,8 @@ from contextlib import aclosing
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from deployments.aborts import AbortedCalls
 from deployments.backend import HandleBackend
+from deployments.handle_calls import AbortedCalls
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.limiter import ConcurrencyLimiter

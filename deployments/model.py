@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
-from deployments.aborts import AbortedCalls
 from deployments.coalesce import coalesce
+from deployments.handle_calls import AbortedCalls
 from deployments.metrics import ModelMetrics
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.deadline import check_deadline

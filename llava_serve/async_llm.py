@@ -30,18 +30,18 @@ from llava_serve.config import (
     resolve_model_options,
 )
 from llava_serve.deadline import deadline_in
-from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.executor.build import build_engine
 from llava_serve.engine.failures import request_failure
+from llava_serve.engine.output_processor import ChunkStream, collect
 from llava_serve.engine.sequence import EngineRequest, Output
 from llava_serve.engine.stats import EngineStats
-from llava_serve.engine.stream import ChunkStream, collect
 from llava_serve.errors import CapacityError, EngineDeadError
 from llava_serve.inputs import CallOptions, Images, images_and_sampling
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
+from llava_serve.text.tokenizer import load_tokenizer
 from llava_serve.threaded_processor import ThreadedProcessor
-from llava_serve.tokenizer import load_tokenizer
 from llava_serve.types import Chunk, GenerationResult, PreparedPrompt, SamplingParams
 
 _logger = logging.getLogger(__name__)

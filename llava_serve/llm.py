@@ -19,10 +19,10 @@ from llava_serve.config import (
     resolve_model_options,
 )
 from llava_serve.deadline import check_deadline, deadline_in
-from llava_serve.engine.build import build_engine
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.executor.build import build_engine
+from llava_serve.engine.output_processor import ChunkStream, collect
 from llava_serve.engine.sequence import EngineRequest
-from llava_serve.engine.stream import ChunkStream, collect
 from llava_serve.errors import LlavaServeError
 from llava_serve.inputs import (
     CallOptions,

@@ -8,11 +8,17 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_serve.chat_template import render_chat_template
 from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.files import read_json
 from llava_serve.config import ImageOptions
-from llava_serve.conversation import (
+from llava_serve.errors import InvalidImageError, PromptTooLongError
+from llava_serve.images.decode import decode_image
+from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
+from llava_serve.images.tile_cache import CachedTiles, TileCache
+from llava_serve.images.tiles import digest, make_tiles, num_features
+from llava_serve.openai_messages import ChatMessage, read_asked
+from llava_serve.prompts.chat_template import render_chat_template
+from llava_serve.prompts.conversation import (
     Control,
     Span,
     chat_message,
@@ -22,14 +28,8 @@ from llava_serve.conversation import (
     render,
     split_system,
 )
-from llava_serve.errors import InvalidImageError, PromptTooLongError
-from llava_serve.images.decode import decode_image
-from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
-from llava_serve.images.tile_cache import CachedTiles, TileCache
-from llava_serve.images.tiles import digest, make_tiles, num_features
-from llava_serve.openai_messages import ChatMessage, read_asked
-from llava_serve.templates import TEMPLATES
-from llava_serve.tokenizer import load_tokenizer
+from llava_serve.prompts.templates import TEMPLATES
+from llava_serve.text.tokenizer import load_tokenizer
 from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt, Query, TextPart
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MptCo
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
-from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.errors import LlavaServeError
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
 

@@ -12,7 +12,7 @@ import threading
 import torch
 
 from llava_serve.checkpoints import open_checkpoint
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 
 
 def anonymous_bytes() -> int:

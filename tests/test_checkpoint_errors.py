@@ -16,7 +16,7 @@ from variants import TOWER, Weights, read, refusal, write
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.errors import CheckpointError
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ray.serve import Application
 
 from deployments.app import DEPLOYMENTS, AppArgs, build_app
-from deployments.check_config import check
+from deployments.tools.check_config import check
 
 Config = dict[str, Any]
 
@@ -152,7 +152,7 @@ def test_the_names_are_those_of_the_deployments() -> None:
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text(CONFIG.read_text().replace("num_replicas", "num_replica"))
-    command = [sys.executable, "-m", "deployments.check_config", str(bad)]
+    command = [sys.executable, "-m", "deployments.tools.check_config", str(bad)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert "did you mean num_replicas?" in done.stderr

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llava_serve.chat_template import render_chat_template
-from llava_serve.conversation import (
+from llava_serve.errors import RequestError
+from llava_serve.prompts.chat_template import render_chat_template
+from llava_serve.prompts.conversation import (
     Control,
     ImageSlot,
     Text,
@@ -15,8 +16,7 @@ from llava_serve.conversation import (
     render,
     split_system,
 )
-from llava_serve.errors import RequestError
-from llava_serve.templates import TEMPLATES, choose_template
+from llava_serve.prompts.templates import TEMPLATES, choose_template
 from llava_serve.types import ImagePart, Message, Role, TextPart
 
 HUMAN = (

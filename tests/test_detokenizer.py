@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llava_serve.checkpoints import open_checkpoint
-from llava_serve.detokenizer import Detokenizer
-from llava_serve.tokenizer import Tokenizer, load_tokenizer
+from llava_serve.text.detokenizer import Detokenizer
+from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = ("llava-v1.5-tiny", "llava-v1.6-34b-tiny", "llava-mpt-tiny")

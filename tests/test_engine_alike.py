@@ -9,8 +9,8 @@ import pytest
 import torch
 from engine_tiny import TinyModel, engine, picture, prompt, run
 
-from llava_serve.engine import alike
-from llava_serve.engine.alike import Alike, attend_alike, find_alike
+from llava_serve.engine.executor import cascade_attention as alike
+from llava_serve.engine.executor.cascade_attention import Alike, attend_alike, find_alike
 from llava_serve.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -82,7 +82,7 @@ def test_answers_stay_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         grouped.append(find_alike(hashes, block_size))
         return grouped[-1]
 
-    monkeypatch.setattr("llava_serve.engine.runner.find_alike", spy)
+    monkeypatch.setattr("llava_serve.engine.executor.model_runner.find_alike", spy)
     subject = engine(TinyModel(kind), blocks=256)
     for _ in range(2):
         assert run(subject, *requests) == expected

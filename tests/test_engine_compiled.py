@@ -14,8 +14,8 @@ import torch
 from engine_tiny import TinyModel, engine, picture, prompt, run
 from torch._dynamo.utils import counters
 
-from llava_serve.engine.compiled import FEW_ROWS
-from llava_serve.engine.packing import PackedLinear, pack_linears
+from llava_serve.engine.executor.compiled import FEW_ROWS
+from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
 from llava_serve.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)

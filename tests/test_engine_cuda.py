@@ -10,10 +10,10 @@ import torch
 from conftest import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION
 
 from llava_serve.config import EngineOptions
-from llava_serve.engine.attention import PackedStep, Span
-from llava_serve.engine.graphs import buckets, decode_input
-from llava_serve.engine.memory import KVMemory
-from llava_serve.engine.varlen import available
+from llava_serve.engine.executor.attention import PackedStep, Span
+from llava_serve.engine.executor.cuda_graphs import buckets, decode_input
+from llava_serve.engine.executor.kv_pool import KVMemory
+from llava_serve.engine.executor.varlen import available
 from llava_serve.errors import NumericalError
 from llava_serve.llm import LLM
 from llava_serve.types import SamplingParams
@@ -81,7 +81,7 @@ def test_attention_over_extents_gives_what_the_plain_one_gives(dtype: torch.dtyp
 def test_attention_without_that_kernel_gives_the_same(
     dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_serve.engine.varlen.available", lambda *_: False)
+    monkeypatch.setattr("llava_serve.engine.executor.varlen.available", lambda *_: False)
     close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     expected = attended("cpu", torch.float32, biased=biased)
     torch.testing.assert_close(attended("cuda", dtype, biased=biased), expected, **close)

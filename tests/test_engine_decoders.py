@@ -10,7 +10,7 @@ from engine_tiny import TinyModel, alone, engine, picture, prompt, run
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from llava_serve.engine.packing import PackedLinear, pack_linears, padded
+from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.types import SamplingParams
 
@@ -132,7 +132,7 @@ def test_steps_come_in_few_sizes() -> None:
 def test_rows_that_fill_a_step_up_are_nobodys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever number of rows is added, the answers and the caches are those of a step without any."""
     expected = run(engine(TinyModel(kind)), *[(one, GREEDY) for one in PROMPTS])
-    monkeypatch.setattr("llava_serve.engine.runner.padded", lambda rows: rows + 5)
+    monkeypatch.setattr("llava_serve.engine.executor.model_runner.padded", lambda rows: rows + 5)
     subject = engine(TinyModel(kind))
     for _ in range(2):
         assert run(subject, *[(one, GREEDY) for one in PROMPTS]) == expected

@@ -7,7 +7,7 @@ import torch
 from engine_tiny import TinyModel, engine, outcomes, picture, prompt, run
 
 from llava_serve.errors import NumericalError
-from llava_serve.numerics import are_finite, numerical_error
+from llava_serve.model.numerics import are_finite, numerical_error
 from llava_serve.types import PreparedPrompt, SamplingParams
 
 torch.set_num_threads(1)

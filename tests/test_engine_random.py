@@ -17,7 +17,7 @@ import torch
 from engine_tiny import TinyModel, check_blocks, engine, outcomes, picture, prompt
 
 from llava_serve.config import EngineOptions
-from llava_serve.engine.model import VisionLanguageModel
+from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.errors import LlavaServeError
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
@@ -49,8 +49,8 @@ def golden(name: str) -> LLM:
 @pytest.fixture(autouse=True)
 def alike_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The contexts are short here: rows that begin alike are read together all the same."""
-    monkeypatch.setattr("llava_serve.engine.alike._LEAST", 8)
-    monkeypatch.setattr("llava_serve.engine.alike._WORTH", 8)
+    monkeypatch.setattr("llava_serve.engine.executor.cascade_attention._LEAST", 8)
+    monkeypatch.setattr("llava_serve.engine.executor.cascade_attention._WORTH", 8)
 
 
 def make_prompt(rng: random.Random) -> PreparedPrompt:

@@ -13,7 +13,7 @@ import torch
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 from llava_serve.types import GenerationResult, ImagePart, Message, PreparedPrompt, TextPart
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -28,7 +28,7 @@ from transformers import (
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ImageOptions
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 

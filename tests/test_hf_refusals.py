@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.errors import CheckpointError
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 
 
 def copy(folder: Path, to: Path) -> Path:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import CONFIG, ROOT
 
-from deployments.check_config import check
-from deployments.profile import read_profile
+from deployments.tools.check_config import check
+from deployments.tools.serve_env import read_profile
 
 OF_PODS = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "HF_HUB_OFFLINE"}
 """Settings of the pods beside the production profile."""

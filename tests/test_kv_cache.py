@@ -7,7 +7,7 @@ import random
 import pytest
 from engine_tiny import picture, prompt
 
-from llava_serve.engine.holes import Holes
+from llava_serve.engine.free_list import Holes
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.sequence import Copy, EngineRequest, Sequence
 from llava_serve.types import PreparedPrompt, SamplingParams

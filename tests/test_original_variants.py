@@ -29,7 +29,7 @@ from variants import (
 )
 
 from llava_serve.checkpoints import open_checkpoint
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 
 TOLERANCE = 2e-4
 SIDE = 4

@@ -21,7 +21,7 @@ from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,

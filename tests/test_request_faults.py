@@ -20,11 +20,11 @@ from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
-from llava_serve.conversation import Text
 from llava_serve.errors import LlavaServeError, NumericalError
 from llava_serve.llm import LLM
 from llava_serve.processor import Processor
-from llava_serve.tokenizer import Tokenizer, load_tokenizer
+from llava_serve.prompts.conversation import Text
+from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
 from llava_serve.types import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from engine_tiny import prompt
 
-from llava_serve.engine import sampler
-from llava_serve.engine.sampler import penalize, uniform
+from llava_serve.engine.executor import sampler
+from llava_serve.engine.executor.sampler import penalize, uniform
 from llava_serve.engine.sequence import EngineRequest, RawLogprob, Sequence
 from llava_serve.types import SamplingParams
 

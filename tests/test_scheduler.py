@@ -6,9 +6,9 @@ import random
 
 from engine_tiny import picture, prompt
 
-from llava_serve.engine.features import FeatureLedger
+from llava_serve.engine.encoder_cache import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.pacer import Budget, Pacer
+from llava_serve.engine.prefill_budget import Budget, Pacer
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Sequence
 from llava_serve.types import PreparedPrompt, SamplingParams

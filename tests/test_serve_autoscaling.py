@@ -18,7 +18,7 @@ from conftest import CONFIG, data_url, replicas
 from openai import AsyncOpenAI
 from PIL import Image
 
-from deployments.local import LocalServe, free_port, local_serve, read_config
+from deployments.tools.local_cluster import LocalServe, free_port, local_serve, read_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

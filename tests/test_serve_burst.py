@@ -13,8 +13,8 @@ from conftest import ROOT
 from test_serve_cancel import burst
 
 from benchmarks.counted import counted_config
-from deployments.local import local_serve
-from deployments.profile import read_profile
+from deployments.tools.local_cluster import local_serve
+from deployments.tools.serve_env import read_profile
 
 CLIENTS = 100
 WITHIN_S = 0.4

@@ -13,7 +13,7 @@ from conftest import DEMO_IMAGE, DEMO_QUESTION, question
 from openai import APIConnectionError, APITimeoutError, AsyncOpenAI
 from ray import serve
 
-from deployments.aborts import AbortSender
+from deployments.handle_calls import AbortSender
 from llava_serve import Message, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions

@@ -21,8 +21,8 @@ from PIL import Image
 from ray import serve
 from serve_house import house
 
-from deployments.aborts import AbortSender
 from deployments.client import LlavaClient
+from deployments.handle_calls import AbortSender
 from llava_serve import Message, SamplingParams
 from llava_serve.errors import (
     BodyTooLargeError,

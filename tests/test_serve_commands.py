@@ -19,7 +19,7 @@ import yaml
 from conftest import CONFIG, DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from openai import OpenAI
 
-from deployments.local import LocalServeError, environment, free_port, local_serve, read_config
+from deployments.tools.local_cluster import LocalServeError, environment, free_port, local_serve, read_config
 
 pytestmark = pytest.mark.extended
 
@@ -83,7 +83,7 @@ def wait_for_health(url: str, process: subprocess.Popen[bytes]) -> None:
 
 def test_the_demo_prints_the_right_answer() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "deployments.demo"], capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, "-m", "deployments.tools.demo"], capture_output=True, text=True, check=False, timeout=280
     )
     assert done.returncode == 0, done.stderr
     assert "Answer:" in done.stdout
@@ -91,13 +91,13 @@ def test_the_demo_prints_the_right_answer() -> None:
 
 
 def test_a_wrong_answer_fails_the_demo() -> None:
-    command = [sys.executable, "-m", "deployments.demo", "--answer", "no such word"]
+    command = [sys.executable, "-m", "deployments.tools.demo", "--answer", "no such word"]
     assert subprocess.run(command, capture_output=True, check=False, timeout=280).returncode == 1
 
 
 def serve() -> subprocess.Popen[str]:
     """`make serve` on a free port, when it says that it serves."""
-    command = [sys.executable, "-m", "deployments.serve", "--config", str(CONFIG), "--port", str(free_port())]
+    command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", str(free_port())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

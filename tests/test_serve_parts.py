@@ -12,14 +12,14 @@ from api_server import wait_until
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments import aborts
-from deployments.aborts import AbortedCalls
+from deployments import handle_calls
 from deployments.coalesce import coalesce
-from deployments.proxy import HeaderGuard
+from deployments.handle_calls import AbortedCalls
+from deployments.header_filter import HeaderGuard
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, RequestContextMiddleware
 from llava_serve.deadline import check_deadline, deadline_scope
-from llava_serve.engine.stream import join_chunks
+from llava_serve.engine.output_processor import join_chunks
 from llava_serve.errors import DeadlineExceededError, EngineDeadError
 from llava_serve.types import Chunk, TokenLogprob
 
@@ -97,14 +97,14 @@ def test_an_abort_is_remembered_for_a_call_that_comes_after_it() -> None:
 
 
 def test_only_so_many_aborts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aborts, "REMEMBERED_CALLS", 2)
+    monkeypatch.setattr(handle_calls, "REMEMBERED_CALLS", 2)
     calls = AbortedCalls()
     calls.add(["one", "two", "three"])
     assert [call in calls for call in ("one", "two", "three")] == [False, True, True]
 
 
 def test_an_abort_is_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aborts, "REMEMBERED_S", 0.05)
+    monkeypatch.setattr(handle_calls, "REMEMBERED_S", 0.05)
     calls = AbortedCalls()
     calls.add(["one"])
     wait_until(lambda: "one" not in calls)

@@ -18,8 +18,8 @@ from test_serve_burst import at_rest, left
 from test_serve_cancel import burst
 
 from benchmarks.counted import counted_config
-from deployments.local import local_serve, read_config
-from deployments.profile import ProfileError, read_profile
+from deployments.tools.local_cluster import local_serve, read_config
+from deployments.tools.serve_env import ProfileError, read_profile
 
 PROFILE = ROOT / "production.env"
 
@@ -105,4 +105,4 @@ def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
 
 def test_the_image_has_the_haproxy_of_the_profile() -> None:
     path = read_profile(PROFILE)["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    assert f"python -m deployments.haproxy {path}\n" in (ROOT / "Dockerfile").read_text()
+    assert f"python -m deployments.tools.haproxy {path}\n" in (ROOT / "Dockerfile").read_text()

@@ -95,7 +95,7 @@ def test_the_figures_come_to_rays_metrics(
 
 def test_a_port_in_use_is_one_clear_sentence(served: Any) -> None:
     port = served.url.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "deployments.serve", "--config", str(CONFIG), "--port", port]
+    command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip() == f"Port {port} is in use; choose another with PORT=... or --port."

@@ -11,10 +11,10 @@ import sentencepiece
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from llava_serve.checkpoints.tokens import has_token, read_tokenizer
-from llava_serve.conversation import Control, ImageSlot, Text
+from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
 from llava_serve.errors import CheckpointError
-from llava_serve.tokenizer import Tokenizer, load_tokenizer
+from llava_serve.prompts.conversation import Control, ImageSlot, Text
+from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
 from llava_serve.types import IMAGE_TOKEN_ID
 
 CORPUS = [

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.llava import Llava
+from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
 from llava_serve.types import PreparedPrompt
 

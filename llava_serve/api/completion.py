@@ -19,7 +19,7 @@ from llava_serve.api.protocol import (
     TokenLogprobs,
     Usage,
 )
-from llava_serve.engine.stream import join_chunks
+from llava_serve.engine.output_processor import join_chunks
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
 

@@ -11,7 +11,7 @@ from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import is_original, read_original
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
 from llava_serve.errors import CheckpointError
-from llava_serve.templates import TEMPLATES
+from llava_serve.prompts.templates import TEMPLATES
 
 __all__ = ["CheckpointSpec", "ImageProcessing", "TokenizerSpec", "open_checkpoint"]
 

@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_serve.checkpoints.decoder import refuse_unsupported_text
+from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.original import token_ids
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
-from llava_serve.checkpoints.tokens import has_token, load_fast, read_tokenizer
-from llava_serve.checkpoints.tower import clip_config, image_processing
+from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, read_tokenizer
+from llava_serve.checkpoints.towers import clip_config, image_processing
 from llava_serve.errors import CheckpointError
-from llava_serve.templates import choose_template
+from llava_serve.prompts.templates import choose_template
 
 _SUPPORTED = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}
 _RELATIVES = {

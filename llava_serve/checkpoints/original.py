@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from llava_serve.checkpoints.decoder import refuse_unsupported_text
+from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import find_folder, first_file, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
-from llava_serve.checkpoints.tokens import has_token, read_tokenizer
-from llava_serve.checkpoints.tower import image_processing, read_vision_config
+from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
+from llava_serve.checkpoints.towers import image_processing, read_vision_config
 from llava_serve.errors import CheckpointError
-from llava_serve.templates import choose_template
+from llava_serve.prompts.templates import choose_template
 
 _DECODERS = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMptForCausalLM": "mpt"}
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llava_serve.checkpoints.files import first_file, weight_files
 from llava_serve.checkpoints.lora import Delta, read_deltas
-from llava_serve.checkpoints.names import LAYOUTS, TOWER, Rules, our_name
 from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.weight_mapping import LAYOUTS, TOWER, Rules, our_name
 from llava_serve.errors import CheckpointError
 
 

@@ -72,7 +72,7 @@ def _serve_on_ray(config: Path, profile: Path | None) -> NoReturn:
     """
     if not config.is_file():
         raise RequestError(f"There is no config {config}; name one, or serve with --in-process.")
-    command = [sys.executable, "-m", "deployments.serve", "--config", str(config)]
+    command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(config)]
     command += ["--profile", str(profile)] if profile is not None else []
     os.execv(sys.executable, command)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from llava_serve.engine.sampler import penalize
 from llava_serve.engine.sequence import Group
 
 
@@ -29,34 +26,45 @@ class Extension:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class Candidate:
+    """Row `parent` could go on with `token`; `total` is the sum of the log-probabilities then."""
+
     parent: int
     token: int
     total: float
 
 
 class BeamSearch:
-    """The search of one group: its open rows' sums, and the best hypotheses so far."""
+    """The search of one group: its open rows' sums, and the best hypotheses so far. No tensors.
+
+    Attributes:
+        group: whose search it is.
+        totals: sums of the log-probabilities of the active rows.
+    """
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self._width = group.request.sampling.num_beams
-        self._totals = [0.0]
+        self.totals = [0.0]
         self._finished: list[Hypothesis] = []
 
-    def advance(self, logits: torch.Tensor) -> list[Extension] | Hypothesis:
+    @property
+    def num_candidates(self) -> int:
+        """How many of the best continuations are wanted: enough that `num_beams` of them are no end tokens."""
+        return max(2, 1 + len(self.group.request.stop_token_ids)) * self._width
+
+    def advance(self, candidates: list[Candidate]) -> list[Extension] | Hypothesis:
         """One step of the search.
 
         Args:
-            logits: [active rows, vocabulary], float32 or float64.
+            candidates: the best continuations of all active rows, best first.
 
         Returns:
             What the `num_beams` rows become, or the best hypothesis where the search has ended.
         """
         request = self.group.request
-        candidates = self._candidates(logits)
         length = self.group.rows[0].num_output + 1
-        open_: list[_Candidate] = []
+        open_: list[Candidate] = []
         for rank, candidate in enumerate(candidates):
             if candidate.token not in request.stop_token_ids:
                 open_.append(candidate)
@@ -72,7 +80,7 @@ class BeamSearch:
             return self._finished[0]  # transformers' rule: no row that is still open can be expected to win
         return self._place(open_)
 
-    def _place(self, candidates: list[_Candidate]) -> list[Extension]:
+    def _place(self, candidates: list[Candidate]) -> list[Extension]:
         """Chooses which row holds which candidate, so that as few as possible are copied."""
         parents = {candidate.parent for candidate in candidates}
         spare = [row for row in range(self._width) if row not in parents]
@@ -83,23 +91,10 @@ class BeamSearch:
             parents.discard(row)
             totals[row] = candidate.total
             extensions.append(Extension(row, candidate.parent, candidate.token))
-        self._totals = totals
+        self.totals = totals
         return extensions
 
-    def _candidates(self, logits: torch.Tensor) -> list[_Candidate]:
-        """The best continuations of all rows, best first; enough that `num_beams` of them are no end tokens."""
-        vocabulary = logits.shape[-1]
-        scores = logits.log_softmax(dim=-1)
-        penalize(scores, self.group.active)
-        totals = scores + torch.tensor(self._totals, dtype=scores.dtype, device=scores.device)[:, None]
-        count = min(max(2, 1 + len(self.group.request.stop_token_ids)) * self._width, totals.numel())
-        best = totals.flatten().topk(count)
-        return [
-            _Candidate(at // vocabulary, at % vocabulary, total)
-            for at, total in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-
-    def _finish(self, candidate: _Candidate, length: int, *, ended: bool) -> None:
+    def _finish(self, candidate: Candidate, length: int, *, ended: bool) -> None:
         """Enters a hypothesis, if it is among the `num_beams` best."""
         row = self.group.rows[candidate.parent]
         answer = (*row.token_ids[row.num_prompt :], candidate.token)

@@ -9,14 +9,14 @@ import torch
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
-from llava_serve.engine.draw import draw
+from llava_serve.engine.encoder_cache import FeatureLedger
+from llava_serve.engine.executor.draw import draw
+from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.model_runner import Runner, StepResult, num_blocks
 from llava_serve.engine.failures import request_failure
-from llava_serve.engine.features import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.limits import Limits
-from llava_serve.engine.model import VisionLanguageModel
-from llava_serve.engine.pacer import Pacer
-from llava_serve.engine.runner import Runner, StepResult, num_blocks
+from llava_serve.engine.prefill_budget import Pacer
+from llava_serve.engine.request_validation import Limits
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Output, RawLogprob, Sequence
 from llava_serve.engine.stats import EngineStats

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llava_serve.engine.holes import Holes
+from llava_serve.engine.free_list import Holes
 from llava_serve.engine.sequence import Copy, Extent, Sequence
 
 

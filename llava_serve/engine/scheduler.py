@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_serve.engine.features import FeatureLedger
+from llava_serve.engine.encoder_cache import FeatureLedger
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.pacer import Budget
+from llava_serve.engine.prefill_budget import Budget
 from llava_serve.engine.sequence import Copy, Group, Sequence
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 
-from deployments.local import LocalServeError, free_port, local_serve, read_config
+from deployments.tools.local_cluster import LocalServeError, free_port, local_serve, read_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGE = ROOT / "llava_serve" / "builtin" / "demo.png"
 QUESTION = "What colour is the circle?"
 ANSWER = "red"
@@ -20,7 +20,7 @@ ANSWER = "red"
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status is 0 only if the answer is the right one."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deployments.tools.demo", description=__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml")
     parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
     parser.add_argument("--image", type=Path, default=IMAGE)

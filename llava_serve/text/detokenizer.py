@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_serve.tokenizer import Tokenizer
+from llava_serve.text.tokenizer import Tokenizer
 
 _UNDECIDED = "\N{REPLACEMENT CHARACTER}"
 _WINDOW = 12

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from llava_serve.engine.attention import Span
-from llava_serve.engine.decoder import Decoder
-from llava_serve.engine.memory import KVMemory, Run
-from llava_serve.engine.varlen import VarlenAttention, to_device
+from llava_serve.engine.executor.attention import Span
+from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kv_pool import KVMemory, Run
+from llava_serve.engine.executor.varlen import VarlenAttention, to_device
 
 _logger = logging.getLogger(__name__)
 _SMALL = (1, 2, 4)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llava_serve.engine.sequence import Copy
-from llava_serve.numerics import are_finite
+from llava_serve.model.numerics import are_finite
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from llava_serve.engine.attempt import attempt
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
-from llava_serve.engine.runner import StepResult
-from llava_serve.engine.sampler import sample
+from llava_serve.engine.executor.attempt import attempt
+from llava_serve.engine.executor.model_runner import StepResult
+from llava_serve.engine.executor.sampler import best_continuations, sample
 from llava_serve.engine.sequence import RawLogprob, Sequence
-from llava_serve.numerics import numerical_error
+from llava_serve.model.numerics import numerical_error
 
 _logger = logging.getLogger(__name__)
 
@@ -61,12 +61,16 @@ def draw(step: StepResult, sequences: list[Sequence], searches: Mapping[str, Bea
     for name, rows in beams.items():
         if name in drawn.failures:
             continue
-        extended = attempt(partial(searches[name].advance, step.logits[rows]))
+        extended = attempt(partial(_extend, searches[name], step.logits[rows]))
         if isinstance(extended, Exception):
             drawn.failures[name] = extended
         else:
             drawn.beams.append((searches[name], extended))
     return drawn
+
+
+def _extend(search: BeamSearch, logits: torch.Tensor) -> list[Extension] | Hypothesis:
+    return search.advance(best_continuations(logits, search))
 
 
 def _sample_each(

@@ -10,19 +10,19 @@ from functools import partial
 import torch
 
 from llava_serve.config import EngineOptions
-from llava_serve.engine import varlen
-from llava_serve.engine.alike import Alike, find_alike
-from llava_serve.engine.attempt import attempt
-from llava_serve.engine.attention import PackedStep, Span
-from llava_serve.engine.decoder import Decoder
-from llava_serve.engine.graphs import DecodeGraphs
-from llava_serve.engine.memory import KVMemory
-from llava_serve.engine.model import VisionLanguageModel
-from llava_serve.engine.packing import padded
+from llava_serve.engine.executor import varlen
+from llava_serve.engine.executor.attempt import attempt
+from llava_serve.engine.executor.attention import PackedStep, Span
+from llava_serve.engine.executor.cascade_attention import Alike, find_alike
+from llava_serve.engine.executor.cuda_graphs import DecodeGraphs
+from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kv_pool import KVMemory
+from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
 from llava_serve.engine.sequence import Sequence
 from llava_serve.errors import CheckpointError
-from llava_serve.numerics import are_finite
+from llava_serve.model.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
 
 

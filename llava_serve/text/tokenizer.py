@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
-from llava_serve.checkpoints.tokens import load_fast, load_sentencepiece
-from llava_serve.conversation import Control, ImageSlot, Span, Text, merge_text
+from llava_serve.checkpoints.tokenizer_files import load_fast, load_sentencepiece
+from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, merge_text
 from llava_serve.types import IMAGE_TOKEN_ID
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
-from llava_serve.engine import attention, compiled
-from llava_serve.engine.attention import Step
+from llava_serve.engine.executor import attention, compiled
+from llava_serve.engine.executor.attention import Step
 
 
 class Decoder:

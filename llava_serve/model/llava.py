@@ -17,8 +17,8 @@ from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, tile_grid
-from llava_serve.placing import Quantization, place_tensors, quantize_layers
-from llava_serve.tokenizer import load_tokenizer
+from llava_serve.model.weight_loader import Quantization, place_tensors, quantize_layers
+from llava_serve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from llava_serve.detokenizer import Detokenizer
 from llava_serve.engine.failures import request_failure
 from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob
-from llava_serve.tokenizer import Tokenizer
+from llava_serve.text.detokenizer import Detokenizer
+from llava_serve.text.tokenizer import Tokenizer
 from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPrompt, TokenLogprob
 
 

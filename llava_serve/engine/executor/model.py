@@ -1,4 +1,4 @@
-"""What the engine needs of a model. `llava_serve.llava.Llava` is one."""
+"""What the engine needs of a model. `llava_serve.model.llava.Llava` is one."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.engine.engine import Engine
-from llava_serve.engine.packing import pack_linears
-from llava_serve.llava import Llava
+from llava_serve.engine.executor.packed_linear import pack_linears
+from llava_serve.model.llava import Llava
 
 
 def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:

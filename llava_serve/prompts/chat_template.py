@@ -13,8 +13,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_serve.conversation import ImageSlot, Span, Text, control_spans, merge_text
 from llava_serve.errors import RequestError
+from llava_serve.prompts.conversation import ImageSlot, Span, Text, control_spans, merge_text
 from llava_serve.types import ImagePart, Message
 
 # Private-use characters stand for the texts while the template runs: what comes out between them is the template's.

@@ -15,7 +15,7 @@ from torch import nn
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from transformers import AttentionInterface
 
-from llava_serve.engine.attention import Step
+from llava_serve.engine.executor.attention import Step
 from llava_serve.errors import CheckpointError
 
 IMPLEMENTATION = "llava_serve_compiled"

@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from llava_serve.engine import varlen
-from llava_serve.engine.alike import Alike, attend_alike
-from llava_serve.engine.memory import KVMemory, Run
-from llava_serve.engine.varlen import VarlenAttention
+from llava_serve.engine.executor import varlen
+from llava_serve.engine.executor.cascade_attention import Alike, attend_alike
+from llava_serve.engine.executor.kv_pool import KVMemory, Run
+from llava_serve.engine.executor.varlen import VarlenAttention
 
 IMPLEMENTATION = "llava_serve"
 """The name under which transformers' models find `attend`."""

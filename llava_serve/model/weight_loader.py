@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llava_serve.checkpoints.names import stored_name
 from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.weight_mapping import stored_name
 from llava_serve.checkpoints.weights import StoredTensor
 from llava_serve.errors import CheckpointError
-from llava_serve.numerics import are_finite
+from llava_serve.model.numerics import are_finite
 
 Quantization = Literal["8bit", "4bit"]
 

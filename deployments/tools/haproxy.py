@@ -1,6 +1,6 @@
 """The HAProxy that Ray ships, started so that it notices every client that leaves.
 
-    python -m deployments.haproxy PATH    # writes the program that starts it
+    python -m deployments.tools.haproxy PATH    # writes the program that starts it
 
 Ray configures it with `option splice-request`. With that, a client that leaves while it waits for an unstreamed answer
 is often not noticed: HAProxy 2.8 spins on its connection, and the answer is made to its end for nobody. Ray has no

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-from deployments.haproxy import write_launcher
+from deployments.tools.haproxy import write_launcher
 
 
 class ProfileError(Exception):

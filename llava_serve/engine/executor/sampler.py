@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from llava_serve.engine.beam import BeamSearch, Candidate
 from llava_serve.engine.sequence import RawLogprob, Sequence
 from llava_serve.types import SamplingParams
 
@@ -142,3 +143,21 @@ def _truncate(logits: torch.Tensor, top_k: list[int], top_p: list[float]) -> tor
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
     """[rows, 1], in the precision and on the device of `like`."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def best_continuations(logits: torch.Tensor, search: BeamSearch) -> list[Candidate]:
+    """The best continuations of a beam search, best first, as many as it wants.
+
+    Args:
+        logits: [active rows, vocabulary] in float32 or float64.
+        search: whose rows they are.
+    """
+    vocabulary = logits.shape[-1]
+    scores = logits.log_softmax(dim=-1)
+    penalize(scores, search.group.active)
+    totals = scores + _column(search.totals, scores)
+    best = totals.flatten().topk(min(search.num_candidates, totals.numel()))
+    return [
+        Candidate(at // vocabulary, at % vocabulary, total)
+        for at, total in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from llava_serve.errors import RequestError
-from llava_serve.templates import TEMPLATES, Style, Template
+from llava_serve.prompts.templates import TEMPLATES, Style, Template
 from llava_serve.types import ImagePart, Message, Role, TextPart
 
 IMAGE_PLACEHOLDER = "<image-placeholder>"

@@ -1,4 +1,4 @@
-"""The strict check of a Serve config: `python -m deployments.check_config serve_config.yaml`.
+"""The strict check of a Serve config: `python -m deployments.tools.check_config serve_config.yaml`.
 
 Ray drops keys that it does not know, to be forward compatible, so that a typo quietly becomes a default. Here every key
 must be one that Ray or the application knows, and every deployment must fit the CPUs that the file is meant for.
@@ -27,7 +27,9 @@ ROUTER = "deployments.router:AffinityRouter"
 
 def main(argv: list[str] | None = None) -> int:
     """Prints what is wrong, one line each; the exit status is 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.check_config", description="Checks a Serve config.")
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.tools.check_config", description="Checks a Serve config."
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--cpus", type=float, help="also refuse what does not fit a Ray of so many CPUs")
     options = parser.parse_args(argv)

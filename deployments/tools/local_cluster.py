@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from deployments.check_config import check
-from deployments.profile import own_places
+from deployments.tools.check_config import check
+from deployments.tools.serve_env import own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -84,7 +84,7 @@ def local_serve(
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
     config_file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
-    command = [sys.executable, "-m", "deployments.runner", str(config_file)]
+    command = [sys.executable, "-m", "deployments.tools.local_worker", str(config_file)]
     command += ["--ray-dir", str(folder / "ray"), "--report", str(report)]
     command += ["--num-cpus", str(num_cpus or max(2, os.cpu_count() or 1))]
     settings = dict(profile) | own_places(folder, free_ports(3)) if profile else {}

@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from deployments.local import ConfigError, LocalServeError, local_serve, read_config
-from deployments.profile import ProfileError, read_profile
+from deployments.tools.local_cluster import ConfigError, LocalServeError, local_serve, read_config
+from deployments.tools.serve_env import ProfileError, read_profile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
     It is 2 for a usage error, 130 if it was stopped before it ran or while it drained, and 1 otherwise.
     """
-    parser = argparse.ArgumentParser(prog="python -m deployments.serve", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deployments.tools.serve", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument("--port", type=int, help="instead of the config's")
     parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")

@@ -1,0 +1,1 @@
+"""What starts, checks and ends the application on one machine."""

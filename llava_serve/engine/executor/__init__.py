@@ -1,0 +1,1 @@
+"""What the engine computes with: every tensor is in here."""

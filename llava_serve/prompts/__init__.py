@@ -1,0 +1,1 @@
+"""From messages to spans: templates, and the conversations that they render."""
