@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import os
 import secrets
@@ -12,23 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from hf_tiny import MODELS, write_model
-from variants import copy
+
+from support.paths import CONFIG
+from support.tiny_hf import MODELS, write_model
+from support.variants import copy
 
 # Ray reads them when it is first imported: this process joins the application's Ray as another job.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # After a test's Ray has ended, Serve's threads in this process must not start another.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-
-ROOT = Path(__file__).resolve().parent.parent
-BUILTIN = ROOT / "llava_serve" / "builtin"
-CONFIG = ROOT / "serve_config.yaml"
-DEMO_IMAGE = BUILTIN / "demo.png"
-DEMO_QUESTION = "What colour is the circle?"
-DEMO_ANSWER = "red"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -93,24 +86,6 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.02)
 
     return wait
-
-
-def replicas(name: str, served: Any) -> list[psutil.Process]:
-    """The processes of a deployment, by the title that Ray gives them; other applications' on the machine left out."""
-    title, ray_dir = f"ray::ServeReplica:llava:{name}", str(served.log.parent)
-    named = [each for each in psutil.process_iter(["cmdline"]) if title in " ".join(each.info["cmdline"] or ())]
-    return [each for each in named if (parent := each.parent()) and ray_dir in " ".join(parent.cmdline())]
-
-
-def data_url(image: bytes, kind: str = "png") -> str:
-    """A picture as it stands in a request."""
-    return f"data:image/{kind};base64," + base64.b64encode(image).decode()
-
-
-def question(text: str, *images: bytes) -> list[Any]:
-    """OpenAI messages: the pictures, then the text."""
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 @pytest.fixture

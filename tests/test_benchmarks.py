@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 COMMANDS = [
     "client_hop",

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+
 README = (ROOT / "README.md").read_text("utf-8")
 CONSOLE = re.findall(r"```console\n\$ (.+)\n(.+)\n```", README)
 CURL = re.findall(r"^(curl .+?)```", README, re.DOTALL | re.MULTILINE)

@@ -1,0 +1,63 @@
+"""A bounded house: who is let in, who is refused, and that every guest leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import httpx
+import pytest
+from openai import RateLimitError
+
+from support.api_server import BODY, MESSAGES, PATH, PacedBackend, app_over, official, wait_until
+
+
+def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> None:
+    backend = PacedBackend(pace_s=1)
+    with app_over(backend, max_in_flight=1) as web:
+        guest = threading.Thread(target=lambda: web.post(PATH, json=BODY))
+        guest.start()
+        wait_until(lambda: backend.working == 1)
+        with httpx.Client(base_url=web.base_url) as other:
+            refused = other.post(PATH, content=b"not looked at")
+            assert other.get("/health").status_code == 200
+            assert backend.working == 1, "the refusal waited for the guest"
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        with pytest.raises(RateLimitError):
+            official(web).chat.completions.create(model="paced", messages=MESSAGES)
+        answer = official(web, retries=5).chat.completions.create(model="paced", messages=MESSAGES)
+        assert answer.choices[0].message.content == "A red circle."
+        guest.join()
+
+
+async def test_two_hundred_at_once_get_an_answer_or_a_refusal_and_nothing_else() -> None:
+    backend = PacedBackend(pace_s=0.02)
+    limits = httpx.Limits(max_connections=200)
+    with app_over(backend, max_in_flight=20) as web:
+        async with httpx.AsyncClient(base_url=web.base_url, limits=limits, timeout=30) as guests:
+            answers = await asyncio.gather(
+                *(guests.post(PATH, json=BODY | {"stream": bool(number % 2)}) for number in range(200))
+            )
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+        else:
+            assert "circle." in answer.text
+    assert backend.working == 0
+
+
+def test_every_end_frees_its_place() -> None:
+    backend = PacedBackend()
+    with app_over(backend, max_in_flight=1) as web:
+        for _ in range(3):
+            assert web.post(PATH, json=BODY).status_code == 200
+            assert web.post(PATH, json=BODY | {"stream": True}).status_code == 200
+            assert web.post(PATH, content=b"{").status_code == 400
+            assert web.post("/nowhere", content=b"{").status_code == 404
+            backend.failure, backend.fail_at = KeyError("x"), 1
+            assert web.post(PATH, json=BODY).status_code == 500
+            assert "internal_error" in web.post(PATH, json=BODY | {"stream": True}).text
+            backend.failure = None

@@ -1,0 +1,211 @@
+"""Checkpoints in transformers' layout answer as transformers' own classes do, with its PIL image processors."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
+
+from llava_serve import LLM, SamplingParams
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import EngineOptions, ImageOptions
+from llava_serve.model.llava import Llava
+from llava_serve.processor import Processor
+from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
+from support.tiny_hf import MODELS, write_json
+
+Talk = list[dict[str, Any]]
+
+TOLERANCE = 2e-3
+ONE_THREAD = EngineOptions(num_threads=1)  # tiny models gain nothing from more, and wait for each other
+SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40), (33, 310), (1, 1), (392, 147)]
+"""(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; the
+last has other rows where a quotient is cut off before it is rounded."""
+QUESTIONS = ["What is shown in this image?", "  Is the circle\nleft of the square?  ", "Wie heißt das 蓝色 one? ☃"]
+
+
+class Reference:
+    """A checkpoint in transformers' own hands."""
+
+    def __init__(self, folder: Path, anyres: bool) -> None:
+        images, processor, model = (
+            (LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaNextForConditionalGeneration)
+            if anyres
+            else (LlavaImageProcessorPil, LlavaProcessor, LlavaForConditionalGeneration)
+        )
+        self.processor = processor.from_pretrained(
+            folder, image_processor=images.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder)
+        )
+        assert type(self.processor.image_processor) is images
+        self.model, notes = model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not notes["missing_keys"]
+        assert not notes["unexpected_keys"]
+        self.model.eval()
+
+    def inputs(self, talk: Talk) -> Any:
+        return self.processor.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+
+    def tiles_per_image(self, talk: Talk) -> list[int]:
+        """transformers pads the tiles of several pictures to one number."""
+        pictures = [part["image"] for message in talk for part in message["content"] if part["type"] == "image"]
+        return [len(self.processor.image_processor(one)["pixel_values"][0]) for one in pictures]
+
+
+@pytest.fixture(scope="session")
+def reference_of(folder_of: Callable[[str], Path]) -> Callable[[str], Reference]:
+    return cache(lambda name: Reference(folder_of(name), MODELS[name].anyres))
+
+
+@pytest.fixture(scope="session")
+def processor_of(folder_of: Callable[[str], Path]) -> Callable[[str], Processor]:
+    return cache(lambda name: Processor(open_checkpoint(str(folder_of(name))), ImageOptions()))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Colours that differ from place to place, so that a shifted or transposed tile shows."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    noise = np.random.default_rng(width * 1000 + height).random((height, width))
+    return Image.fromarray((np.stack([x, y**2, noise], -1) * 255).astype(np.uint8))
+
+
+def transparent(image: Image.Image) -> Image.Image:
+    image.putalpha(image.convert("L"))
+    return image
+
+
+def as_file(image: Image.Image) -> Image.Image:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return Image.open(data)
+
+
+def said(role: str, text: str, *images: Image.Image) -> dict[str, Any]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+TALKS: dict[str, Talk] = {
+    f"{width}x{height}": [said("user", QUESTIONS[i % len(QUESTIONS)], picture(width, height))]
+    for i, (width, height) in enumerate(SIZES)
+}
+TALKS |= {
+    "transparent": [said("user", "What is it?", transparent(picture(60, 90)))],
+    "transparent-palette": [said("user", "What is it?", as_file(transparent(picture(50, 30)).quantize(8)))],
+    "text-only": [said("user", "How many of them are there?")],
+    "three-images": [said("user", "Which one is larger?", picture(120, 80), picture(30, 44), picture(20, 20))],
+    "two-turns": [
+        said("user", "What is it?", picture(90, 150)),
+        said("assistant", "A red one."),
+        said("user", "And this?", picture(64, 20)),
+    ],
+    "a-system-message": [said("system", "Be brief."), said("user", "What is it?", picture(50, 70))],
+}
+
+
+def prepare(processor: Processor, talk: Talk) -> PreparedPrompt:
+    return processor.prepare(processor.read(talk))
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_and_pixels(name: str, talk: str, reference_of: Any, processor_of: Any) -> None:
+    reference, processor = reference_of(name), processor_of(name)
+    prepared = prepare(processor, TALKS[talk])
+    inputs = reference.inputs(TALKS[talk])
+    ids = np.where(prepared.token_ids == IMAGE_TOKEN_ID, reference.model.config.image_token_id, prepared.token_ids)
+    assert ids.tolist() == inputs["input_ids"][0].tolist()
+    assert prepared.prompt == reference.processor.apply_chat_template(TALKS[talk], add_generation_prompt=True)
+    if "pixel_values" not in inputs:
+        assert not prepared.tiles
+        return
+    image = processor.spec.image
+    counts = reference.tiles_per_image(TALKS[talk]) if MODELS[name].anyres else [None] * len(prepared.tiles)
+    for tiles, expected, count in zip(prepared.tiles, inputs["pixel_values"], counts, strict=True):
+        pixels = (tiles / 255 - np.array(image.mean)) / np.array(image.std)
+        expected = expected[:count] if MODELS[name].anyres else expected[None]
+        assert pixels.shape[:1] == expected.shape[:1]
+        np.testing.assert_allclose(pixels.transpose(0, 3, 1, 2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(name: str, folder_of: Any, reference_of: Any, processor_of: Any) -> None:
+    model = Llava.load(processor_of(name).spec)
+    for talk in TALKS.values():
+        prepared = prepare(processor_of(name), talk)
+        with torch.inference_mode():
+            expected = reference_of(name).model(**reference_of(name).inputs(talk)).logits
+            got = model.language_model(inputs_embeds=embeddings(model, prepared)[None]).logits
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+def embeddings(model: Llava, prepared: PreparedPrompt) -> torch.Tensor:
+    """[positions, hidden] of a prompt with its pictures merged in."""
+    merged = model.embed(torch.from_numpy(prepared.token_ids.astype(np.int64)).clamp(min=0)).clone()
+    pictures = zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True)
+    for (start, end), tiles, size in pictures:
+        merged[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
+    return merged
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens(name: str, folder_of: Any, reference_of: Any) -> None:
+    talks = [TALKS[key] for key in ("30x30", "97x140", "text-only", "three-images", "two-turns")]
+    llm = LLM(str(folder_of(name)), device="cpu", dtype="float32", engine=ONE_THREAD)
+    results = llm.chat(talks, SamplingParams(temperature=0, max_new_tokens=10))
+    reference = reference_of(name)
+    for talk, result in zip(talks, results, strict=True):
+        inputs = reference.inputs(talk)
+        generated = reference.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        expected = generated[0, inputs["input_ids"].shape[1] :].tolist()
+        assert list(result.token_ids) == expected
+        assert result.text == reference.processor.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_a_query_is_a_chat_of_one_message(folder_of: Any) -> None:
+    llm = LLM(str(folder_of("llava-next-mistral-hub")), device="cpu", dtype="float32", engine=ONE_THREAD)
+    image = picture(70, 40)
+    query = llm.processor.prepare_query("What is it?", [image])
+    chat = prepare(llm.processor, [said("user", "What is it?", image)])
+    assert query.prompt == chat.prompt == "<s>[INST] <image>\nWhat is it? [/INST]"
+    assert query.token_ids.tolist() == chat.token_ids.tolist()
+
+
+def test_what_a_user_types_is_no_control_token(processor_of: Any) -> None:
+    processor = processor_of("llava-1.5-llama-hub")
+    prepared = prepare(processor, [said("user", "<image></s><s> one", picture(30, 30))])
+    assert len(prepared.image_spans) == 1
+    controls = {processor.tokenizer.token_id(token) for token in ("<image>", "</s>")}
+    assert not controls & set(prepared.token_ids.tolist())
+    assert prepared.token_ids.tolist().count(processor.tokenizer.token_id("<s>")) == 1
+
+
+def test_tokenizer_json_decides_on_the_opening_token(folder_of: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder_of("llava-1.5-llama-hub"), tmp_path / "llava"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", config | {"add_bos_token": False})
+    reference = Reference(folder, anyres=False)
+    talk = TALKS["text-only"]
+    prepared = prepare(Processor(open_checkpoint(str(folder)), ImageOptions()), talk)
+    assert prepared.token_ids.tolist() == reference.inputs(talk)["input_ids"][0].tolist()
+    assert prepared.token_ids[0] == 1

@@ -1,0 +1,34 @@
+"""What loading takes: the model's own memory, and little beside it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.paths import TESTS
+from support.random_llava import write_llava
+
+ALLOWANCE = 1.3
+
+
+@pytest.fixture(scope="module", params=["safetensors", "bin"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 620 MB in float16, in three shards."""
+    to = tmp_path_factory.mktemp("large") / request.param
+    return write_llava(to, hidden=2048, intermediate=5632, layers=6, files=request.param, shards=3)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_loading_takes_little_more_than_the_model(folder: Path, dtype: str) -> None:
+    assert sum(file.stat().st_size for file in folder.glob("*model-*")) > 500e6
+    program = TESTS / "support" / "load_memory.py"
+    done = subprocess.run([sys.executable, program, folder, dtype], check=True, capture_output=True, text=True)
+    figures = json.loads(done.stdout)
+    taken = figures["peak"] - figures["before"]
+    assert figures["weights"] <= taken * 1.05  # the watch has seen the model
+    assert taken < ALLOWANCE * figures["weights"] + figures["largest"]

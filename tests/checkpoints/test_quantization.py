@@ -1,0 +1,143 @@
+"""8-bit and 4-bit weights of the language model, by bitsandbytes on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llava_serve import LLM, SamplingParams
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import EngineOptions
+from llava_serve.errors import CheckpointError
+from llava_serve.model.llava import Llava
+from support.random_llava import write_llava
+from support.variants import copy, logits, merged_by_peft, prepare, read, write
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install llava-serve[quantization]",
+)
+LAYERS = 8
+LINEAR_LAYERS = 7 * LAYERS
+# The least cosine that any position's logits may have with the unquantized model's; the bounds of the memory, with
+# scales, embeddings and head, beside that in bfloat16.
+EXPECTED = {"8bit": (0.998, (0.50, 0.53)), "4bit": (0.93, (0.25, 0.29))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder of 62 million parameters."""
+    return write_llava(tmp_path_factory.mktemp("quantized") / "llava", hidden=768, intermediate=2304, layers=LAYERS)
+
+
+def quantized_layers(module: nn.Module) -> list[str]:
+    return [name for name, one in module.named_modules() if type(one).__name__ in ("Linear8bitLt", "Linear4bit")]
+
+
+def memory(module: nn.Module) -> int:
+    """Bytes of the weights, and of the scales that quantized ones need."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(module))
+
+
+def tensors(module: nn.Module) -> Iterator[Tensor]:
+    for parameter in module.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.state2.absmax)
+        elif (scales := getattr(parameter, "SCB", None)) is not None:
+            yield scales
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", EXPECTED)
+def test_layers_memory_and_logits(folder: Path, quantization: Any, dtype: torch.dtype) -> None:
+    spec = open_checkpoint(str(folder))
+    plain, small = Llava.load(spec, dtype=dtype), Llava.load(spec, dtype=dtype, quantization=quantization)
+    assert sum(parameter.numel() for parameter in plain.language_model.parameters()) > 60e6
+
+    assert len(quantized_layers(small)) == LINEAR_LAYERS
+    assert len(quantized_layers(small.language_model)) == LINEAR_LAYERS
+    for part in ("vision_tower", "projector", "language_model.lm_head", "language_model.model.embed_tokens"):
+        kept, before = small.get_submodule(part).state_dict(), plain.get_submodule(part).state_dict()
+        assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+        assert all(tensor.dtype == dtype for tensor in kept.values() if tensor.is_floating_point())
+
+    cosine, (low, high) = EXPECTED[quantization]
+    if dtype == torch.bfloat16:
+        assert low < memory(small.language_model) / memory(plain.language_model) < high
+    prepared = prepare(folder)
+    alike = functional.cosine_similarity(logits(small, prepared).float(), logits(plain, prepared).float(), dim=-1)
+    assert cosine < float(alike.min()) < 1 - 1e-6
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", EXPECTED)
+def test_lora_is_merged_before_it_is_quantized(tmp_path: Path, quantization: Any) -> None:
+    adapter, base = copy("llava-v1.5-tiny-lora", tmp_path), copy("vicuna-v1.5-tiny", tmp_path)
+    merged = merged_by_peft(json.loads((base / "config.json").read_text()), read(base), adapter)
+    projector = torch.load(adapter / "non_lora_trainables.bin")
+    whole = copy("llava-v1.5-tiny", tmp_path)
+    write(whole, merged | {name.removeprefix("base_model.model."): tensor for name, tensor in projector.items()})
+    prepared = prepare(whole)
+    models = [
+        Llava.load(open_checkpoint(str(path), model_base=of), quantization=quantization)
+        for path, of in ((adapter, str(base)), (whole, None))
+    ]
+    assert len(quantized_layers(models[0])) == 7 * 3
+    assert torch.equal(logits(models[0], prepared), logits(models[1], prepared))
+    plain = Llava.load(open_checkpoint(str(whole)))
+    assert not torch.equal(logits(models[0], prepared), logits(plain, prepared))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny", "llava-mpt-tiny"])
+def test_every_decoder_answers_through_the_engine(
+    name: str, quantization: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy(name, tmp_path)
+    prepared = prepare(folder)
+    model = Llava.load(open_checkpoint(str(folder)), quantization=quantization)
+    with caplog.at_level(logging.WARNING, "bitsandbytes"):
+        expected = int(logits(model, prepared)[-1].argmax())
+        options = EngineOptions(num_threads=1, compile=True)  # quantized layers go without
+        llm = LLM(str(folder), device="cpu", dtype="float32", quantization=quantization, engine=options)
+        assert llm.run([prepared], SamplingParams(temperature=0, max_new_tokens=4))[0].token_ids[0] == expected
+    assert not [record for record in caplog.records if "will be cast" in record.getMessage()]
+
+
+@needs_bitsandbytes
+def test_refused_in_double_precision(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="float32, bfloat16 or float16"):
+        Llava.load(open_checkpoint(str(folder)), dtype=torch.float64, quantization="8bit")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", EXPECTED)
+def test_weights_are_looked_at_before_they_are_quantized(quantization: Any, llava_15: Path) -> None:
+    weights = read(llava_15)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    write(llava_15, weights)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight .* NaN or infinity"):
+        Llava.load(open_checkpoint(str(llava_15)), quantization=quantization)
+
+
+@pytest.mark.parametrize("quantization", EXPECTED)
+def test_without_bitsandbytes_it_says_what_to_install(
+    folder: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # how Python marks a module that cannot be imported
+    with pytest.raises(CheckpointError, match=r"pip install llava-serve\[quantization\]"):
+        Llava.load(open_checkpoint(str(folder)), quantization=quantization)

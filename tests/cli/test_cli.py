@@ -1,0 +1,195 @@
+"""The command line as a person runs it: a process, its output, its exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from llava_serve.cli import main
+from support.paths import ROOT
+
+GOLDEN = ROOT / "tests" / "golden"
+CHECKPOINTS = GOLDEN / "checkpoints"
+MODEL = CHECKPOINTS / "llava-v1.5-tiny"
+CASE = json.loads((GOLDEN / "cases.json").read_text())["llava-v1.5-tiny"]["cases"][0]
+PICTURE = GOLDEN / "images" / "landscape.png"
+GREEDY = ["--temperature", "0", "--max-new-tokens", "20", "--dtype", "float32", "--device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs a command in this process, which has torch already."""
+
+    def run(*arguments: object, said: str = "") -> Done:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        status = main([str(argument) for argument in arguments])
+        return Done(status, *capfd.readouterr())
+
+    return run
+
+
+def run_inside(script: str) -> str:
+    """What a script prints: to look at a process after a command."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_command_line_is_light() -> None:
+    heavy = ("ray", "torch", "transformers", "fastapi", "uvicorn", "requests", "PIL")
+    loaded = run_inside(f"import sys, llava_serve.cli; print([name for name in {heavy} if name in sys.modules])")
+    assert loaded == "[]\n"
+
+
+def test_ask_answers_as_the_original_does_and_imports_no_ray() -> None:
+    arguments = ["ask", "--model", str(MODEL), "--image", str(PICTURE), CASE["query"], *GREEDY]
+    printed = run_inside(
+        f"import sys; from llava_serve.cli import main; main({arguments!r}); print('ray' in sys.modules)"
+    )
+    assert printed == CASE["greedy_text"] + "\nFalse\n"
+
+
+def test_ask_takes_the_originals_flags_and_prints_json(cli: Callable[..., Done]) -> None:
+    done = cli(
+        *(
+            "ask",
+            "--model-path",
+            MODEL,
+            "--image-file",
+            f"{PICTURE};{PICTURE}",
+            "--sep",
+            ";",
+            "--conv-mode",
+            "llava_v1",
+        ),
+        *("--query", "One <image-placeholder> and two <image-placeholder>", "--max_new_tokens", 5, "--top_p", 0.9),
+        *("--temperature", 0.5, "--seed", 3, "--num_beams", 1, "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["model"] == "llava-v1.5-tiny"
+    assert result["prompt"].count("<image>") == 2
+    assert len(result["token_ids"]) == 5
+    assert result["finish_reason"] == "length"
+    assert result["num_prompt_tokens"] > 32
+
+
+def test_chat_keeps_the_history(cli: Callable[..., Done]) -> None:
+    done = cli("chat", "--model", MODEL, "--image", PICTURE, *GREEDY, said=f"{CASE['query']}\nAnd then?\n\n")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("> ")[1:3]
+    assert first == CASE["greedy_text"] + "\n"
+    assert second.strip()
+    alone = cli("chat", "--model", MODEL, "--image", PICTURE, *GREEDY, said="And then?\n")
+    assert alone.stdout.split("> ")[1] != second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["ask", "--model", MODEL], "Give one question"),
+        (["ask", "--model", MODEL, "--query", "a", "b"], "Give one question"),
+        (["ask", "--model", MODEL, "--image", "nowhere.png", "What?"], "nowhere.png cannot be read"),
+        (["ask", "--model", MODEL, "--image", __file__, "What?"], "picture"),
+        (["ask", "--model", "nowhere", "What?"], "nowhere"),
+        (["ask", "--model", MODEL, "--temperature", "-1", "What?"], "temperature must be between"),
+        (["ask", "--model", MODEL, "--num-beams", "2", "--temperature", "1", "What?"], "num_beams"),
+        (["chat", "--model", MODEL, "--image", "nowhere.png"], "nowhere.png cannot be read"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["inspect", CHECKPOINTS / "llava-v1.5-tiny-lora"], "model_base"),
+        (["serve", "nowhere.yaml"], "There is no config nowhere.yaml"),
+        (["serve", "--port", "8001"], "--port goes with --in-process"),
+        (["serve", "--load-4bit"], "--load-4bit goes with --in-process"),
+        (["serve", "--in-process", "a.yaml"], "takes no config"),
+        (["serve", "--in-process", "--model", "nowhere", "--port", "0"], "nowhere"),
+        (["serve", "--in-process", "--host", "not.a.host.invalid"], "Cannot listen on not.a.host.invalid"),
+    ],
+    ids=lambda value: " ".join(str(part) for part in value[:3]) if isinstance(value, list) else value,
+)
+def test_a_users_fault_is_one_sentence(cli: Callable[..., Done], arguments: list[object], sentence: str) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.startswith("llava-serve: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["ask", "--device", "tpu", "What?"], "'tpu' is not auto"),
+        (["ask", "--dtype", "int8"], "int8"),
+        (["sing"], "sing"),
+    ],
+)
+def test_a_wrong_flag_is_told_by_the_parser(capfd: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert word in capfd.readouterr().err
+
+
+@pytest.mark.extended
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "llava_serve.cli", "ask", "--model", MODEL, "What?", "--max-new-tokens", "300"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "base", "lines"),
+    [
+        (
+            "llava-v1.5-tiny",
+            None,
+            [
+                "llama: 3 layers of 64, 4 heads",
+                "16 per picture",
+                "mlp2x_gelu (48 to 64)",
+                "llava_v1: ",
+                "clip-vit-tiny",
+            ],
+        ),
+        ("llava-v1.5-tiny-lora", "vicuna-v1.5-tiny", ["LoRA weights; the rest is in ", "2048 tokens"]),
+        (
+            "llava-v1.6-mistral-tiny",
+            None,
+            ["mistral: 3 layers of 64, 4 heads (2 for keys and values)", "70 for 640 x 480", "in the checkpoint"],
+        ),
+        ("llava-mpt-tiny", None, ["mpt: 3 layers of 64, 4 heads", "tokenizers", "linear (48 to 64)"]),
+    ],
+)
+def test_inspect_tells_what_a_checkpoint_is(
+    cli: Callable[..., Done], checkpoint: str, base: str | None, lines: list[str]
+) -> None:
+    more = ["--model-base", CHECKPOINTS / base] if base else []
+    done = cli("inspect", CHECKPOINTS / checkpoint, *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") <= 24
+    for line in lines:
+        assert line in done.stdout

@@ -1,0 +1,113 @@
+"""`llava-serve serve`: a process that answers over HTTP until a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from llava_serve.cli import main
+from support.paths import ROOT
+
+MODEL = ROOT / "tests" / "golden" / "checkpoints" / "llava-v1.5-tiny"
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "llava_serve.cli", "serve", *map(str, arguments)]
+
+
+@contextmanager
+def in_process(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A running `serve --in-process`, and its URL."""
+    process = subprocess.Popen(
+        command("--in-process", "--model", MODEL, "--device", "cpu", *arguments),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "Serving llava-v1.5-tiny on http://" in line
+        yield line.split(" on ")[1].split()[0], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
+def test_serve_in_process_answers_and_drains(stop: signal.Signals) -> None:
+    with in_process("--dtype", "bfloat16", "--port", 0, "--api-key", "sesame") as (url, process):
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        body = {
+            "model": "llava-v1.5-tiny",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 300,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        header = {"Authorization": "Bearer sesame"}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=header) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(stop)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(timeout=60) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--in-process", "--port", str(port)]) == 2
+    assert capfd.readouterr().err == f"llava-serve: Port {port} is in use; choose another with --port.\n"
+
+
+def test_serve_refuses_a_config_with_a_typo(tmp_path: Path) -> None:
+    config = tmp_path / "typo.yaml"
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("num_replicas:", "num_replica:"))
+    done = subprocess.run(command(config), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "num_replica: unknown; did you mean num_replicas?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.extended
+def test_serve_starts_the_application_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("port: 8000", f"port: {port}"))
+    process = subprocess.Popen(
+        command(config),
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith(b"Serving on ") for line in process.stdout)
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        assert said.count(b"Draining") == 1
+        assert b"Traceback" not in said
+    finally:
+        process.kill()
+        process.communicate()

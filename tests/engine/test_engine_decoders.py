@@ -1,0 +1,138 @@
+"""The engine against transformers itself: the same greedy ids as a full forward pass per token."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
+from llava_serve.errors import DeadlineExceededError
+from llava_serve.types import SamplingParams
+from support.tiny_engine import TinyModel, alone, engine, picture, prompt, run
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
+PROMPTS = [
+    prompt(1, [5, 6, 7]),
+    prompt(1, picture((10, 20, 30), 2), [8, 9]),
+    prompt(1, list(range(3, 60))),
+    prompt(1, picture((200, 20, 30)), [8, 9], picture((0, 20, 30), 3), 4),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
+@pytest.mark.parametrize("tokens", [16, 2048])
+def test_the_engine_gives_what_transformers_gives(kind: str, tokens: int) -> None:
+    expected = [alone(TinyModel(kind), one, 20) for one in PROMPTS]
+    subject = engine(TinyModel(kind), max_batch_tokens=tokens)
+    for _ in range(2):  # computed, then from the prefix cache
+        answers = run(subject, *[(one, GREEDY) for one in PROMPTS])
+        assert [answer[0] for answer in answers] == expected
+    assert subject.stats.cached_tokens > 0
+
+
+def test_the_window_matters() -> None:
+    """That Mistral's window is kept is shown by an answer that differs without it."""
+    narrow, wide = TinyModel("mistral"), TinyModel("mistral")
+    wide.language_model.config.sliding_window = None
+    first, second = (run(engine(one), (PROMPTS[2], GREEDY))[0] for one in (narrow, wide))
+    assert first != second
+
+
+def test_a_picture_seen_before_is_not_encoded_again() -> None:
+    model = TinyModel()
+    subject = engine(model, prefix_caching=False)
+    model.encoded_tiles = 0
+    for question in ([4], [5], [6]):
+        run(subject, (prompt(1, picture((9, 9, 9), 2), question), GREEDY))
+    assert model.encoded_tiles == 2
+    cacheless = engine(model, feature_cache_bytes=0, prefix_caching=False)
+    model.encoded_tiles = 0
+    for question in ([4], [5]):
+        run(cacheless, (prompt(1, picture((9, 9, 9), 2), question), GREEDY))
+    assert model.encoded_tiles == 4
+
+
+def test_a_second_question_about_a_picture_computes_only_the_question() -> None:
+    model = TinyModel()
+    subject = engine(model)
+    model.encoded_tiles = 0
+    run(subject, (prompt(1, picture((9, 9, 9), 4), [4, 5, 6]), SamplingParams(temperature=0, max_new_tokens=1)))
+    before = subject.stats.computed_tokens
+    run(subject, (prompt(1, picture((9, 9, 9), 4), [7, 8, 6]), SamplingParams(temperature=0, max_new_tokens=1)))
+    assert subject.stats.computed_tokens - before == 28 - 24  # three full blocks of eight were there
+    assert model.encoded_tiles == 4  # the features of the last block came from their cache
+
+
+def test_a_deadline_ends_a_request_and_frees_what_it_held() -> None:
+    subject = engine(TinyModel())
+    subject.add(subject.limits.accept("late", PROMPTS[0], GREEDY, deadline=time.time() - 1))
+    subject.add(subject.limits.accept("timely", PROMPTS[0], GREEDY, deadline=time.time() + 1000))
+    first = subject.step()
+    assert isinstance(first[0].error, DeadlineExceededError)
+    assert first[0].request_id == "late"
+    assert not subject.has("late")
+    assert subject.stats.running == 1
+
+
+def test_packed_layers_give_what_plain_ones_give() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8, bias=False))
+    inputs = torch.randn(1, 5, 24)
+    with torch.inference_mode():
+        expected = plain(inputs)
+        pack_linears(plain)
+        assert isinstance(plain[0], PackedLinear)
+        torch.testing.assert_close(plain(inputs), expected)
+
+
+def test_layers_of_one_input_are_multiplied_together_in_whatever_order() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, attention_bias=True,
+    )  # fmt: skip
+    model = LlamaModel(config).eval()
+    with torch.inference_mode():
+        inputs = torch.randn(1, 5, 32)
+        expected = model(inputs_embeds=inputs).last_hidden_state
+        before = model.layers[0].self_attn
+        plain = {
+            name: (getattr(before, name).weight, getattr(before, name).bias) for name in ("q_proj", "k_proj", "v_proj")
+        }
+        pack_linears(model)
+        torch.testing.assert_close(model(inputs_embeds=inputs).last_hidden_state, expected)
+        attention = model.layers[0].self_attn
+        assert attention.q_proj._merged is attention.v_proj._merged
+        names = ("v_proj", "q_proj", "k_proj")
+        other = torch.randn(1, 5, 32)
+        for order in (names, names[::-1], names[:1], names):  # a call that is left out spoils nothing
+            for given in (inputs, other):
+                for name in order:
+                    product = nn.functional.linear(given, *plain[name])
+                    torch.testing.assert_close(getattr(attention, name)(given), product)
+
+
+def test_double_precision_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float64))
+    pack_linears(model)
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_steps_come_in_few_sizes() -> None:
+    sizes = range(1, 4097)
+    assert len({padded(size) for size in sizes}) < 80
+    assert all(size <= padded(size) <= max(size + 15, size * 9 / 8) for size in sizes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
+def test_rows_that_fill_a_step_up_are_nobodys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of rows is added, the answers and the caches are those of a step without any."""
+    expected = run(engine(TinyModel(kind)), *[(one, GREEDY) for one in PROMPTS])
+    monkeypatch.setattr("llava_serve.engine.executor.model_runner.padded", lambda rows: rows + 5)
+    subject = engine(TinyModel(kind))
+    for _ in range(2):
+        assert run(subject, *[(one, GREEDY) for one in PROMPTS]) == expected

@@ -1,0 +1,159 @@
+"""The strict check of the Serve config: what ships passes, and a typo is refused wherever it stands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve import Application
+
+from deployments.app import DEPLOYMENTS, AppArgs, build_app
+from deployments.tools.check_config import check
+from support.paths import CONFIG
+
+Config = dict[str, Any]
+
+
+@pytest.fixture
+def config() -> Config:
+    parsed: Config = yaml.safe_load(CONFIG.read_text())
+    return parsed
+
+
+def application(config: Config) -> Config:
+    first: Config = config["applications"][0]
+    return first
+
+
+def deployment(config: Config, name: str) -> Config:
+    return next(each for each in application(config)["deployments"] if each["name"] == name)
+
+
+def test_the_shipped_config_is_right_and_fits_two_cpus(config: Config) -> None:
+    assert check(config, cpus=2) == []
+
+
+def test_its_arguments_are_those_of_the_application(config: Config) -> None:
+    args = AppArgs.model_validate(application(config)["args"])
+    assert args.model == "builtin"
+    assert args.engine.max_num_seqs == 32
+    assert args.model_options.model == "builtin"
+    assert args.model_name == "builtin"
+
+
+def test_serve_sees_the_type_of_the_arguments() -> None:
+    # A string here, as postponed annotations would leave it, turns Serve's own validation off.
+    assert build_app.__annotations__["args"] is AppArgs
+
+
+def test_the_bounds_let_the_application_refuse_itself(config: Config) -> None:
+    args = AppArgs.model_validate(application(config)["args"])
+    assert deployment(config, "Ingress")["max_ongoing_requests"] > args.api.max_in_flight
+    engine = deployment(config, "LlavaModel")
+    assert engine["max_ongoing_requests"] > args.engine.max_num_seqs + args.engine.max_waiting
+    assert config["http_options"]["request_timeout_s"] > args.api.max_timeout_s
+    for name in ("Ingress", "LlavaModel"):
+        assert deployment(config, name)["graceful_shutdown_timeout_s"] > args.api.max_timeout_s
+
+
+TYPOS: list[tuple[Callable[[Config], object], str]] = [
+    (lambda c: c.update(http_option={}), "http_option: unknown; did you mean http_options?"),
+    (lambda c: c["http_options"].update(prot=1), "http_options.prot: unknown; did you mean port?"),
+    (
+        lambda c: c["controller_options"].update(runtime={}),
+        "controller_options.runtime: unknown; did you mean runtime_env?",
+    ),
+    (lambda c: application(c).update(arg={}), "applications[0].arg: unknown; did you mean args?"),
+    (lambda c: application(c)["args"].update(modle="m"), "applications[0].args.modle: unknown; did you mean model?"),
+    (
+        lambda c: application(c)["args"]["engine"].update(max_num_seq=1),
+        "applications[0].args.engine.max_num_seq: unknown; did you mean max_num_seqs?",
+    ),
+    (
+        lambda c: deployment(c, "Ingress").update(num_replica=1),
+        "applications[0].deployments[0].num_replica: unknown; did you mean num_replicas?",
+    ),
+    (
+        lambda c: deployment(c, "Ingress")["ray_actor_options"].update(num_gpu=1),
+        "applications[0].deployments[0].ray_actor_options.num_gpu: unknown; did you mean num_gpus?",
+    ),
+    (
+        lambda c: deployment(c, "ImagePreprocessor")["autoscaling_config"].update(max_replica=1),
+        "applications[0].deployments[1].autoscaling_config.max_replica: unknown; did you mean max_replicas?",
+    ),
+    (
+        lambda c: deployment(c, "LlavaModel").update(backpressure_config={"status": 429}),
+        "applications[0].deployments[2].backpressure_config.status: unknown; did you mean status_code?",
+    ),
+    (
+        lambda c: deployment(c, "LlavaModel")["request_router_config"].update(request_router_kwargs={"slak": 4}),
+        "applications[0].deployments[2].request_router_config.request_router_kwargs.slak: unknown; did you mean slack?",
+    ),
+    (
+        lambda c: deployment(c, "LlavaModel").update(name="LavaModel"),
+        "applications[0].deployments[2].name: LavaModel: unknown; did you mean LlavaModel?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("break_it", "sentence"), TYPOS, ids=[sentence.split(":")[0] for _, sentence in TYPOS])
+def test_a_typo_is_refused_by_name(config: Config, break_it: Callable[[Config], object], sentence: str) -> None:
+    break_it(config)
+    assert sentence in check(config)
+
+
+def test_a_wrong_value_is_refused_with_its_place(config: Config) -> None:
+    application(config)["args"]["engine"]["max_num_seqs"] = 0
+    [sentence] = check(config)
+    assert sentence.startswith("applications[0].args.engine.max_num_seqs: ")
+
+
+def test_a_wrong_value_is_refused_where_serve_takes_any_dict(config: Config) -> None:
+    deployment(config, "ImagePreprocessor")["autoscaling_config"]["max_replicas"] = "many"
+    deployment(config, "LlavaModel")["request_router_config"]["max_backoff_s"] = "long"
+    first, second = check(config, cpus=2)
+    assert first.startswith("applications[0].deployments[1].autoscaling_config.max_replicas: ")
+    assert second.startswith("applications[0].deployments[2].request_router_config.max_backoff_s: ")
+
+
+def test_a_deployment_that_is_not_named_is_refused(config: Config) -> None:
+    application(config)["deployments"].pop()
+    assert check(config) == ["applications[0].deployments: LlavaModel is missing; Serve would give it one whole CPU"]
+
+
+def test_what_does_not_fit_is_refused(config: Config) -> None:
+    deployment(config, "LlavaModel")["autoscaling_config"]["max_replicas"] = 2
+    assert check(config, cpus=2) == ["the replicas take up to 3.25 CPUs, and there are 2"]
+    assert check(config) == []
+
+
+@pytest.mark.parametrize("config", [None, [], "text", {"applications": 3}, {"applications": [{}]}])
+def test_what_is_no_config_is_refused(config: object) -> None:
+    assert check(config)
+
+
+def test_the_application_refuses_a_typo_at_deploy() -> None:
+    with pytest.raises(ValidationError, match="modle"):
+        AppArgs.model_validate({"modle": "builtin"})
+
+
+def test_the_names_are_those_of_the_deployments() -> None:
+    ingress = build_app(AppArgs())._bound_deployment
+    tiers = [each._bound_deployment for each in ingress.init_args if isinstance(each, Application)]
+    assert tuple(each.name for each in (ingress, *tiers)) == DEPLOYMENTS
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(CONFIG.read_text().replace("num_replicas", "num_replica"))
+    command = [sys.executable, "-m", "deployments.tools.check_config", str(bad)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "did you mean num_replicas?" in done.stderr
+    assert "Traceback" not in done.stderr

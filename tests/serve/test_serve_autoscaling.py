@@ -1,0 +1,123 @@
+"""Both tiers follow the load, up and down, and nobody's request fails on the way.
+
+pytest tests/test_serve_autoscaling.py --log-cli-level=INFO    # tells the seconds
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from openai import AsyncOpenAI
+from PIL import Image
+
+from deployments.tools.local_cluster import LocalServe, free_port, local_serve, read_config
+from support.cluster import replicas
+from support.demo import data_url
+from support.paths import CONFIG
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+TARGETS = {"ImagePreprocessor": 1, "LlavaModel": 4}
+SHORT = {"look_back_period_s": 11, "upscale_delay_s": 2, "downscale_delay_s": 5}  # Serve hears of the load every 10 s
+PATIENCE_S = 600
+
+log = logging.getLogger(__name__)
+
+
+def config_that_scales_soon() -> dict[str, Any]:
+    """The real one, with room for two replicas of each tier, low targets and short delays."""
+    config = read_config(CONFIG, port=free_port())
+    for deployment in config["applications"][0]["deployments"]:
+        if target := TARGETS.get(deployment["name"]):
+            bounds = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": target}
+            deployment["autoscaling_config"] = bounds | SHORT
+            deployment["ray_actor_options"]["num_cpus"] = 0.4
+    return config
+
+
+def photograph() -> str:
+    """Large, so that the picture tier has work with it."""
+    coarse = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((4000, 3000)).save(file, "JPEG")
+    return data_url(file.getvalue(), "jpeg")
+
+
+class Guests:
+    """Clients that ask one question after another.
+
+    Attributes:
+        answers: of all so far. What is not one is raised by `leave`.
+    """
+
+    def __init__(self, client: AsyncOpenAI) -> None:
+        self._client = client
+        self._photo = photograph()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._leaving = False
+        self.answers = 0
+
+    def come(self, *, with_photos: int, with_long_answers: int) -> None:
+        """So many more."""
+        self._leaving = False
+        for number in range(with_photos + with_long_answers):
+            self._tasks.append(asyncio.create_task(self._stay(number, photo=number < with_photos)))
+
+    async def leave(self) -> None:
+        """All that came, each with its last answer."""
+        self._leaving = True
+        await asyncio.gather(*self._tasks)
+
+    async def ask(self, text: str, *, photo: bool = False, max_tokens: int = 20) -> None:
+        """One question, and an answer of just so many tokens."""
+        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if photo:
+            parts.insert(0, {"type": "image_url", "image_url": {"url": self._photo}})
+        answer = await self._client.chat.completions.create(
+            model="builtin",
+            messages=[{"role": "user", "content": parts}],  # type: ignore[list-item, misc]
+            max_tokens=max_tokens,
+            extra_body={"ignore_eos": True, "timeout": 600},
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == max_tokens
+        self.answers += 1
+
+    async def _stay(self, number: int, *, photo: bool) -> None:
+        while not self._leaving:
+            await self.ask(f"Guest {number}: what is this?", photo=photo, max_tokens=1 if photo else 200)
+
+    async def two_stay(self) -> None:
+        """A question with a photograph and one with a long answer: too little for two replicas."""
+        await asyncio.gather(self.ask("One", photo=True), self.ask("Two", max_tokens=200))
+
+
+async def wait_for(wanted: int, running: LocalServe, meanwhile: Callable[[], Any]) -> dict[str, float]:
+    """Seconds until each tier has so many replicas."""
+    start = time.monotonic()
+    reached: dict[str, float] = {}
+    while len(reached) < len(TARGETS):
+        assert time.monotonic() < start + PATIENCE_S, f"only {reached} came to {wanted}"
+        await meanwhile()
+        for name in TARGETS:
+            if name not in reached and len(replicas(name, running)) == wanted:
+                reached[name] = round(time.monotonic() - start, 1)
+    return reached
+
+
+async def test_replicas_follow_the_load_up_and_down_and_no_request_fails() -> None:
+    with local_serve(config_that_scales_soon(), num_cpus=2) as running:
+        async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+            guests = Guests(client)
+            guests.come(with_photos=8, with_long_answers=12)
+            up = await wait_for(2, running, lambda: asyncio.sleep(0.5))
+            await guests.leave()
+            down = await wait_for(1, running, guests.two_stay)
+            log.info("Two replicas after %s s, one after %s s; %d answers.", up, down, guests.answers)

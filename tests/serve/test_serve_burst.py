@@ -1,0 +1,30 @@
+"""Bursts of clients that leave at once, under Serve's defaults and under the production profile: nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from deployments.tools.local_cluster import local_serve
+from deployments.tools.serve_env import read_profile
+from support.bursts import at_rest, burst, counted_config, left
+from support.paths import ROOT
+
+CLIENTS = 100
+WITHIN_S = 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("profile", ["default", "production"])
+async def test_ten_bursts_of_a_hundred_leave_nothing(
+    profile: str, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    settings = None if profile == "default" else read_profile(ROOT / f"{profile}.env")
+    with local_serve(counted_config(), num_cpus=2, profile=settings) as running:
+        rest = await at_rest(running.url)
+        for _ in range(10):
+            await burst(running.url, CLIENTS, WITHIN_S)
+            await asyncio.to_thread(wait_until, lambda: left(running.url) == rest)

@@ -1,0 +1,83 @@
+"""A client that leaves ends its work: the engine is empty soon after, whenever and however it left."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+from ray import serve
+
+from deployments.handle_calls import AbortSender
+from llava_serve import Message, SamplingParams
+from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import ImageOptions
+from llava_serve.processor import Processor
+from llava_serve.types import TextPart
+from support.bursts import LONG, burst, read_until_it_is_left
+
+Stats = Callable[[], dict[str, Any]]
+
+
+async def tokens_when_quiet(stats: Stats) -> int:
+    """Waits until the engine is empty and stays so; returns the tokens that it has drawn since its start."""
+    deadline = time.monotonic() + 120
+    before: int | None = None
+    while True:
+        now = await asyncio.to_thread(stats)
+        empty = now["running"] == now["waiting"] == 0 and now["free_blocks"] == now["total_blocks"]
+        if empty and before is not None and before == now["generated_tokens"]:
+            return before
+        assert time.monotonic() < deadline, f"the engine does not come to rest: {now}"
+        before = now["generated_tokens"] if empty else None
+        await asyncio.sleep(0.5)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "unstreamed"])
+async def test_a_client_that_leaves_frees_the_engine(
+    served: Any, engine_stats: Stats, wait_until: Callable[[Callable[[], bool]], None], stream: bool
+) -> None:
+    before = await tokens_when_quiet(engine_stats)
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        task = asyncio.create_task(read_until_it_is_left(client, 60, stream=stream))
+        await asyncio.to_thread(wait_until, lambda: engine_stats()["running"] > 0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert await tokens_when_quiet(engine_stats) - before < LONG
+
+
+async def test_a_client_cannot_hide_that_it_left(served: Any, engine_stats: Stats) -> None:
+    before = await tokens_when_quiet(engine_stats)
+    hidden = {"x-request-disconnect-disabled": "?1"}
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        await read_until_it_is_left(client, 1.0, stream=False, extra_headers=hidden)
+    assert await tokens_when_quiet(engine_stats) - before < LONG
+
+
+async def test_a_burst_of_clients_that_leave_leaves_nothing(served: Any, engine_stats: Stats) -> None:
+    before = await tokens_when_quiet(engine_stats)
+    await burst(served.url, 40, within_s=1.5)  # most of them come as far as the engine
+    assert await tokens_when_quiet(engine_stats) - before < LONG
+
+
+async def test_an_abort_ends_a_call_whose_cancel_is_lost(served: Any, ray_job: None) -> None:
+    calls = serve.get_deployment_handle("LlavaModel", "llava").options(method_name="generate", stream=True)
+    prepared = Processor(open_checkpoint("builtin"), ImageOptions()).prepare([Message("user", (TextPart("Hello"),))])
+    forever = SamplingParams(max_new_tokens=LONG, ignore_eos=True)
+    deadline = time.time() + 120
+
+    async def tokens_of(call_id: str, *, abort_after_first: bool) -> int:
+        tokens = 0
+        async for chunks in calls.remote(prepared, forever, 0, call_id, deadline):
+            if not tokens and abort_after_first:
+                aborts.send(call_id)
+            tokens += sum(len(chunk.token_ids) for chunk in chunks)
+        return tokens
+
+    aborts = AbortSender(serve.get_deployment_handle("LlavaModel", "llava"))
+    assert 0 < await tokens_of("left while it ran", abort_after_first=True) < LONG
+    # An abort may also overtake the call that it is about.
+    assert await tokens_of("left while it ran", abort_after_first=False) == 0

@@ -1,0 +1,143 @@
+"""The commands that start an application of their own: the demo, `make serve`, and Ray's `serve run`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from openai import OpenAI
+
+from deployments.tools.local_cluster import LocalServeError, environment, free_port, local_serve, read_config
+from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
+from support.paths import CONFIG
+
+pytestmark = pytest.mark.extended
+
+
+def test_answers_on_their_way_are_finished() -> None:
+    config = read_config(CONFIG, port=free_port())
+    pieces: list[str] = []
+    finish: list[str | None] = []
+    begun = threading.Event()
+
+    def read(url: str) -> None:
+        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for chunk in client.chat.completions.create(
+                model="builtin",
+                messages=question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()),
+                max_tokens=400,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            ):
+                begun.set()
+                pieces.append(chunk.choices[0].delta.content or "")
+                finish.append(chunk.choices[0].finish_reason)
+
+    with local_serve(config, num_cpus=2) as running:
+        readers = [threading.Thread(target=read, args=(running.url,)) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        assert begun.wait(60)
+    for reader in readers:
+        reader.join(60)
+    assert finish.count("length") == len(readers)
+
+
+def test_rays_own_command_runs_the_config(tmp_path: Path) -> None:
+    port = free_port()
+    config = tmp_path / "serve_config.yaml"
+    config.write_text(yaml.safe_dump(read_config(CONFIG, port=port)))
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment("t" * 64), start_new_session=True)
+    try:
+        wait_for_health(f"http://127.0.0.1:{port}", process)
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            messages = question(DEMO_QUESTION, DEMO_IMAGE.read_bytes())
+            answer = client.chat.completions.create(model="builtin", messages=messages, temperature=0, max_tokens=40)
+        assert DEMO_ANSWER in (answer.choices[0].message.content or "").lower()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+
+
+def wait_for_health(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            assert response.status == 200
+            return
+        time.sleep(0.5)
+    raise AssertionError("the application did not come up")
+
+
+def test_the_demo_prints_the_right_answer() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.tools.demo"], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Answer:" in done.stdout
+    assert "tokens/s" in done.stdout
+
+
+def test_a_wrong_answer_fails_the_demo() -> None:
+    command = [sys.executable, "-m", "deployments.tools.demo", "--answer", "no such word"]
+    assert subprocess.run(command, capture_output=True, check=False, timeout=280).returncode == 1
+
+
+def serve() -> subprocess.Popen[str]:
+    """`make serve` on a free port, when it says that it serves."""
+    command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", str(free_port())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Serving on"):
+            break
+    return process
+
+
+def test_serve_ends_in_order_at_an_interrupt() -> None:
+    process = serve()
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in child.name() for child in below)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive
+
+
+def test_serve_ends_when_the_application_does() -> None:
+    process = serve()
+    [runner] = psutil.Process(process.pid).children()
+    below = runner.children(recursive=True)
+    runner.kill()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ended by itself" in told
+    log = Path(told.split("Log: ")[1].strip())
+    assert log.exists()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive
+    shutil.rmtree(log.parent)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_with_the_log(tmp_path: Path) -> None:
+    config = read_config(CONFIG, port=free_port(), model=str(tmp_path))
+    with pytest.raises(LocalServeError) as failure, local_serve(config, num_cpus=2):
+        pass
+    reason, log = str(failure.value).split("\nLog: ")
+    assert re.search(r"CheckpointError: .*config\.json", reason)
+    assert "CheckpointError" in Path(log).read_text()
+    shutil.rmtree(Path(log).parent)

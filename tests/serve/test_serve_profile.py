@@ -1,0 +1,107 @@
+"""The production profile: behind HAProxy and over gRPC the application answers as it does under Serve's defaults."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from PIL import Image
+
+from deployments.tools.local_cluster import local_serve, read_config
+from deployments.tools.serve_env import ProfileError, read_profile
+from support.bursts import at_rest, burst, counted_config, left
+from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
+from support.paths import CONFIG, ROOT
+
+PROFILE = ROOT / "production.env"
+
+
+@pytest.fixture(scope="module")
+def production() -> Iterator[str]:
+    """The application under the production profile; its URL."""
+    with local_serve(counted_config(), num_cpus=2, profile=read_profile(PROFILE)) as running:
+        yield running.url
+
+
+@pytest.fixture
+def production_client(production: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{production}/v1", api_key="none", max_retries=0, timeout=120) as openai:
+        yield openai
+
+
+def post(url: str, headers: dict[str, str]) -> Any:
+    """The answer to a small question, with all that HTTP says about it."""
+    body = {"model": "builtin", "messages": question("Hello"), "max_tokens": 2}
+    headers = {"content-type": "application/json"} | headers
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return response
+
+
+@pytest.mark.extended
+def test_it_answers_streamed_and_whole(production_client: OpenAI) -> None:
+    asked: Any = {"model": "builtin", "messages": question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()), "temperature": 0}
+    whole = production_client.chat.completions.create(**asked, max_tokens=20)
+    stream = production_client.chat.completions.create(**asked, max_tokens=20, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert DEMO_ANSWER in (whole.choices[0].message.content or "").lower()
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+@pytest.mark.extended
+def test_a_picture_beyond_grpcs_own_limit_is_answered(production_client: OpenAI) -> None:
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (1500, 1500), os.urandom(1500 * 1500 * 3)).save(noise, "PNG")
+    assert len(noise.getvalue()) > 4 << 20
+    messages: Any = question("What is it?", noise.getvalue())
+    completion = production_client.chat.completions.create(model="builtin", messages=messages, max_tokens=2)
+    assert completion.usage is not None
+
+
+@pytest.mark.extended
+def test_an_answer_says_its_id_once_and_serve_is_not_steered(production: str, served: Any) -> None:
+    for url in (production, served.url):
+        # Serve would read "0.001" as this request's time and answer 408 before the application is asked.
+        response = post(url, {"x-request-id": "mine", "x-request-timeout-seconds": "0.001"})
+        assert response.status == 200
+        assert response.headers.get_all("x-request-id") == ["mine"]
+
+
+@pytest.mark.extended
+async def test_a_burst_of_clients_that_leave_leaves_nothing(
+    production: str, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    rest = await at_rest(production)
+    await burst(production, 20, within_s=0.4)
+    wait_until(lambda: left(production) == rest)
+
+
+def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:
+    assert read_profile(PROFILE)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    with pytest.raises(ProfileError, match="no profile"):
+        read_profile(tmp_path / "nothing.env")
+    (tmp_path / "wrong.env").write_text("# a comment\nRAY_SERVE_ENABLE_HA_PROXY=1\nHTTP_PROXY=x\n")
+    with pytest.raises(ProfileError, match="HTTP_PROXY"):
+        read_profile(tmp_path / "wrong.env")
+
+
+def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
+    profile = read_profile(PROFILE)
+    config = read_config(CONFIG)
+    assert (
+        int(profile["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > config["applications"][0]["args"]["api"]["max_timeout_s"]
+    )
+    by_default = config["controller_options"]["runtime_env"]["env_vars"]
+    assert by_default.items() <= profile.items()
+
+
+def test_the_image_has_the_haproxy_of_the_profile() -> None:
+    path = read_profile(PROFILE)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert f"python -m deployments.tools.haproxy {path}\n" in (ROOT / "Dockerfile").read_text()

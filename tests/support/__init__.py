@@ -1,0 +1,1 @@
+"""What tests share. Tests import it, and never each other."""
