@@ -6,9 +6,10 @@
     python -m benchmarks.engine_costs steps /tmp/bench/60m
 
 `gaps`: eight answers run; then a picture of five tiles comes. How long is each gap between tokens, against the median
-gap before? `bookkeeping`: the share of a step that is not the runner's, at 16 to 256 sequences. `memory`: resident
-memory over 5,000 requests. `steps`: a decode step of questions about one picture, plain, compiled, and compiled with
-the keys that the rows have in common read once; in turns, so that a slow minute hits all.
+gap before? `bookkeeping`: the share of a step that is not the runner's, and that of looking for NaN and infinity, at 1
+to 256 sequences and for prompts of 1,900 positions. `memory`: resident memory over 5,000 requests. `steps`: a decode
+step of questions about one picture, plain, compiled, and compiled with the keys that the rows have in common read once;
+in turns, so that a slow minute hits all.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ def _timed(engine: Engine) -> tuple[float, float]:
     return time.perf_counter() - wall, time.thread_time() - processor
 
 
-def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Processor time of a step and of what of it is scheduling, accounts and outputs."""
+def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Processor time of a step and of what of it is scheduling, accounts and outputs; and looking at the numbers."""
     rng = np.random.default_rng(0)
     engine = llm.engine
-    spent = {"run": 0.0, "draw": 0.0}
+    spent = {"run": 0.0, "draw": 0.0, "look": 0.0}
 
     def watch(name: str, function: Any) -> Any:
         def watched(*args: Any) -> Any:
@@ -103,24 +104,35 @@ def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
         return watched
 
     engine._runner.run = watch("run", engine._runner.run)  # type: ignore[method-assign]
+    engine._runner._judge = watch("look", engine._runner._judge)  # type: ignore[method-assign]
     engine_module.draw = watch("draw", engine_module.draw)  # type: ignore[attr-defined]
-    report = {}
-    for rows in sizes:
-        fill(engine, rng, rows, 200, f"{rows}-")
-        spent.update(run=0.0, draw=0.0)
+
+    def measure(steps: int) -> dict[str, float]:
+        spent.update(run=0.0, draw=0.0, look=0.0)
         started = time.thread_time()
-        for _ in range(100):
+        for _ in range(steps):
             engine.step()
         whole = time.thread_time() - started
         books = whole - spent["run"] - spent["draw"]
-        report[rows] = {
-            "step_ms": round(10 * whole, 3),
-            "draw_ms": round(10 * spent["draw"], 3),
-            "bookkeeping_ms": round(10 * books, 3),
+        return {
+            "step_ms": round(1000 * whole / steps, 3),
+            "draw_ms": round(1000 * spent["draw"] / steps, 3),
+            "bookkeeping_ms": round(1000 * books / steps, 3),
             "share": round(books / whole, 4),
+            "look_ms": round(1000 * spent["look"] / steps, 3),
+            "look_share": round(spent["look"] / whole, 4),
         }
+
+    report = {}
+    for rows in sizes:
+        fill(engine, rng, rows, 200, f"{rows}-")
+        report[f"{rows} rows"] = measure(96)  # each row fills six blocks
         for at in range(rows):
             engine.abort(f"{rows}-{at}")
+    for at in range(10):
+        prompt = text_prompt(rng, 1900)
+        engine.add(engine.limits.accept(f"prompt {at}", prompt, SamplingParams(temperature=0, max_new_tokens=1)))
+    report["prompts"] = measure(10)
     return report
 
 

@@ -78,6 +78,7 @@ class Limits:
         """Refuses what another model's processor has made: it would end the engine for all."""
         ids = prompt.token_ids
         pictures = len(prompt.image_spans)
+        tile = (*self._spec.image.crop_size, 3)
         in_spans = np.zeros(len(ids), dtype=bool)
         for start, end in prompt.image_spans:
             in_spans[start:end] = True
@@ -87,7 +88,8 @@ class Limits:
             and bool((in_spans == (ids == IMAGE_TOKEN_ID)).all())
             and bool(((ids >= 0) | in_spans).all())
             and int(ids.max()) < self._vocabulary
-            and all(tiles.shape[1:] == (*self._spec.image.crop_size, 3) for tiles in prompt.tiles)
+            and all(0 <= start < end <= len(ids) for start, end in prompt.image_spans)
+            and all(tiles.shape[1:] == tile and tiles.dtype == np.uint8 for tiles in prompt.tiles)
         )
         if not good:
             raise RequestError("The prompt was prepared for another model.")

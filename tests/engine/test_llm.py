@@ -160,6 +160,8 @@ def test_a_prompt_of_another_model_is_refused_and_hurts_nobody() -> None:
     bad = [
         dataclasses.replace(good, token_ids=good.token_ids + 10**6),
         dataclasses.replace(good, tiles=(good.tiles[0][:, :10],)),
+        dataclasses.replace(good, tiles=(good.tiles[0].astype(object),)),
+        dataclasses.replace(good, image_spans=((good.image_spans[0][0], 10**6),), token_ids=good.token_ids[:40]),
         dataclasses.replace(good, image_spans=()),
         dataclasses.replace(good, token_ids=good.token_ids[:0], image_spans=(), tiles=(), image_sizes=(), digests=()),
     ]
