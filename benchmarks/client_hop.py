@@ -26,7 +26,7 @@ from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from deployments.backend import HandleBackend
 from deployments.client import LlavaClient
-from deployments.tools.local_cluster import free_port, local_serve, read_config
+from deployments.tools.local_cluster import free_port, local_cluster, read_config
 from llava_serve import Message, SamplingParams
 from llava_serve.types import ImagePart, TextPart
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parse(parser, rounds=1).rounds
-    with local_serve(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
+    with local_cluster(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
         print(json.dumps(asyncio.run(measure(rounds)), indent=2))
 
 

@@ -31,8 +31,8 @@ import psutil
 from benchmarks.options import make_parser, parse
 from benchmarks.paced import Order, read_stamps
 from benchmarks.workload import make_picture
-from deployments.tools.local_cluster import free_port, local_serve, read_config
-from deployments.tools.serve_env import read_profile
+from deployments.tools.local_cluster import free_port, local_cluster, read_config
+from deployments.tools.serve_env import read_serve_env
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 STAGES = {
@@ -74,11 +74,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs=2, default=[200, 16], help="at once: grouped, and one by one")
     parser.add_argument("--output", type=Path)
     options = parse(parser, rounds=1, requests=8, streams=[4, 2])
-    profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_profile(p) for p in options.profile}
+    profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_serve_env(p) for p in options.profile}
     rounds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(options.rounds):
         for name, profile in profiles.items():
-            with local_serve(paced_config(), profile=profile | PRIORITY) as running:
+            with local_cluster(paced_config(), profile=profile | PRIORITY) as running:
                 rounds[name].append(asyncio.run(measure(running.url, options.requests, *options.streams)))
             print(json.dumps({name: summary(rounds[name][-1:])}), file=sys.stderr, flush=True)
     result = {

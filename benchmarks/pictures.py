@@ -32,7 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from deployments.preprocessor import ImagePreprocessor
-from deployments.tools.local_cluster import free_port, local_serve, read_config
+from deployments.tools.local_cluster import free_port, local_cluster, read_config
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.set_defaults(size=(4000, 3000), hops=100)
     options = parse(parser, rounds=1, pictures=4, size=(400, 300), hops=2)
-    with local_serve(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
+    with local_cluster(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
         load = os.getloadavg()[0]
         report = {
             "cpu_cores": os.cpu_count(),

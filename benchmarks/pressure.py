@@ -25,8 +25,8 @@ import numpy as np
 from benchmarks.counted import counted_config
 from benchmarks.options import make_parser, parse
 from benchmarks.workload import make_picture
-from deployments.tools.local_cluster import local_serve
-from deployments.tools.serve_env import read_profile
+from deployments.tools.local_cluster import local_cluster
+from deployments.tools.serve_env import read_serve_env
 
 TOKENS = 64
 LONG = 1500
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--leavers", type=int, default=40, help="of each kind")
     parser.add_argument("--output", type=Path)
     options = parse(parser, crowd=8, seats=2, leavers=1)
-    profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_profile(p) for p in options.profile}
+    profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_serve_env(p) for p in options.profile}
     result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": options.crowd, "clients_per_s": options.rate}
     result["seats"] = options.seats
     for name, profile in profiles.items():
-        with local_serve(counted_config(max_in_flight=options.seats), profile=profile) as running:
+        with local_cluster(counted_config(max_in_flight=options.seats), profile=profile) as running:
             result[name] = asyncio.run(measure(running.url, options.crowd, options.rate, options.leavers))
         print(json.dumps({name: result[name]}), flush=True)
     if options.output is not None:

@@ -32,7 +32,7 @@ from ray import serve
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from benchmarks.workload import make_picture
-from deployments.tools.local_cluster import free_port, local_serve, read_config
+from deployments.tools.local_cluster import free_port, local_cluster, read_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 TEMPLATE = 64
@@ -85,7 +85,7 @@ def application(router: str, ingress: int) -> Iterator[str]:
     if router == "default":
         del tiers["LlavaModel"]["request_router_config"]
     # The CPUs are counted, not there: the replicas share what the machine has.
-    with local_serve(config, num_cpus=8) as running, ray_job(running.ray_address):
+    with local_cluster(config, num_cpus=8) as running, ray_job(running.ray_address):
         yield running.url
 
 

@@ -24,7 +24,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from benchmarks.options import make_parser, parse
-from deployments.tools.local_cluster import free_port, local_serve, read_config
+from deployments.tools.local_cluster import free_port, local_cluster, read_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 
@@ -47,7 +47,7 @@ def application(url: str | None) -> Iterator[str]:
     if url is not None:
         yield url
         return
-    with local_serve(read_config(CONFIG, port=free_port())) as running:
+    with local_cluster(read_config(CONFIG, port=free_port())) as running:
         yield running.url
 
 

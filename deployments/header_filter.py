@@ -23,7 +23,7 @@ FORBIDDEN_HEADERS = frozenset(
 )
 
 
-class HeaderGuard:
+class HeaderFilterMiddleware:
     """Takes the headers off that steer Serve itself, and the second id off the answer."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -57,4 +57,4 @@ def one_id(send: Send) -> Send:
 
 def middlewares() -> list[Middleware]:
     """What Serve puts around its proxy."""
-    return [Middleware(HeaderGuard)]
+    return [Middleware(HeaderFilterMiddleware)]

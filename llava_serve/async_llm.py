@@ -33,7 +33,7 @@ from llava_serve.deadline import deadline_in
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.build import build_engine
 from llava_serve.engine.failures import request_failure
-from llava_serve.engine.output_processor import ChunkStream, collect
+from llava_serve.engine.output_processor import OutputProcessor, collect
 from llava_serve.engine.sequence import EngineRequest, Output
 from llava_serve.engine.stats import EngineStats
 from llava_serve.errors import CapacityError, EngineDeadError
@@ -274,7 +274,7 @@ class AsyncLLM:
         if self._engine.num_requests + self._sent - self._taken >= self._engine.limits.max_sequences:
             raise CapacityError("The server is busy; try again later.")
         consumer = _Consumer(asyncio.get_running_loop(), asyncio.Queue())
-        chunks = ChunkStream(self._tokenizer, request)
+        chunks = OutputProcessor(self._tokenizer, request)
         self._sent += 1
         self._inbox.put(_Add(request, consumer))
         try:

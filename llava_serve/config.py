@@ -61,7 +61,7 @@ def resolve_model_options(model: str | ModelOptions, **keywords: Unpack[ModelKey
 
 
 class EngineOptions(Options):
-    """Limits of one engine.
+    """RequestValidator of one engine.
 
     Attributes:
         max_num_seqs: sequences that decode together.

@@ -21,7 +21,7 @@ from llava_serve.config import (
 from llava_serve.deadline import check_deadline, deadline_in
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.build import build_engine
-from llava_serve.engine.output_processor import ChunkStream, collect
+from llava_serve.engine.output_processor import OutputProcessor, collect
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.errors import LlavaServeError
 from llava_serve.inputs import (
@@ -240,7 +240,7 @@ class LLM:
 
     def _open(self, request: EngineRequest) -> _Answer:
         self.engine.add(request)
-        answer = _Answer(ChunkStream(self.processor.tokenizer, request))
+        answer = _Answer(OutputProcessor(self.processor.tokenizer, request))
         self._answers[request.request_id] = answer
         return answer
 
@@ -272,7 +272,7 @@ class LLM:
 class _Answer:
     """What has come of an answer and has not been taken yet; `error`: why nothing more does."""
 
-    stream: ChunkStream
+    stream: OutputProcessor
     chunks: list[Chunk] = field(default_factory=list)
     error: LlavaServeError | None = None
 

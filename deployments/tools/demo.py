@@ -10,7 +10,7 @@ from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 
-from deployments.tools.local_cluster import LocalServeError, free_port, local_serve, read_config
+from deployments.tools.local_cluster import LocalClusterError, free_port, local_cluster, read_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGE = ROOT / "llava_serve" / "builtin" / "demo.png"
@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = read_config(options.config, port=free_port(), model=options.model)
         print("Starting Ray and the replicas ...", flush=True)
-        with local_serve(config) as running:
+        with local_cluster(config) as running:
             try:
                 answer = ask(running.url, options.image, options.question)
             except OpenAIError as error:
-                raise LocalServeError(f"The question was not answered: {error}\nLog: {running.log}") from None
-    except LocalServeError as error:
+                raise LocalClusterError(f"The question was not answered: {error}\nLog: {running.log}") from None
+    except LocalClusterError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

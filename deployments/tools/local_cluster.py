@@ -31,16 +31,16 @@ STOP_TIMEOUT_S = 60.0
 """Of a run that has nothing to drain."""
 
 
-class LocalServeError(Exception):
+class LocalClusterError(Exception):
     """The application could not be started; the message is for the terminal."""
 
 
-class ConfigError(LocalServeError):
+class ConfigError(LocalClusterError):
     """The config cannot be used: a usage error."""
 
 
 @dataclass(frozen=True)
-class LocalServe:
+class LocalCluster:
     """A running application.
 
     Attributes:
@@ -55,15 +55,15 @@ class LocalServe:
     process: subprocess.Popen[bytes]
 
     def wait(self) -> None:
-        """Returns never: raises `LocalServeError` when the application has ended by itself."""
+        """Returns never: raises `LocalClusterError` when the application has ended by itself."""
         self.process.wait()
-        raise LocalServeError(f"The application has ended by itself.\nLog: {self.log}")
+        raise LocalClusterError(f"The application has ended by itself.\nLog: {self.log}")
 
 
 @contextmanager
-def local_serve(
+def local_cluster(
     config: Mapping[str, Any], *, num_cpus: int | None = None, profile: Mapping[str, str] | None = None
-) -> Iterator[LocalServe]:
+) -> Iterator[LocalCluster]:
     """Runs an application while the block runs; then it drains and ends.
 
     It neither joins nor ends another Ray on the machine, and lets in only who has its token: the environment's
@@ -72,14 +72,14 @@ def local_serve(
     Args:
         config: a Serve config with one application; its port must be free.
         num_cpus: what Ray may count on; None takes the machine's cores, and two where there is one.
-        profile: variables that choose Serve's proxy and transport (`read_profile`); None takes Serve's own defaults.
+        profile: variables that choose Serve's proxy and transport (`read_serve_env`); None takes Serve's own defaults.
 
     Raises:
-        LocalServeError: the port is taken, or the application cannot start.
+        LocalClusterError: the port is taken, or the application cannot start.
     """
     http = config.get("http_options", {})
     host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
-    demand_free_port(host, port)
+    check_free_port(host, port)
     folder = Path(tempfile.mkdtemp(prefix="llava-serve-", dir="/tmp"))  # short: Ray's sockets lie in it
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
@@ -101,7 +101,7 @@ def local_serve(
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        running = LocalServe(url, wait_until_ready(process, url, report, log), log, process)
+        running = LocalCluster(url, wait_until_ready(process, url, report, log), log, process)
         ready = True
         yield running
     except Exception:
@@ -147,16 +147,16 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def demand_free_port(host: str, port: int) -> None:
-    """Raises `LocalServeError` if something listens on the port."""
+def check_free_port(host: str, port: int) -> None:
+    """Raises `LocalClusterError` if something listens on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise LocalServeError(f"Port {port} is in use; choose another with PORT=... or --port.") from None
-            raise LocalServeError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
+                raise LocalClusterError(f"Port {port} is in use; choose another with PORT=... or --port.") from None
+            raise LocalClusterError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
 
 
 def environment(token: str) -> dict[str, str]:
@@ -171,7 +171,7 @@ def environment(token: str) -> dict[str, str]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, report: Path, log: Path) -> str:
-    """Returns Ray's address when all replicas run and the door answers; `LocalServeError` if that will not be."""
+    """Returns Ray's address when all replicas run and the door answers; `LocalClusterError` if that will not be."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         ended = process.poll() is not None  # before the report is looked for, which it may have left
@@ -188,10 +188,10 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, report: Path, l
     raise cannot_start(f"no answer within {START_TIMEOUT_S:.0f} s", log)
 
 
-def cannot_start(text: str, log: Path) -> LocalServeError:
+def cannot_start(text: str, log: Path) -> LocalClusterError:
     """The last line of a traceback says what it is about."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return LocalServeError(f"The application cannot start: {lines[-1] if lines else 'no reason given'}\nLog: {log}")
+    return LocalClusterError(f"The application cannot start: {lines[-1] if lines else 'no reason given'}\nLog: {log}")
 
 
 def end(process: subprocess.Popen[bytes], *, patience_s: float | None) -> None:

@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from deployments.tools.local_cluster import ConfigError, LocalServeError, local_serve, read_config
-from deployments.tools.serve_env import ProfileError, read_profile
+from deployments.tools.local_cluster import ConfigError, LocalClusterError, local_cluster, read_config
+from deployments.tools.serve_env import ServeEnvError, read_serve_env
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         config = read_config(options.config, port=options.port, model=options.model)
-        profile = read_profile(options.profile) if options.profile else None
+        profile = read_serve_env(options.profile) if options.profile else None
         print("Starting Ray and the replicas ...", flush=True)
-        with local_serve(config, profile=profile) as running:
+        with local_cluster(config, profile=profile) as running:
             try:
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
                 running.wait()
             except KeyboardInterrupt:
                 print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
-    except (LocalServeError, ProfileError) as error:
+    except (LocalClusterError, ServeEnvError) as error:
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | ProfileError) else 1
+        return 2 if isinstance(error, ConfigError | ServeEnvError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -12,22 +12,22 @@ from dotenv import dotenv_values
 from deployments.tools.haproxy import write_launcher
 
 
-class ProfileError(Exception):
+class ServeEnvError(Exception):
     """The file cannot be read, or holds what is no setting of Serve; the message is for the terminal."""
 
 
-def read_profile(path: Path) -> dict[str, str]:
+def read_serve_env(path: Path) -> dict[str, str]:
     """The variables of a file of `NAME=value` lines.
 
     Raises:
-        ProfileError: the file is not there, or names what is no setting of Serve.
+        ServeEnvError: the file is not there, or names what is no setting of Serve.
     """
     if not path.is_file():
-        raise ProfileError(f"There is no profile {path}.")
+        raise ServeEnvError(f"There is no profile {path}.")
     profile: dict[str, str] = {}
     for name, value in dotenv_values(path, interpolate=False).items():
         if not name.startswith("RAY_SERVE_") or not value:
-            raise ProfileError(f"{path}: {name}: a profile holds lines RAY_SERVE_...=value.")
+            raise ServeEnvError(f"{path}: {name}: a profile holds lines RAY_SERVE_...=value.")
         profile[name] = value
     return profile
 

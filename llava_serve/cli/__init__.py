@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from llava_serve.cli import ask, chat, inspect, serve
 from llava_serve.errors import CheckpointError, LlavaServeError, RequestError
 
-USERS_FAULT = 2
+USAGE_ERROR = 2
 """The exit status that argparse has for a wrong flag, too."""
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except (RequestError, CheckpointError) as error:
-        return _fail(str(error), USERS_FAULT)
+        return _fail(str(error), USAGE_ERROR)
     except LlavaServeError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ class _Picture:
     kept: bool = True
 
 
-class FeatureLedger:
+class EncoderCacheManager:
     """Progress, users and age of every picture that has features, or is waiting for them.
 
     Args:

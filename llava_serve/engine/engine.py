@@ -9,14 +9,14 @@ import torch
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
-from llava_serve.engine.encoder_cache import FeatureLedger
+from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.executor.draw import draw
 from llava_serve.engine.executor.model import VisionLanguageModel
-from llava_serve.engine.executor.model_runner import Runner, StepResult, num_blocks
+from llava_serve.engine.executor.model_runner import ModelRunner, StepResult, num_blocks
 from llava_serve.engine.failures import request_failure
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.prefill_budget import Pacer
-from llava_serve.engine.request_validation import Limits
+from llava_serve.engine.prefill_budget import PrefillBudget
+from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Output, RawLogprob, Sequence
 from llava_serve.engine.stats import EngineStats
@@ -39,13 +39,13 @@ class Engine:
             salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}".encode(),
         )
         per_tile = spec.image.features_per_tile * int(spec.vision_config["hidden_size"]) * model.dtype.itemsize
-        features = FeatureLedger(options.feature_cache_bytes // per_tile)
+        features = EncoderCacheManager(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, features, options.max_num_seqs)
-        self._pacer = Pacer(options.max_batch_tokens, options.max_batch_tiles)
-        self._runner = Runner(model, self._kv.num_blocks, options)
+        self._pacer = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles)
+        self._runner = ModelRunner(model, self._kv.num_blocks, options)
         self._pacer.observe(self._runner.warm_up(), 0, 0, 1)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
-        self.limits = Limits(spec, options, vocabulary, self._kv.num_blocks)
+        self.limits = RequestValidator(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[Group]] = {}
         self._searches: dict[str, BeamSearch] = {}
         self._arrivals = self._num_sequences = 0

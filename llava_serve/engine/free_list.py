@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 
-class Holes:
+class FreeList:
     """Disjoint runs [start, start + size), sorted, neighbours always merged.
 
     Args:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llava_serve.engine.free_list import Holes
+from llava_serve.engine.free_list import FreeList
 from llava_serve.engine.sequence import Copy, Extent, Sequence
 
 
@@ -33,7 +33,7 @@ class KVCache:
         self.counts = [0] * num_blocks
         self._caching = prefix_caching
         self._salt = salt
-        self._holes = Holes(num_blocks)
+        self._holes = FreeList(num_blocks)
         self._index: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # held by the prefix cache alone, least recent first

@@ -12,7 +12,7 @@ from llava_serve.text.tokenizer import Tokenizer
 from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPrompt, TokenLogprob
 
 
-class ChunkStream:
+class OutputProcessor:
     """Text of all choices of one request.
 
     The template's stop strings count as ends of turn, so that `ignore_eos` turns them off; the request's own stay.

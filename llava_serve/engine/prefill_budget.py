@@ -60,7 +60,7 @@ class _Rate:
         return max(0.0, self._seconds / self._units) if self._units else 0.0
 
 
-class Pacer:
+class PrefillBudget:
     """Learns what a decode step, a position of prefill and a tile cost, and gives each step its budget.
 
     Args:

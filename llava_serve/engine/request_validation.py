@@ -13,7 +13,7 @@ from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError
 from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt, SamplingParams
 
 
-class Limits:
+class RequestValidator:
     """Checks requests before they can hurt others. Frozen after its making: any thread may ask.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_serve.engine.encoder_cache import FeatureLedger
+from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.prefill_budget import Budget
 from llava_serve.engine.sequence import Copy, Group, Sequence
@@ -74,7 +74,7 @@ class Scheduler:
         max_num_seqs: rows that are in the cache together.
     """
 
-    def __init__(self, kv: KVCache, features: FeatureLedger, max_num_seqs: int) -> None:
+    def __init__(self, kv: KVCache, features: EncoderCacheManager, max_num_seqs: int) -> None:
         self._kv = kv
         self._features = features
         self._max_num_seqs = max_num_seqs

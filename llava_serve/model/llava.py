@@ -17,7 +17,7 @@ from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, tile_grid
-from llava_serve.model.weight_loader import Quantization, place_tensors, quantize_layers
+from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers
 from llava_serve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Llava(nn.Module):
             model = cls(spec, text_config)
         if quantization is not None:
             quantize_layers(model.language_model, quantization, dtype)
-        place_tensors(model, tensors, spec, torch.device(device), dtype)
+        load_weights(model, tensors, spec, torch.device(device), dtype)
         model.eval().requires_grad_(False)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return model

@@ -21,7 +21,7 @@ _LISTED = 8
 """Names that an error message lists."""
 
 
-def place_tensors(
+def load_weights(
     model: nn.Module, stored: dict[str, StoredTensor], spec: CheckpointSpec, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Fills every parameter of a model from its stored tensor, and nothing else.
@@ -50,7 +50,7 @@ def place_tensors(
 
 def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
     """Replaces the linear layers of a language model, its head apart, by bitsandbytes' in 8 or 4 bits. They are filled,
-    and quantized on the way, by `place_tensors`.
+    and quantized on the way, by `load_weights`.
 
     Args:
         language_model: built without memory.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_serve.engine.executor import cascade_attention as alike
-from llava_serve.engine.executor.cascade_attention import Alike, attend_alike, find_alike
+from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_alike, find_shared_prefixes
 from llava_serve.types import SamplingParams
 from support.tiny_engine import TinyModel, engine, picture, prompt, run
 
@@ -29,9 +29,9 @@ def test_rows_are_grouped_by_how_they_begin_where_it_is_worth_it() -> None:
     other = [chain(("system", 2), ("dog", 200)) for _ in range(2)]
     lonely = [chain(("system", 2), ("sea", 300)), chain(("system", 2))]
     rows = [one[0], other[0], lonely[0], one[1], lonely[1], one[2], other[1], one[3]]
-    assert find_alike(rows, 16) == [Alike((0, 3, 5, 7), 42 * 16), Alike((1, 6), 202 * 16)]
-    assert find_alike(rows[:4], 16) == []  # two rows with 672 positions in common are faster read one by one
-    assert find_alike([[], *lonely], 16) == []
+    assert find_shared_prefixes(rows, 16) == [SharedPrefix((0, 3, 5, 7), 42 * 16), SharedPrefix((1, 6), 202 * 16)]
+    assert find_shared_prefixes(rows[:4], 16) == []  # two rows with 672 positions in common are faster read one by one
+    assert find_shared_prefixes([[], *lonely], 16) == []
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -78,11 +78,11 @@ def test_answers_stay_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(alike, "_WORTH", 8)
     grouped = []
 
-    def spy(hashes: Sequence[Sequence[bytes]], block_size: int) -> list[Alike]:
-        grouped.append(find_alike(hashes, block_size))
+    def spy(hashes: Sequence[Sequence[bytes]], block_size: int) -> list[SharedPrefix]:
+        grouped.append(find_shared_prefixes(hashes, block_size))
         return grouped[-1]
 
-    monkeypatch.setattr("llava_serve.engine.executor.model_runner.find_alike", spy)
+    monkeypatch.setattr("llava_serve.engine.executor.model_runner.find_shared_prefixes", spy)
     subject = engine(TinyModel(kind), blocks=256)
     for _ in range(2):
         assert run(subject, *requests) == expected

@@ -10,7 +10,7 @@ import torch
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.attention import PackedStep, Span
 from llava_serve.engine.executor.cuda_graphs import buckets, decode_input
-from llava_serve.engine.executor.kv_pool import KVMemory
+from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.varlen import available
 from llava_serve.errors import NumericalError
 from llava_serve.llm import LLM
@@ -27,7 +27,7 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 def attended(device: str, dtype: torch.dtype, window: int | None = None, *, biased: bool = False) -> torch.Tensor:
     """A step of a prompt's second piece and two rows that decode, over a memory of random content."""
     generator = torch.Generator().manual_seed(0)
-    memory = KVMemory(1, KV_HEADS, 256, HEAD_DIM, dtype, torch.device(device))
+    memory = KVPool(1, KV_HEADS, 256, HEAD_DIM, dtype, torch.device(device))
     for half in memory.layers[0]:
         half.copy_(torch.randn(half.shape, generator=generator))
     spans = [Span(0, 1, 160, 30), Span(1, 1, 0, 99), Span(2, 20, 112, 12)]

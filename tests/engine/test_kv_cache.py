@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llava_serve.engine.free_list import Holes
+from llava_serve.engine.free_list import FreeList
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.sequence import Copy, EngineRequest, Sequence
 from llava_serve.types import PreparedPrompt, SamplingParams
@@ -31,7 +31,7 @@ def extent(row: Sequence) -> tuple[int, int]:
 
 
 def test_holes_merge_and_split() -> None:
-    holes = Holes(10)
+    holes = FreeList(10)
     holes.remove(3, 4)
     assert list(holes) == [(0, 3), (7, 3)]
     holes.remove(0, 3)
@@ -46,7 +46,7 @@ def test_holes_merge_and_split() -> None:
 
 def test_holes_like_a_list_of_flags() -> None:
     rng = random.Random(1)
-    holes, free = Holes(40), [True] * 40
+    holes, free = FreeList(40), [True] * 40
     for _ in range(2000):
         start, size = rng.randrange(40), rng.randrange(1, 6)
         run = range(start, min(40, start + size))

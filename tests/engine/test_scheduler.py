@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from llava_serve.engine.encoder_cache import FeatureLedger
+from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.prefill_budget import Budget, Pacer
+from llava_serve.engine.prefill_budget import Budget, PrefillBudget
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Group, Sequence
 from llava_serve.types import PreparedPrompt, SamplingParams
@@ -18,7 +18,7 @@ class House:
 
     def __init__(self, blocks: int = 64, rows: int = 8) -> None:
         self.kv = KVCache(blocks, 4)
-        self.features = FeatureLedger(8)
+        self.features = EncoderCacheManager(8)
         self.scheduler = Scheduler(self.kv, self.features, rows)
         self.arrivals = 0
 
@@ -97,7 +97,7 @@ def test_a_picture_is_encoded_once_for_all_and_kept() -> None:
 
 
 def test_the_oldest_pictures_are_forgotten_beyond_the_capacity() -> None:
-    ledger = FeatureLedger(3)
+    ledger = EncoderCacheManager(3)
     for name in ("a", "b"):
         ledger.pin(name, 2)
         ledger.encode(name, 2)
@@ -184,7 +184,7 @@ def test_all_is_given_back() -> None:
 
 
 def test_the_pacer_gives_prefill_what_those_who_talk_can_bear() -> None:
-    pacer = Pacer(1000, 8)
+    pacer = PrefillBudget(1000, 8)
     assert pacer.budget(0).tokens == 1000
     assert pacer.budget(4).tokens == 4  # what a step takes without prefill must be known first
     pacer.observe(0.010, decoding=4, tokens=0, tiles=0)
@@ -201,7 +201,7 @@ def test_the_pacer_gives_prefill_what_those_who_talk_can_bear() -> None:
 
 
 def test_the_pacer_looks_again_what_a_step_without_prefill_takes() -> None:
-    pacer = Pacer(1000, 8)
+    pacer = PrefillBudget(1000, 8)
     pacer.observe(0.010, decoding=1, tokens=0, tiles=0)
     steps = 0
     while pacer.budget(1).tokens > 1:

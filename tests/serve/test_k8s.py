@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from deployments.tools.check_config import check
-from deployments.tools.serve_env import read_profile
+from deployments.tools.serve_env import read_serve_env
 from support.paths import CONFIG, ROOT
 
 OF_PODS = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "HF_HUB_OFFLINE"}
@@ -79,7 +79,7 @@ def test_every_process_has_the_production_profile(manifest: dict[str, Any]) -> N
     environments = [group["template"]["spec"]["containers"][0]["env"] for group in groups]
     for environment in environments:
         settings = {each["name"]: each["value"] for each in environment if each["name"] not in OF_PODS}
-        assert settings == read_profile(ROOT / "production.env")
+        assert settings == read_serve_env(ROOT / "production.env")
 
 
 def test_a_pod_outlives_its_longest_answer(manifest: dict[str, Any], on_kubernetes: dict[str, Any]) -> None:

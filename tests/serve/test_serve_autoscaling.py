@@ -17,7 +17,7 @@ import pytest
 from openai import AsyncOpenAI
 from PIL import Image
 
-from deployments.tools.local_cluster import LocalServe, free_port, local_serve, read_config
+from deployments.tools.local_cluster import LocalCluster, free_port, local_cluster, read_config
 from support.cluster import replicas
 from support.demo import data_url
 from support.paths import CONFIG
@@ -99,7 +99,7 @@ class Guests:
         await asyncio.gather(self.ask("One", photo=True), self.ask("Two", max_tokens=200))
 
 
-async def wait_for(wanted: int, running: LocalServe, meanwhile: Callable[[], Any]) -> dict[str, float]:
+async def wait_for(wanted: int, running: LocalCluster, meanwhile: Callable[[], Any]) -> dict[str, float]:
     """Seconds until each tier has so many replicas."""
     start = time.monotonic()
     reached: dict[str, float] = {}
@@ -113,7 +113,7 @@ async def wait_for(wanted: int, running: LocalServe, meanwhile: Callable[[], Any
 
 
 async def test_replicas_follow_the_load_up_and_down_and_no_request_fails() -> None:
-    with local_serve(config_that_scales_soon(), num_cpus=2) as running:
+    with local_cluster(config_that_scales_soon(), num_cpus=2) as running:
         async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
             guests = Guests(client)
             guests.come(with_photos=8, with_long_answers=12)

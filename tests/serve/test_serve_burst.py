@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments.tools.local_cluster import local_serve
-from deployments.tools.serve_env import read_profile
+from deployments.tools.local_cluster import local_cluster
+from deployments.tools.serve_env import read_serve_env
 from support.bursts import at_rest, burst, counted_config, left
 from support.paths import ROOT
 
@@ -22,8 +22,8 @@ WITHIN_S = 0.4
 async def test_ten_bursts_of_a_hundred_leave_nothing(
     profile: str, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
-    settings = None if profile == "default" else read_profile(ROOT / f"{profile}.env")
-    with local_serve(counted_config(), num_cpus=2, profile=settings) as running:
+    settings = None if profile == "default" else read_serve_env(ROOT / f"{profile}.env")
+    with local_cluster(counted_config(), num_cpus=2, profile=settings) as running:
         rest = await at_rest(running.url)
         for _ in range(10):
             await burst(running.url, CLIENTS, WITHIN_S)

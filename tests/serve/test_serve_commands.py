@@ -18,7 +18,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from deployments.tools.local_cluster import LocalServeError, environment, free_port, local_serve, read_config
+from deployments.tools.local_cluster import LocalClusterError, environment, free_port, local_cluster, read_config
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG
 
@@ -44,7 +44,7 @@ def test_answers_on_their_way_are_finished() -> None:
                 pieces.append(chunk.choices[0].delta.content or "")
                 finish.append(chunk.choices[0].finish_reason)
 
-    with local_serve(config, num_cpus=2) as running:
+    with local_cluster(config, num_cpus=2) as running:
         readers = [threading.Thread(target=read, args=(running.url,)) for _ in range(4)]
         for reader in readers:
             reader.start()
@@ -135,7 +135,7 @@ def test_serve_ends_when_the_application_does() -> None:
 
 def test_a_model_that_cannot_be_loaded_is_told_with_the_log(tmp_path: Path) -> None:
     config = read_config(CONFIG, port=free_port(), model=str(tmp_path))
-    with pytest.raises(LocalServeError) as failure, local_serve(config, num_cpus=2):
+    with pytest.raises(LocalClusterError) as failure, local_cluster(config, num_cpus=2):
         pass
     reason, log = str(failure.value).split("\nLog: ")
     assert re.search(r"CheckpointError: .*config\.json", reason)

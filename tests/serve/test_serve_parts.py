@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import handle_calls
 from deployments.coalesce import coalesce
 from deployments.handle_calls import AbortedCalls
-from deployments.header_filter import HeaderGuard
+from deployments.header_filter import HeaderFilterMiddleware
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, RequestContextMiddleware
 from llava_serve.deadline import check_deadline, deadline_scope
@@ -165,7 +165,7 @@ async def test_the_headers_that_steer_serve_are_taken_off() -> None:
         seen.extend(name for name, _ in scope["headers"])
 
     steering = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"accept", b"*/*")]
-    await ask(HeaderGuard(app), steering)
+    await ask(HeaderFilterMiddleware(app), steering)
     assert seen == [b"accept"]
 
 
@@ -175,6 +175,6 @@ async def test_an_answer_carries_its_id_once() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
-    start, body = await ask(HeaderGuard(app))
+    start, body = await ask(HeaderFilterMiddleware(app))
     assert start["headers"] == [(b"x-request-id", b"ours"), (b"content-length", b"0")]
     assert body["type"] == "http.response.body"

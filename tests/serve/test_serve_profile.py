@@ -14,8 +14,8 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from deployments.tools.local_cluster import local_serve, read_config
-from deployments.tools.serve_env import ProfileError, read_profile
+from deployments.tools.local_cluster import local_cluster, read_config
+from deployments.tools.serve_env import ServeEnvError, read_serve_env
 from support.bursts import at_rest, burst, counted_config, left
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG, ROOT
@@ -26,7 +26,7 @@ PROFILE = ROOT / "production.env"
 @pytest.fixture(scope="module")
 def production() -> Iterator[str]:
     """The application under the production profile; its URL."""
-    with local_serve(counted_config(), num_cpus=2, profile=read_profile(PROFILE)) as running:
+    with local_cluster(counted_config(), num_cpus=2, profile=read_serve_env(PROFILE)) as running:
         yield running.url
 
 
@@ -84,16 +84,16 @@ async def test_a_burst_of_clients_that_leave_leaves_nothing(
 
 
 def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:
-    assert read_profile(PROFILE)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    with pytest.raises(ProfileError, match="no profile"):
-        read_profile(tmp_path / "nothing.env")
+    assert read_serve_env(PROFILE)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    with pytest.raises(ServeEnvError, match="no profile"):
+        read_serve_env(tmp_path / "nothing.env")
     (tmp_path / "wrong.env").write_text("# a comment\nRAY_SERVE_ENABLE_HA_PROXY=1\nHTTP_PROXY=x\n")
-    with pytest.raises(ProfileError, match="HTTP_PROXY"):
-        read_profile(tmp_path / "wrong.env")
+    with pytest.raises(ServeEnvError, match="HTTP_PROXY"):
+        read_serve_env(tmp_path / "wrong.env")
 
 
 def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
-    profile = read_profile(PROFILE)
+    profile = read_serve_env(PROFILE)
     config = read_config(CONFIG)
     assert (
         int(profile["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > config["applications"][0]["args"]["api"]["max_timeout_s"]
@@ -103,5 +103,5 @@ def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
 
 
 def test_the_image_has_the_haproxy_of_the_profile() -> None:
-    path = read_profile(PROFILE)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    path = read_serve_env(PROFILE)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     assert f"python -m deployments.tools.haproxy {path}\n" in (ROOT / "Dockerfile").read_text()

@@ -16,8 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from llava_serve.engine.executor import varlen
-from llava_serve.engine.executor.cascade_attention import Alike, attend_alike
-from llava_serve.engine.executor.kv_pool import KVMemory, Run
+from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_alike
+from llava_serve.engine.executor.kv_pool import KVPool, Run
 from llava_serve.engine.executor.varlen import VarlenAttention
 
 IMPLEMENTATION = "llava_serve"
@@ -81,12 +81,12 @@ class PackedStep:
 
     def __init__(
         self,
-        memory: KVMemory,
+        memory: KVPool,
         spans: list[Span],
         dtype: torch.dtype,
         device: torch.device,
         padding: int = 0,
-        alike: Sequence[Alike] = (),
+        alike: Sequence[SharedPrefix] = (),
     ) -> None:
         self._memory = memory
         self._spans = spans

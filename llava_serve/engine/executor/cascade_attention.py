@@ -23,14 +23,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class SharedPrefix:
     """Rows of a step, in rising order, whose sequences have their first `shared` positions in common."""
 
     rows: tuple[int, ...]
     shared: int
 
 
-def find_alike(hashes: Sequence[Sequence[bytes]], block_size: int) -> list[Alike]:
+def find_shared_prefixes(hashes: Sequence[Sequence[bytes]], block_size: int) -> list[SharedPrefix]:
     """Groups rows by how they begin.
 
     Args:
@@ -50,7 +50,7 @@ def find_alike(hashes: Sequence[Sequence[bytes]], block_size: int) -> list[Alike
 
         shared = bisect_left(range(most), True, lo=first, key=differ) * block_size
         if (len(rows) - 1) * shared >= _WORTH:
-            found.append(Alike(tuple(rows), shared))
+            found.append(SharedPrefix(tuple(rows), shared))
     return found
 
 

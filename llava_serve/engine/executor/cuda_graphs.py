@@ -17,7 +17,7 @@ import torch
 
 from llava_serve.engine.executor.attention import Span
 from llava_serve.engine.executor.decoder import Decoder
-from llava_serve.engine.executor.kv_pool import KVMemory, Run
+from llava_serve.engine.executor.kv_pool import KVPool, Run
 from llava_serve.engine.executor.varlen import VarlenAttention, to_device
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def decode_input(tokens: Sequence[int], spans: Sequence[Span], rows: int, spare:
 class _StaticStep:
     """A step whose numbers are read from a graph's input; see `attention.Step`."""
 
-    def __init__(self, memory: KVMemory, positions: torch.Tensor, bases: torch.Tensor, max_keys: int) -> None:
+    def __init__(self, memory: KVPool, positions: torch.Tensor, bases: torch.Tensor, max_keys: int) -> None:
         rows = len(positions)
         self._memory = memory
         self.positions = positions
@@ -94,7 +94,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, decoder: Decoder, embed: Embed, memory: KVMemory, max_rows: int, max_keys: int, spare: int
+        self, decoder: Decoder, embed: Embed, memory: KVPool, max_rows: int, max_keys: int, spare: int
     ) -> None:
         self._decoder = decoder
         self._embed = embed

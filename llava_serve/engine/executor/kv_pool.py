@@ -24,7 +24,7 @@ class Run:
     targets: torch.Tensor | None = None
 
 
-class KVMemory:
+class KVPool:
     """Keys and values of all layers, [layers, 2, kv_heads, positions, head_dim].
 
     A sequence's positions are neighbours, so that its keys and values are views.

@@ -13,10 +13,10 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.attention import PackedStep, Span
-from llava_serve.engine.executor.cascade_attention import Alike, find_alike
+from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs
 from llava_serve.engine.executor.decoder import Decoder
-from llava_serve.engine.executor.kv_pool import KVMemory
+from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.scheduler import Schedule, Segment, TileJob
@@ -43,7 +43,7 @@ class StepResult:
     failures: dict[str, Exception]
 
 
-class Runner:
+class ModelRunner:
     """Owns every tensor of the engine: the KV memory and the pictures' features.
 
     Args:
@@ -57,7 +57,7 @@ class Runner:
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
         layers, kv_heads, head_dim = _kv_shape(model)
         positions = blocks * block_size
-        self._memory = KVMemory(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
+        self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
         self._decoder = Decoder(model.language_model, compile=options.compile and model.device.type == "cpu")
         self._graphs: DecodeGraphs | None = None
         fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.recordable
@@ -166,7 +166,7 @@ class Runner:
         """What a product of so many rows is filled up to."""
         return padded(rows) if self._model.device.type == "cpu" else rows
 
-    def _alike(self, segments: tuple[Segment, ...]) -> list[Alike]:
+    def _alike(self, segments: tuple[Segment, ...]) -> list[SharedPrefix]:
         """Decoding rows, which come first, that begin alike. On CUDA all extents are read in one go as it is."""
         if self._model.device.type != "cpu":
             return []
@@ -174,7 +174,7 @@ class Runner:
             segment.sequence.block_hashes[: segment.start // self._block_size]
             for segment in itertools.takewhile(_decodes, segments)
         ]
-        return find_alike(computed, self._block_size)
+        return find_shared_prefixes(computed, self._block_size)
 
     def _embed(self, segments: tuple[Segment, ...], padding: int, failures: dict[str, Exception]) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
