@@ -1,4 +1,4 @@
-"""A route whose request FastAPI describes at `/openapi.json`, and our own function reads: see `parse_request`."""
+"""A route whose request FastAPI describes at `/openapi.json` and our own function parses: see `parse_request`."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ _STREAM = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatCo
 CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatCompletion,
-        "description": "The answer; with `stream`, events of `ChatCompletionChunk` and at last `[DONE]`.",
+        "description": "The answer; with `stream`, events of `ChatCompletionChunk` and then `[DONE]`.",
         "content": _STREAM,
     },
     **{
         status: {"model": ErrorBody, "description": description}
         for status, description in {
-            400: "A field, a picture or the prompt's length is at fault; the message says which.",
-            401: "No API key, or a wrong one.",
-            404: "No such model.",
+            400: "A field, an image or the prompt's length is invalid; the message says which.",
+            401: "The API key is missing or invalid.",
+            404: "The model does not exist.",
             413: "The body is too large.",
             429: "The server is at capacity; `Retry-After` says when to try again.",
             500: "The server failed on this request.",
-            503: "The model cannot answer at present.",
-            504: "The request's time was up.",
+            503: "The model is not available.",
+            504: "The request's deadline has passed.",
         }.items()
     },
 }
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "An error; the message says which."}
 }
-"""Of every route; they take the place of FastAPI's own 422."""
+"""Of every route; they replace FastAPI's own 422."""
 
 
 def route_reading_by(read: Callable[[Request], Awaitable[ChatRequest]]) -> type[APIRoute]:
-    """Routes whose endpoint declares (request, body): FastAPI describes the body, and `read` alone reads it."""
+    """Routes whose endpoint declares (request, body): FastAPI describes the body, and `read` alone parses it."""
 
     class ReadingRoute(APIRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:

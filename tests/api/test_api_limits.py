@@ -51,22 +51,22 @@ def body(**fields: Any) -> bytes:
     ],
     ids=["values", "values of a label", "no messages", "messages", "parts", "empty parts", "depth", "a long name"],
 )
-def test_counts_are_bounded_and_the_first_fault_is_told(sent: bytes, message: str, param: str | None) -> None:
+def test_counts_are_bounded_and_the_first_fault_is_reported(sent: bytes, message: str, param: str | None) -> None:
     backend = PacedBackend()
     with app_over(backend) as web:
         refused = web.post(PATH, content=sent, headers={"Content-Type": "application/json"})
         assert web.post(PATH, json=BODY).status_code == 200
     assert refused.status_code == 400
     assert (error_of(refused)["message"], error_of(refused)["param"]) == (message, param)
-    assert len(backend.seen) == 1
+    assert len(backend.asked) == 1
 
 
-def test_as_many_as_are_allowed_are_read() -> None:
+def test_the_largest_allowed_counts_are_accepted() -> None:
     backend = PacedBackend()
     with app_over(backend) as web:
         answer = web.post(PATH, content=body(messages=[TURN] * MAX_MESSAGES))
     assert answer.status_code == 200
-    assert len(backend.seen[0][0]) == MAX_MESSAGES
+    assert len(backend.asked[0][0]) == MAX_MESSAGES
 
 
 def test_the_bytes_in_flight_are_bounded_beside_the_requests() -> None:
@@ -100,7 +100,7 @@ def test_a_text_that_cannot_fit_is_not_tokenized(processor: Processor) -> None:
     with pytest.raises(PromptTooLongError, match="at least") as refusal:
         processor.prepare([Message("user", (TextPart("word " * 200_000),))])
     assert refusal.value.got > refusal.value.limit == processor.spec.context_length - 1
-    # What might fit is tokenized, and told exactly.
+    # What might fit is tokenized, and its exact length reported.
     with pytest.raises(PromptTooLongError, match=r"The prompt takes \d+ tokens") as refusal:
         processor.prepare([Message("user", (TextPart("word " * 5000),))])
     assert refusal.value.got > 5000

@@ -22,7 +22,7 @@ PNG = DEMO_IMAGE.read_bytes()
 
 
 def read(message: ChatMessage) -> Message:
-    """One message, as the library's user wrote it."""
+    """One message of a library's user."""
     [found] = read_messages([message], lambda source: read_local_source(source, OPTIONS))
     return found
 
@@ -51,11 +51,11 @@ def test_a_picture_in_memory_keeps_every_pixel(source: Any) -> None:
     part = message.parts[0]
     assert isinstance(part, ImagePart)
     assert isinstance(part.source, bytes)
-    with Image.open(io.BytesIO(part.source)) as sent, Image.open(DEMO_IMAGE) as drawn:
-        assert sent.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+    with Image.open(io.BytesIO(part.source)) as sent, Image.open(DEMO_IMAGE) as original:
+        assert sent.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
 
-def test_a_text_and_a_message_pass_as_they_are() -> None:
+def test_a_text_and_a_message_are_kept() -> None:
     message = Message("assistant", (TextPart("Red."),))
     assert read(message) is message
     assert read({"role": "assistant", "content": "Red."}) == message
