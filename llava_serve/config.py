@@ -1,6 +1,6 @@
 """Options of the parts, frozen. Each default is written here and nowhere else.
 
-Plain pydantic models, because they are the `args` of `serve_config.yaml`: a typo is refused by name.
+They are pydantic models, as the `args` of `serve_config.yaml`: a typo is refused by name.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def resolve_model_options(model: str | ModelOptions, **keywords: Unpack[ModelKey
 
 
 class EngineOptions(Options):
-    """RequestValidator of one engine.
+    """Limits of one engine.
 
     Attributes:
-        max_num_seqs: sequences that decode together.
-        max_waiting: sequences that may wait; beyond it `CapacityError`.
+        max_num_seqs: sequences that run in one batch.
+        max_waiting: sequences in the queue; one more raises `CapacityError`.
         max_batch_tokens: positions computed per step, prefill and decode together.
         max_batch_tiles: tiles through the vision tower per step.
         kv_cache_bytes: memory of the KV cache on a CPU.
@@ -74,7 +74,7 @@ class EngineOptions(Options):
         block_size: positions per block.
         prefix_caching: keep and reuse the KV of prompts.
         cuda_graphs: on CUDA, launch decode steps as graphs; takes some seconds at the start, and some memory.
-        compile: on a CPU, run the decoder through torch.compile; wants a C++ compiler, and some seconds at the start.
+        compile: on a CPU, run the decoder through torch.compile; needs a C++ compiler, and some seconds at the start.
         num_threads: of torch on a CPU; None takes all cores of the machine.
     """
 
@@ -99,7 +99,7 @@ class ImageOptions(Options):
         max_bytes: of one encoded picture.
         max_pixels: of one decoded picture.
         max_per_request: pictures in one request.
-        cache_bytes: memory for the tiles of the pictures seen last.
+        cache_bytes: memory for the tiles of the most recent pictures.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
@@ -109,9 +109,9 @@ class ImageOptions(Options):
 
 
 def resolve_image_options(given: ImageOptions | None, images: ImageOptions | None) -> ImageOptions:
-    """The picture options of a constructor; `images` is their old name, which goes with the next version."""
+    """The image options of a constructor; `images` is their deprecated name, which the next version removes."""
     if images is not None:
-        warnings.warn("images= of a constructor is called image_options= now.", DeprecationWarning, stacklevel=3)
+        warnings.warn("images= of a constructor is deprecated; use image_options=.", DeprecationWarning, stacklevel=3)
     return given or images or ImageOptions()
 
 
@@ -119,7 +119,7 @@ class RoutingOptions(Options):
     """How calls choose a model replica.
 
     Attributes:
-        slack: requests that a replica may have above the least loaded one, and still get what it has seen.
+        slack: how many requests more than the least loaded replica one may have, and still get what it has cached.
     """
 
     slack: int = Field(default=8, ge=0)
@@ -129,15 +129,15 @@ class ApiOptions(Options):
     """The web app's own limits.
 
     Attributes:
-        model_name: the name in `/v1/models`; None makes it of `model` (see `llava_serve.checkpoints.model_name`).
-        api_keys: accepted bearer keys; empty lets everyone in.
+        model_name: the name in `/v1/models`; None derives it from `model` (see `llava_serve.checkpoints.model_name`).
+        api_keys: accepted bearer keys; empty requires none.
         max_body_bytes: of a request.
-        max_in_flight: requests that are worked on at once, per ingress replica; beyond it 429. `max_queue` is its old
-            name, which goes with the next version.
-        max_in_flight_bytes: of the bodies of all of them; beyond it 429.
-        default_timeout_s: a request's time, where it names none.
-        max_timeout_s: the longest time that a request may name.
-        priority_range: the smallest and the largest priority that a request may name; a smaller one is served earlier.
+        max_in_flight: requests in flight per ingress replica; one more gets 429. `max_queue` is its deprecated name,
+            which the next version removes.
+        max_in_flight_bytes: of all their bodies; more gets 429.
+        default_timeout_s: the timeout of a request that sets none.
+        max_timeout_s: the longest timeout that a request may set.
+        priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
     """
 
     model_name: str | None = None
@@ -153,5 +153,5 @@ class ApiOptions(Options):
     @classmethod
     def _warn_of_old_names(cls, given: Any) -> Any:
         if isinstance(given, dict) and "max_queue" in given:
-            _log.warning("api.max_queue is called api.max_in_flight now; the old name goes with the next version.")
+            _log.warning("api.max_queue is deprecated; use api.max_in_flight. The next version removes the old name.")
         return given

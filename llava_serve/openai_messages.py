@@ -20,7 +20,7 @@ ChatMessage = Message | Mapping[str, Any]
 """A `Message`, or OpenAI's dict; {"type": "image", "image": ...} holds a path, URL, bytes, PIL image or array."""
 
 ReadSource = Callable[[Any], str | bytes]
-"""Turns what stands for a picture into what an `ImagePart` holds."""
+"""Reads a source of an image into the source of an `ImagePart`."""
 
 
 class ImageUrl(Wire):
@@ -28,8 +28,8 @@ class ImageUrl(Wire):
 
     Attributes:
         url: a `data:` URL with the picture in base64.
-        detail: OpenAI's hint at what to spend on the picture; accepted and not followed, as vLLM does, since a
-            checkpoint reads every picture in the one way that it was trained on.
+        detail: OpenAI's hint at the resolution; accepted and ignored, as in vLLM, since a checkpoint processes every
+            picture in the one way that it was trained on.
     """
 
     url: str
@@ -46,7 +46,7 @@ class Part(Wire):
     Attributes:
         type: which of the other fields is set.
         image_url: an object, or its `url` alone.
-        image: a picture; over HTTP a `data:` URL, in the library anything that stands for one.
+        image: a picture; over HTTP a `data:` URL, in the library any source of one.
     """
 
     type: Literal["text", "image_url", "image"]
@@ -58,7 +58,7 @@ class Part(Wire):
 
 
 def _as_parts(content: Any) -> Any:
-    """Plain text is one part, so that all behind this knows lists only. A library's user may write a tuple."""
+    """Plain text becomes one part, so that later code handles lists only. A library's user may pass a tuple."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return list(content) if isinstance(content, tuple) else content
@@ -70,7 +70,7 @@ class WireMessage(Wire):
     Attributes:
         role: `developer` is OpenAI's newer name for `system`.
         content: a text, or parts in any order; pictures stand in the user's turns only.
-        name: of the speaker; accepted and not looked at, since no template has a place for it.
+        name: of the speaker; accepted and ignored, since no template has a place for it.
     """
 
     NEUTRAL = {"tool_calls": one_of([]), "annotations": one_of([])}  # noqa: RUF012 (declared as a ClassVar above)
@@ -84,7 +84,7 @@ class WireMessage(Wire):
 
 
 def from_wire(messages: Sequence[WireMessage]) -> tuple[Message, ...]:
-    """The conversation of a request. Sources of pictures pass through as they are.
+    """The conversation of a request. Sources of pictures are passed on unread.
 
     Raises:
         RequestError: a part does not hold what its type says.
@@ -93,14 +93,14 @@ def from_wire(messages: Sequence[WireMessage]) -> tuple[Message, ...]:
 
 
 def read_messages(messages: Sequence[ChatMessage], read_source: ReadSource) -> tuple[Message, ...]:
-    """The conversation that a library's user wrote.
+    """The conversation of a library's user.
 
     Args:
-        messages: `Message`s pass as they are.
-        read_source: reads a picture where the user is.
+        messages: a `Message` is returned unchanged.
+        read_source: reads a picture in the user's process.
 
     Raises:
-        RequestError: a role, a part or a field is not known; a picture cannot be read.
+        RequestError: a role, a part or a field is unknown; a picture cannot be read.
     """
     return tuple(_read(message, f"messages[{number}]", read_source) for number, message in enumerate(messages))
 

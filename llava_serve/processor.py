@@ -1,4 +1,4 @@
-"""Messages and pictures to a `PreparedPrompt`: all that happens on a CPU before the model. Imports no torch."""
+"""Messages and images to a `PreparedPrompt`: all work on a CPU before the model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt
 
 
 class Processor:
-    """Prepares prompts for one checkpoint. Of a call it keeps the last pictures alone; safe for several threads."""
+    """Prepares prompts for one checkpoint. It caches the tiles of the most recent images; safe for several threads."""
 
     def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
         self.spec = spec
@@ -50,15 +50,15 @@ class Processor:
         conv_mode: str | None = None,
         check: Callable[[], None] | None = None,
     ) -> PreparedPrompt:
-        """Prepares a query or a conversation. The pictures are encoded bytes or `data:` URLs: nothing else is read.
+        """Prepares a query or a conversation. The images are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
             asked: of messages system (optional, first), then user and assistant; the last is the user's.
             conv_mode: overrides the checkpoint's template.
-            check: called before each picture; what it raises ends the work.
+            check: called before each image; an error that it raises ends the work.
 
         Raises:
-            RequestError: the conversation or a picture cannot be used; `PromptTooLongError` says got and limit.
+            RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
         """
         key = conv_mode or self.spec.conv_mode
         own_breaks = self._is_chat_template(key)  # the checkpoint's own template sets the line breaks around images
@@ -79,14 +79,14 @@ class Processor:
     def read(
         self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()
     ) -> Query | tuple[Message, ...]:
-        """What a library's user asks, with the pictures read where the user is.
+        """A question of a library's user, with the images read in the user's process.
 
         Args:
             asked: a query, or a conversation in OpenAI's form.
             images: of a query.
 
         Raises:
-            RequestError: a message or a picture cannot be read; images stand beside a conversation.
+            RequestError: a message or an image cannot be read; images stand beside a conversation.
         """
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
@@ -98,29 +98,29 @@ class Processor:
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
-        pictures = []
+        images = []
         for part in parts:
             if check is not None:
                 check()
-            pictures.append(self._process_image(part, self.spec.context_length - length))
-            length += pictures[-1].count
+            images.append(self._process_image(part, self.spec.context_length - length))
+            length += images[-1].count
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
-        token_ids, image_spans = _expand(input_ids, [picture.count for picture in pictures])
+        token_ids, image_spans = _expand(input_ids, [image.count for image in images])
         stop_token_ids, stop = self._ends(key)
         return PreparedPrompt(
             token_ids=token_ids,
             image_spans=image_spans,
-            tiles=tuple(picture.tiles for picture in pictures),
-            image_sizes=tuple(picture.size for picture in pictures),
-            digests=tuple(picture.digest for picture in pictures),
+            tiles=tuple(image.tiles for image in images),
+            image_sizes=tuple(image.size for image in images),
+            digests=tuple(image.digest for image in images),
             prompt=prompt_text(spans),
             stop_token_ids=stop_token_ids,
             stop=stop,
         )
 
     def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
-        """The pictures of a conversation. Refuses too many, and a text that cannot fit: the work on both grows with
+        """The images of a conversation. Refuses too many, and a text that cannot fit, before any work that grows with
         them."""
         parts = [part for message in messages for part in message.parts]
         images = [part for part in parts if isinstance(part, ImagePart)]
@@ -140,9 +140,9 @@ class Processor:
         return images
 
     def _process_image(self, part: ImagePart, room: int) -> CachedTiles:
-        """A picture as model input, without its tiles if there is no room for those.
+        """An image as model input, without its tiles if it has more than `room` positions.
 
-        It is decoded only in here: a large one takes hundreds of megabytes.
+        It is decoded and dropped in here: a large one takes hundreds of megabytes.
         """
         data = read_request_source(part.source, self.options)
         key = blake2b(data, digest_size=16).digest()
@@ -164,7 +164,7 @@ class Processor:
         return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
 
     def _is_chat_template(self, key: str) -> bool:
-        """Whether the checkpoint's own template renders."""
+        """Whether the checkpoint's own template renders the prompt."""
         return key == "chat_template" and self.spec.chat_template is not None
 
     def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:

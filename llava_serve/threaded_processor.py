@@ -1,4 +1,4 @@
-"""Prepares prompts in threads, for servers: the one way from an event loop to the `Processor`."""
+"""Prepares prompts in threads, for servers: the `Processor` behind an event loop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llava_serve.types import Message, PreparedPrompt, Query
 
 
 class ThreadedProcessor:
-    """A `Processor` with a thread pool of its own: pictures that wait for a core hold up nothing else.
+    """A `Processor` with a thread pool of its own: images that wait for a core delay nothing else.
 
     Args:
         processor: does the work.
-        num_threads: prompts that are prepared at once; each holds one decoded picture at most.
-        observe: is told each prompt that was prepared, and the seconds that it took.
+        num_threads: prompts that are prepared at once; each holds one decoded image at most.
+        observe: called with each prepared prompt, and the seconds that it took.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class ThreadedProcessor:
         conv_mode: str | None = None,
         deadline: float | None = None,
     ) -> PreparedPrompt:
-        """One prompt as model input. The work ends before its next picture once its caller has left.
+        """One prompt as model input. If its caller is cancelled, the work ends before its next image.
 
         Args:
             read: gives what `Processor.prepare` takes; called in the thread, since it may read files.
             conv_mode: overrides the checkpoint's template.
-            deadline: seconds since the epoch; looked at before each picture.
+            deadline: seconds since the epoch; checked before each image.
 
         Raises:
-            RequestError: the input is at fault; the class says how.
-            DeadlineExceededError: the time was up before the work was done.
+            RequestError: the input is invalid; the class says how.
+            DeadlineExceededError: the deadline passed before the work was done.
         """
         disconnected = False
 
