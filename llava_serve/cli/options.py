@@ -29,20 +29,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
     group.add_argument("--conv-mode", help="prompt template, instead of the detected one")
     bits = group.add_mutually_exclusive_group()
-    bits.add_argument(
-        "--load-8bit",
-        dest="quantization",
-        action="store_const",
-        const="8bit",
-        help="8-bit weights in the language model",
-    )
-    bits.add_argument(
-        "--load-4bit",
-        dest="quantization",
-        action="store_const",
-        const="4bit",
-        help="4-bit weights in the language model",
-    )
+    bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights")
+    bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights")
     group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
     group.add_argument(
         "--dtype", choices=_DTYPES, help="auto (the default) is float32 on a CPU, else the checkpoint's own"
