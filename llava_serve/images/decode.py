@@ -19,7 +19,7 @@ def decode_image(data: bytes, options: ImageOptions, *, over_white: bool = False
 
     Args:
         data: an encoded picture.
-        options: limits, looked at before any pixel is decoded.
+        options: limits, checked before any pixel is decoded.
         over_white: transparent pictures are laid over white, as transformers does; else their alpha is dropped, as the
             original does.
 
@@ -34,14 +34,14 @@ def decode_image(data: bytes, options: ImageOptions, *, over_white: bool = False
     if len(data) > options.max_bytes:
         raise InvalidImageError(f"The picture takes {len(data):,} bytes; at most {options.max_bytes:,} are accepted.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own limit is above ours, and its remarks are not for the caller
+        warnings.simplefilter("ignore")  # Pillow's own limit is above ours, and its warnings are not for the caller
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.DecompressionBombError as error:
             raise InvalidImageError(f"The picture has more than {options.max_pixels:,} pixels.") from error
         except Exception as error:
             raise InvalidImageError(
-                "The data is not a picture that can be read; PNG, JPEG, WebP, GIF, BMP, TIFF and PPM can."
+                "The data is not a picture in a supported format: PNG, JPEG, WebP, GIF, BMP, TIFF or PPM."
             ) from error
         if image.width * image.height > options.max_pixels:
             raise InvalidImageError(
@@ -54,9 +54,8 @@ def decode_image(data: bytes, options: ImageOptions, *, over_white: bool = False
 
 
 def _to_rgb(image: Image.Image, *, over_white: bool) -> Image.Image:
-    """Brings a picture to RGB as `convert("RGB")` does, but for 16-bit pictures, which it would saturate, and the
-    orientation that a camera noted. A picture that is upright and RGB is not copied: each copy costs as much as an
-    eighth of its decoding."""
+    """Converts a picture to RGB as `convert("RGB")` does, except that 16-bit pictures are scaled, not clipped, and the
+    EXIF orientation is applied. An upright RGB picture is not copied: a copy costs an eighth of the decoding."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = _scale_to_8_bits(image)

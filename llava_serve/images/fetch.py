@@ -1,4 +1,4 @@
-"""Where pictures come from: `data:` URLs in requests; files, links and PIL images for the library's own user."""
+"""Sources of pictures: `data:` URLs in requests; files, links and PIL images for the library's own user."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TIMEOUT_S = 20
 
 
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
-    """The bytes of a picture in a request. Nothing on this machine or its network is read on a caller's word.
+    """The bytes of a picture in a request. A request never reads this machine's files or network.
 
     Raises:
-        InvalidImageError: a link, a path, or a `data:` URL that is not one.
+        InvalidImageError: a link, a path, or an invalid `data:` URL.
     """
     if isinstance(source, bytes):
         return source
@@ -36,10 +36,10 @@ def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
 
 
 def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
-    """The bytes of a picture that the library's own user names; links are followed as a browser would.
+    """The bytes of a picture that the library's own user names; links and their redirects are followed.
 
     Raises:
-        InvalidImageError: cannot be read or fetched.
+        InvalidImageError: the picture cannot be read or fetched.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -62,7 +62,7 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
 def _read_data_url(url: str, options: ImageOptions) -> bytes:
     head, comma, payload = url.partition(",")
     if not comma:
-        raise InvalidImageError("The data: URL has no comma, hence no data.", "messages")
+        raise InvalidImageError("The data: URL has no comma, so it has no data.", "messages")
     if len(payload) > options.max_bytes * 3:
         raise InvalidImageError(f"The picture is too large; at most {options.max_bytes:,} bytes are accepted.")
     if not head.lower().endswith(";base64"):
@@ -74,7 +74,7 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
 
 
 def _encode(image: Image.Image) -> bytes:
-    modes = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # those that PNG keeps without loss
+    modes = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # those that PNG stores without loss
     out = io.BytesIO()
     (image if image.mode in modes else image.convert("RGB")).save(out, "PNG", compress_level=1)
     return out.getvalue()

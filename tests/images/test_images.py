@@ -114,7 +114,7 @@ def test_padding_gives_the_pixels_of_the_whole_square(shape: dict[str, Any]) -> 
         np.testing.assert_array_equal(make_tiles(image, processing), expected[None])
 
 
-def test_a_strip_beyond_measure_is_refused() -> None:
+def test_a_picture_that_is_too_long_and_thin_is_refused() -> None:
     with pytest.raises(InvalidImageError, match="too long and thin"):
         make_tiles(Image.new("RGB", (20_000, 2)), TINY)
 
@@ -168,7 +168,7 @@ def test_an_animation_gives_its_first_frame() -> None:
         (encoded(gradient(64, 64), "JPEG")[:700], "damaged or cut off"),
     ],
 )
-def test_what_is_no_picture(data: bytes, why: str) -> None:
+def test_data_that_is_no_picture_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(InvalidImageError, match=why):
         decode_image(data, OPTIONS)
 
@@ -183,7 +183,7 @@ def test_limits_hold_before_pixels_are_decoded() -> None:
         decode_image(encoded(gradient(8, 8)), ImageOptions(max_bytes=10))
 
 
-def test_a_request_reads_nothing_but_itself(tmp_path: Path) -> None:
+def test_a_request_reads_no_files_and_no_links(tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(encoded(gradient(8, 8)))
     for source in (str(secret), f"file://{secret}", "http://127.0.0.1/x.png", "HTTPS://example.org/x.png"):
@@ -214,7 +214,7 @@ def test_local_sources_are_equal(tmp_path: Path) -> None:
         read_local_source(np.zeros((4, 4)), OPTIONS)  # type: ignore[arg-type]
 
 
-def test_a_digest_names_the_pixels_and_how_they_were_made() -> None:
+def test_a_digest_identifies_the_pixels_and_their_processing() -> None:
     def of(image: Image.Image, processing: ImageProcessing) -> str:
         return digest(make_tiles(image, processing), image.size, processing)
 
