@@ -1,10 +1,9 @@
-"""What stands before Serve looks at a request, and after it has answered: in its HTTP proxy, or where HAProxy is the
-proxy, in the ingress replica.
+"""Middleware around Serve: in its HTTP proxy, or in the ingress replica if HAProxy is the proxy.
 
-Serve lets a client lift the server's time limit and switch off the notice of its own leaving by request headers. A
-client shall not have that power here, so the headers are taken off. And Serve adds the request's id to answers that say
-it already. Serve finds `middlewares` by the variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the process's
-environment (`controller_options` of `serve_config.yaml` give it to the proxy).
+By request headers, Serve lets a client change the server's time limit and switch the detection of its disconnect off.
+These headers are removed here. Serve also adds the request's id to responses that have it already; only the first one
+is kept. Serve finds `middlewares` by the variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the process's
+environment (`controller_options` of `serve_config.yaml` set it for the proxy).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FORBIDDEN_HEADERS = frozenset(
 
 
 class HeaderFilterMiddleware:
-    """Takes the headers off that steer Serve itself, and the second id off the answer."""
+    """Removes the request headers that control Serve itself, and a second id from the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -38,17 +37,17 @@ class HeaderFilterMiddleware:
 
 
 def one_id(send: Send) -> Send:
-    """Lets the first `X-Request-ID` through, the application's own: what Serve adds comes after it."""
+    """Keeps the first `X-Request-ID`, the application's own; Serve adds a second one after it."""
 
     async def send_with_one(message: Message) -> None:
         if message["type"] == "http.response.start":
-            seen = False
+            has_id = False
             kept = []
             for name, value in message.get("headers", ()):
                 is_id = name.lower() == REQUEST_ID
-                if not (is_id and seen):
+                if not (is_id and has_id):
                     kept.append((name, value))
-                seen |= is_id
+                has_id |= is_id
             message = {**message, "headers": kept}
         await send(message)
 
@@ -56,5 +55,5 @@ def one_id(send: Send) -> Send:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve puts around its proxy."""
+    """The middleware that Serve adds to its proxy."""
     return [Middleware(HeaderFilterMiddleware)]

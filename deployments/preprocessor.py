@@ -17,19 +17,19 @@ class ImagePreprocessor:
 
     Args:
         model: which checkpoint's description to follow; its weights are not read.
-        images: what pictures are accepted.
+        images: limits of the pictures.
     """
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
-        # One request at a time: a replica is a core, and holds one decoded picture. The tier scales by replicas.
+        # One request at a time: a replica uses one core and holds one decoded image. The tier scales by replicas.
         self._processor = ThreadedProcessor(Processor(spec, images), 1, PreprocessorMetrics().prepared)
 
     async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         """One prompt as model input.
 
         Raises:
-            RequestError: the input is at fault; the class says how.
-            DeadlineExceededError: the time was up before the work was done.
+            RequestError: the input is invalid; the class says how.
+            DeadlineExceededError: the deadline passed before the work was done.
         """
         return await self._processor.prepare(lambda: asked, conv_mode=conv_mode, deadline=deadline)
