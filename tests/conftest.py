@@ -59,7 +59,7 @@ def ray_job(served: Any) -> Iterator[None]:
 
 @pytest.fixture
 def engine_stats(ray_job: None) -> Callable[[], dict[str, Any]]:
-    """Asks the model replica where its engine stands."""
+    """Reads the engine's statistics from the model replica."""
     from ray import serve
 
     handle = serve.get_deployment_handle("LlavaModel", "llava")
@@ -68,7 +68,7 @@ def engine_stats(ray_job: None) -> Callable[[], dict[str, Any]]:
 
 @pytest.fixture
 def client(served: Any) -> Iterator[Any]:
-    """The official client; without retries, so that nothing is glossed over."""
+    """The official client; without retries, so that no error is hidden."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as openai:
@@ -77,12 +77,12 @@ def client(served: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    """Waits for something that must come, with a bound that only a fault reaches."""
+    """Waits for a condition that must hold soon, with a timeout that only a fault reaches."""
 
     def wait(holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not holds():
-            assert time.monotonic() < deadline, "it did not come"
+            assert time.monotonic() < deadline, "the condition did not hold in time"
             time.sleep(0.02)
 
     return wait

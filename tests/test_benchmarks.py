@@ -27,7 +27,7 @@ COMMANDS = [
     "serve_clients --url {url}",
 ]
 PARTS = {"__init__", "counted", "make_checkpoint", "options", "paced", "plot", "ray_job", "workload"}
-"""What benchmarks are made of."""
+"""Modules that the benchmarks share."""
 
 
 @pytest.mark.extended
