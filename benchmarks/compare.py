@@ -34,7 +34,7 @@ OURS, THEIRS = "llava-serve", "transformers serve"
 
 
 def command(server: str, model: str, device: str, port: int) -> list[str]:
-    """What starts a server."""
+    """The command that starts a server."""
     tools = Path(sys.executable).parent
     common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
     if server == OURS:
@@ -44,7 +44,7 @@ def command(server: str, model: str, device: str, port: int) -> list[str]:
 
 @contextmanager
 def running(server: str, model: str, device: str) -> Iterator[tuple[str, int]]:
-    """A server on a free port: its URL and process id. It is ended at the end."""
+    """A server on a free port: its URL and process id. The end of the block stops it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    """All rounds of all cases, and what they say."""
+    """Runs all rounds of all cases, and prints the ratios."""
     runs = []
     cases = [(clients, False) for clients in args.clients] + [(clients, True) for clients in args.same_picture]
     for round_ in range(args.rounds):

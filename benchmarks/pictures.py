@@ -2,8 +2,8 @@
 
     python -m benchmarks.pictures [--rounds 5] [--pictures 40] [--output benchmarks/results/pictures.json]
 
-The application of `serve_config.yaml` runs on a Ray of its own, and is asked for its health over HTTP all the time.
-Beside it stand two more picture tiers, of one replica and of two, which get the same pictures through handles, in turn.
+The application of `serve_config.yaml` runs on a Ray cluster of its own, and its health is polled over HTTP meanwhile.
+Two more picture tiers, of one replica and of two, get the same pictures through handles, in turn.
 `hops` is a call between two replicas by each of Serve's two transports: by reference (Ray's object store) or by value
 (gRPC).
 """
@@ -37,7 +37,7 @@ from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
-FREE = {"num_cpus": 0.01}  # of Ray's account: the application itself takes all that a machine of two cores has
+FREE = {"num_cpus": 0.01}  # of Ray's logical CPUs: the application itself takes all of a machine of two cores
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def tier(name: str, replicas: int) -> DeploymentHandle:
     deployment = serve.deployment(ImagePreprocessor).options(
         num_replicas=replicas, max_ongoing_requests=64, ray_actor_options=FREE
     )
-    every = ImageOptions(cache_bytes=0)  # every picture is decoded, also one that was there before
+    every = ImageOptions(cache_bytes=0)  # every picture is decoded, repeated ones too
     return serve.run(deployment.bind(ModelOptions(), every), name=name, route_prefix=None)
 
 
@@ -93,7 +93,7 @@ def processes(name: str) -> list[psutil.Process]:
 
 
 def rate(url: str, rounds: int, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Pictures per second of one replica and of two; rounds alternate, so that a slow minute hits both."""
+    """Pictures per second of one replica and of two; rounds alternate, so that a slow minute affects both."""
     photos = photographs(size)
     prompts = [[Message("user", (ImagePart(photo), TextPart("What is this?")))] for photo in photos]
     handles = {replicas: tier(f"tier{replicas}", replicas) for replicas in (1, 2)}
@@ -124,7 +124,7 @@ def rate(url: str, rounds: int, pictures: int, size: tuple[int, int]) -> dict[st
 
 
 def _prepare(handle: DeploymentHandle, prompts: Sequence[list[Message]], count: int) -> None:
-    """Sends so many pictures, eight at once."""
+    """Sends this many pictures, eight at once."""
 
     def one(number: int) -> None:
         prompt = prompts[number % len(prompts)]
@@ -166,7 +166,7 @@ def polled(url: str, every_s: float = 0.2) -> Iterator[list[float]]:
 
 
 def one_more_replica(rounds: int) -> dict[str, Any]:
-    """Seconds from asking for a replica to its being ready, and what its process has spent by then."""
+    """Seconds from the request for a replica until it is ready, and the resources of its process until then."""
     ready, processor, memory = [], [], []
     for round_ in range(rounds):
         name = f"new{round_}"
@@ -186,18 +186,18 @@ def one_more_replica(rounds: int) -> dict[str, Any]:
 
 
 class Far:
-    """Stands where the picture tier and the model stand, and does nothing."""
+    """Stands in for the picture tier and the model, and does nothing."""
 
     async def take(self, messages: Sequence[Message]) -> int:
-        """A picture goes in."""
+        """Receives a picture."""
         return len(messages)
 
     async def give(self, tiles: int) -> PreparedPrompt:
-        """Tiles come out."""
+        """Returns tiles."""
         return PreparedPrompt(np.zeros(600, np.int32), tiles=(np.ones((tiles, 336, 336, 3), np.uint8),))
 
     async def answer(self, prepared: PreparedPrompt) -> AsyncGenerator[int]:
-        """Tiles go in, and a stream begins."""
+        """Receives tiles, and starts a stream."""
         yield len(prepared.token_ids)
 
     async def spent(self) -> float:
@@ -206,7 +206,7 @@ class Far:
 
 
 class Near:
-    """Stands where the ingress stands."""
+    """Stands in for the ingress."""
 
     def __init__(self, far: DeploymentHandle) -> None:
         self._far = far
