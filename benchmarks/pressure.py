@@ -4,8 +4,8 @@
 
 The application of `serve_config.yaml` with a lower limit of requests in flight and two more endpoints
 (`benchmarks.counted`), under Serve's defaults and then under each profile. The load is open-loop: 200 clients at a
-fixed rate, each with a picture of its own. Then clients disconnect from long answers one after the other, streamed and not;
-the time is from closing the socket until the engine reports that it is empty, polled every few milliseconds.
+fixed rate, each with a picture of its own. Then clients disconnect from long answers one after the other, streamed and
+not; the time is from closing the socket until the engine reports that it is empty, polled every few milliseconds.
 """
 
 from __future__ import annotations
