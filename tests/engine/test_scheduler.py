@@ -112,7 +112,7 @@ def test_the_oldest_pictures_are_forgotten_beyond_the_capacity() -> None:
 
 
 def test_a_discarded_picture_goes_as_soon_as_nobody_needs_it() -> None:
-    ledger = FeatureLedger(3)
+    ledger = EncoderCacheManager(3)
     for name in ("used", "idle", "good"):
         ledger.pin(name, 1)
         ledger.encode(name, 1)
