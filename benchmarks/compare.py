@@ -1,6 +1,8 @@
-"""Our web app and transformers' own server, side by side in one run, on the mixed load.
+"""Our web app beside transformers' own server, or beside an older state of itself, in one run, on the mixed load.
 
     python -m benchmarks.compare /tmp/bench/60m --output benchmarks/results/compare-60m.json
+    git worktree add /tmp/before HEAD~20
+    python -m benchmarks.compare /tmp/bench/60m --before /tmp/before
 
 Each server runs alone on the machine, one after the other, several rounds, in bfloat16.
 """
@@ -30,28 +32,29 @@ from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_bars
 from benchmarks.workload import make_jobs
 
-OURS, THEIRS = "llava-serve", "transformers serve"
+ROOT = Path(__file__).resolve().parent.parent
+OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
 
 
 def command(server: str, model: str, device: str, port: int) -> list[str]:
     """The command that starts a server."""
-    tools = Path(sys.executable).parent
     common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
-    if server == OURS:
-        return [str(tools / "llava-serve"), "serve", "--in-process", "--compile", "--model", model, *common]
-    return [str(tools / "transformers"), "serve", *common, model]
+    if server == THEIRS:
+        return [str(Path(sys.executable).parent / "transformers"), "serve", *common, model]
+    return [sys.executable, "-m", "llava_serve.cli", "serve", "--in-process", "--compile", "--model", model, *common]
 
 
 @contextmanager
-def running(server: str, model: str, device: str) -> Iterator[tuple[str, int]]:
-    """A server on a free port: its URL and process id. The end of the block stops it."""
+def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tuple[str, int]]:
+    """A server on a free port: its URL and process id. The end of the block stops it. Ours is that of a checkout."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         command(server, model, device, port),
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout)},
+        cwd=checkout,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -76,12 +79,12 @@ def peak_memory_mb(pid: int) -> float:
 
 
 def measure(
-    server: str, model: str, device: str, clients: int, requests_: int, seed: int, same: bool
+    server: str, checkout: Path, model: str, device: str, clients: int, requests_: int, seed: int, same: bool
 ) -> dict[str, Any]:
     """One server, one number of clients, after a short warm-up."""
-    name = Path(model).name if server == OURS else model
-    extra = {"ignore_eos": True} if server == OURS else {}
-    with running(server, model, device) as (url, pid):
+    name = model if server == THEIRS else Path(model).name
+    extra = {} if server == THEIRS else {"ignore_eos": True}
+    with running(server, checkout, model, device) as (url, pid):
         asyncio.run(drive(url, name, make_jobs(2, seed=seed + 1), 1, extra))
         report = asyncio.run(drive(url, name, make_jobs(requests_, seed=seed, same_picture=same), clients, extra))
         return {"server": server, "same_picture": same, **report, "peak_memory_mb": peak_memory_mb(pid)}
@@ -94,22 +97,28 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--per-client", type=int, default=16, help="requests of each client")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--before", type=Path, help="an older checkout of this project, instead of transformers' server"
+    )
     parser.add_argument("--output", type=Path)
     parser.set_defaults(same_picture=[8])
     args = parse(parser, clients=[1], per_client=1, rounds=1, same_picture=[])
     with given_or_tiny(parser, args) as model:
-        compare(model, args)
+        compare(str(Path(model).resolve()), args)
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
     """Runs all rounds of all cases, and prints the ratios."""
+    other = BEFORE if args.before else THEIRS
+    checkouts = {OURS: ROOT, BEFORE: args.before and args.before.resolve(), THEIRS: ROOT}
     runs = []
     cases = [(clients, False) for clients in args.clients] + [(clients, True) for clients in args.same_picture]
     for round_ in range(args.rounds):
         for clients, same in cases:
-            for server in (OURS, THEIRS):
+            for server in (OURS, other):
                 count = max(4, clients * args.per_client)
-                runs.append(measure(server, model, args.device, clients, count, 10 * round_, same))
+                seed = 10 * round_
+                runs.append(measure(server, checkouts[server], model, args.device, clients, count, seed, same))
                 print(json.dumps(runs[-1]), flush=True)
     speeds = {
         (server, clients, same): median(
@@ -117,12 +126,12 @@ def compare(model: str, args: argparse.Namespace) -> None:
             for run in runs
             if (run["server"], run["clients"], run["same_picture"]) == (server, clients, same)
         )
-        for server in (OURS, THEIRS)
+        for server in (OURS, other)
         for clients, same in cases
     }
     ratios = {
         f"{clients} clients{', same picture' * same}": round(
-            speeds[OURS, clients, same] / speeds[THEIRS, clients, same], 2
+            speeds[OURS, clients, same] / speeds[other, clients, same], 2
         )
         for clients, same in cases
     }
@@ -132,7 +141,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
         report = {"machine": machine, "ratios": ratios, "runs": runs}
         args.output.write_text(json.dumps(report, indent=2) + "\n")
         labels = [f"{clients}{' same' * same}" for clients, same in cases]
-        series = {server: [speeds[server, clients, same] for clients, same in cases] for server in (OURS, THEIRS)}
+        series = {server: [speeds[server, clients, same] for clients, same in cases] for server in (OURS, other)}
         write_bars(args.output.with_suffix(".svg"), "output tokens/s by clients", labels, series)
 
 

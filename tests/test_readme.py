@@ -41,7 +41,7 @@ def test_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("The circle is red. stop ")
-    assert len(printed) == 4
+    assert len(printed) == 5
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

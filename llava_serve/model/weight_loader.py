@@ -37,9 +37,7 @@ def load_weights(
     _check_names(wanted.keys(), stored, tied, spec)
     for name, parameter in wanted.items():
         path, _, last = name.rpartition(".")
-        value = _read(stored[name], tuple(parameter.shape))
-        placed = _set(model.get_submodule(path), last, value, device, dtype)
-        _check_finite(stored[name], value, placed)
+        _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
     for module in model.modules():  # tables such as the rotary frequencies: computed, not stored
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
@@ -117,6 +115,14 @@ def _described(stored: StoredTensor) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _place(
+    module: nn.Module, name: str, stored: StoredTensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    value = _read(stored, shape)
+    placed = _set(module, name, value, device, dtype)
+    _check_finite(stored, value, placed)
 
 
 def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:

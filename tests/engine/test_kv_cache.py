@@ -93,6 +93,23 @@ def test_a_blocked_sequence_moves_and_keeps_what_it_computed() -> None:
     assert extent(first) == (0, 1)
 
 
+def test_what_will_be_entered_is_known_before() -> None:
+    for one, beams, filled in ((prompt([1] * 11), 1, range(1, 3)), (prompt([1] * 7), 2, range(1, 1))):
+        cache = KVCache(16, 4)
+        row = sequence(one, beams=beams)
+        assert cache.admit(row)
+        row.num_computed = 5
+        assert cache.filled(row, 5) == range(1)
+        cache.commit(row)
+        row.token_ids += [2] * 5
+        assert cache.filled(row, 12) == filled
+        row.num_computed = 12
+        cache.commit(row)
+        assert len(list(cache.cached_blocks)) == filled.stop
+        assert not cache.filled(row, 12)
+    assert not KVCache(16, 4, prefix_caching=False).filled(row, 12)
+
+
 def test_a_prefix_is_found_again_and_its_last_position_is_left_to_compute() -> None:
     cache = KVCache(16, 4)
     first = sequence(prompt(list(range(12))))

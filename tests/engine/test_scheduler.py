@@ -111,6 +111,26 @@ def test_the_oldest_pictures_are_forgotten_beyond_the_capacity() -> None:
     assert ledger.missing("a") == 2
 
 
+def test_a_discarded_picture_goes_as_soon_as_nobody_needs_it() -> None:
+    ledger = EncoderCacheManager(3)
+    for name in ("used", "idle", "good"):
+        ledger.pin(name, 1)
+        ledger.encode(name, 1)
+    ledger.unpin("idle")
+    ledger.unpin("good")
+    for name in ("used", "idle", "unknown"):
+        ledger.discard(name)
+    assert ledger.take_evicted() == ("idle",)
+    assert ledger.missing("used") == 0
+    ledger.unpin("used")
+    assert ledger.take_evicted() == ("used",)
+    ledger.pin("used", 1)
+    assert ledger.missing("used") == 1
+    ledger.encode("used", 1)
+    ledger.unpin("used")
+    assert ledger.take_evicted() == ()  # it is kept again, and beside it there is room
+
+
 def test_the_last_to_come_gives_way_and_comes_back_first() -> None:
     house = House(blocks=6)
     house.add(prompt([5] * 8), most=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -58,7 +59,8 @@ def test_rays_own_command_runs_the_config(tmp_path: Path) -> None:
     port = free_port()
     config = tmp_path / "serve_config.yaml"
     config.write_text(yaml.safe_dump(read_config(CONFIG, port=port)))
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
+    # A shell's background jobs ignore the signal, and with them what they start.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment("t" * 64), start_new_session=True)
     try:
@@ -69,7 +71,12 @@ def test_rays_own_command_runs_the_config(tmp_path: Path) -> None:
         assert DEMO_ANSWER in (answer.choices[0].message.content or "").lower()
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(120)
+        try:
+            process.wait(120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for_health(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -45,8 +45,10 @@ def draw(step: StepResult, sequences: list[Sequence], searches: Mapping[str, Bea
     beams: dict[str, list[int]] = {}
     single: list[int] = []
     for row, sequence in enumerate(sequences):
-        name = sequence.request.request_id
-        (beams.setdefault(name, []) if name in searches else single).append(row)
+        if sequence.request.request_id in searches:
+            beams.setdefault(sequence.request.request_id, []).append(row)
+        else:
+            single.append(row)
     drawn = Drawn([], [], dict(step.failures))
     own = [sequences[row] for row in single]
     tokens, finite = _sample_each(step.logits[single] if beams else step.logits, own, step.finite)

@@ -1,0 +1,54 @@
+"""What the documents link to is there, and the reading order is as short as it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+"""A target in the repository, and the heading in it."""
+
+MOST_LINES = 900
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    text = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    broken = []
+    for path, heading in LINK.findall(document.read_text("utf-8")):
+        target = document.parent / path if path else document
+        if not target.exists() or (heading and heading not in headings(target)):
+            broken.append(f"{path}#{heading}")
+    assert not broken
+
+
+def test_there_are_documents_and_links() -> None:
+    named = {path.name for path in DOCUMENTS}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "architecture.md"} <= named
+    assert len(LINK.findall(ARCHITECTURE.read_text("utf-8"))) > 50
+
+
+def test_the_reading_order_is_as_long_as_it_says() -> None:
+    text = ARCHITECTURE.read_text("utf-8")
+    rows = re.findall(r"^\| \d+ \| \[(.+?)\]\(\.\./\1\) \| (\d+) \|", text, re.MULTILINE)
+    stated = {path: int(lines) for path, lines in rows}
+    [command] = re.findall(r"^wc -l .+$", text, re.MULTILINE)
+    counted = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    real = {path: int(lines) for lines, path in re.findall(r"(\d+) (\S+)", counted)}
+    total = real.pop("total")
+    assert stated.keys() == real.keys()
+    assert {path: lines for path, lines in real.items() if abs(stated[path] - lines) > lines / 10} == {}
+    assert f"In this order; it is {sum(stated.values())} lines." in text
+    assert max(total, sum(stated.values())) < MOST_LINES
