@@ -268,10 +268,10 @@ class AsyncLLM:
             NumericalError: the model's numbers did not stay finite.
             EngineDeadError: the engine's loop has ended.
         """
-        request = self._engine.limits.accept(
+        request = self._engine.validator.accept(
             request_id or uuid.uuid4().hex, prepared, sampling or SamplingParams(), deadline=deadline, priority=priority
         )
-        if self._engine.num_requests + self._sent - self._taken >= self._engine.limits.max_sequences:
+        if self._engine.num_requests + self._sent - self._taken >= self._engine.validator.max_sequences:
             raise CapacityError("The server is busy; try again later.")
         consumer = _Consumer(asyncio.get_running_loop(), asyncio.Queue())
         chunks = OutputProcessor(self._tokenizer, request)

@@ -236,7 +236,7 @@ class LLM:
     def _accept(
         self, prompt: PreparedPrompt, sampling: SamplingParams, deadline: float | None, priority: int
     ) -> EngineRequest:
-        return self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling, deadline=deadline, priority=priority)
+        return self.engine.validator.accept(uuid.uuid4().hex, prompt, sampling, deadline=deadline, priority=priority)
 
     def _open(self, request: EngineRequest) -> _Answer:
         self.engine.add(request)
