@@ -41,7 +41,7 @@ class KVCache:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks without a holder."""
         return self._free_list.total
 
     @property
