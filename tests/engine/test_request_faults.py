@@ -55,7 +55,7 @@ def poison(llm: LLM | AsyncLLM, processor: Processor) -> None:
     """Makes the embedding of the last id of `BAD` NaN; no other prompt here contains it."""
     good = {token for text in GOOD for token in processor.prepare_query(text).token_ids.tolist()}
     ids = [token for token in processor.prepare_query(BAD).token_ids.tolist() if token not in good]
-    engine = llm.engine if isinstance(llm, LLM) else llm._engine
+    engine = llm.engine if isinstance(llm, LLM) else llm._loop.engine
     engine.model.language_model.get_input_embeddings().weight.data[ids[-1]] = torch.nan
 
 
@@ -228,7 +228,7 @@ def test_an_error_message_truncates_a_long_number(web: httpx.Client) -> None:
 def test_nan_is_a_numerical_error_that_is_not_to_be_retried(web: httpx.Client, builtin: AsyncLLM) -> None:
     """One byte of an emoji has a NaN embedding, and all requests share the system prompt."""
     (*_, byte) = load_tokenizer(builtin.spec.tokenizer).encode([Text("\N{GRINNING FACE}")])
-    weight = builtin._engine.model.language_model.get_input_embeddings().weight.data
+    weight = builtin._loop.engine.model.language_model.get_input_embeddings().weight.data
     before = weight[byte].clone()
 
     def ask(text: str, **fields: Any) -> httpx.Response:
