@@ -284,7 +284,7 @@ class _Answer:
 
     @property
     def has_output(self) -> bool:
-        """There is something to take."""
+        """`take` has chunks to return, or an error to raise."""
         return bool(self.chunks) or self.error is not None
 
     def take(self) -> list[Chunk]:

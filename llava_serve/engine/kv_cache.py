@@ -192,18 +192,18 @@ class KVCache:
 
     def _hash(self, sequence: Sequence, at: int) -> bytes:
         """Key of full block `at`: over the key before it, its token ids, and the images with positions in it."""
-        known = sequence.block_hashes
+        hashes = sequence.block_hashes
         prompt = sequence.request.prompt
-        while len(known) <= at:
-            start = len(known) * self.block_size
+        while len(hashes) <= at:
+            start = len(hashes) * self.block_size
             end = start + self.block_size
-            digest = hashlib.blake2b(known[-1] if known else self._salt, digest_size=16)
+            digest = hashlib.blake2b(hashes[-1] if hashes else self._salt, digest_size=16)
             digest.update(np.asarray(sequence.token_ids[start:end], dtype=np.int64).tobytes())
             for (first, last), image in zip(prompt.image_spans, prompt.digests, strict=True):
                 if first < end and last > start:
                     digest.update(f"{first}:{image};".encode())
-            known.append(digest.digest())
-        return known[at]
+            hashes.append(digest.digest())
+        return hashes[at]
 
     def _allocate(self, hits: list[int], need: int, most: int) -> int | None:
         """Allocates `need` blocks that begin with the hits: extended in place, or copied."""
@@ -245,7 +245,7 @@ class KVCache:
         return True
 
     def _find_free_run(self, need: int, most: int) -> int | None:
-        """Finds `need` contiguous free blocks, evicting the least recently used; best with room to grow to `most`."""
+        """Finds `need` contiguous free blocks, if possible with room to grow to `most`. Evicts blocks in LRU order."""
         while True:
             unclaimed = [
                 (size - claim, start + claim)

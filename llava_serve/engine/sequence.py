@@ -1,4 +1,4 @@
-"""A request inside the engine: what came in, how far it is, what goes out."""
+"""Requests, sequences and sequence groups of the engine, and its outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineRequest:
-    """What `Engine.add` takes.
+    """A validated request, for `Engine.add`.
 
     Attributes:
         request_id: unique among the requests in the engine.

@@ -52,7 +52,7 @@ class _KeyRange:
 
 
 class Step(Protocol):
-    """A step as a model sees it: positions [tokens], and attention over the KV pool."""
+    """A step as a model gets it: positions [tokens], and attention over the KV pool."""
 
     positions: torch.Tensor
 

@@ -120,8 +120,8 @@ class ModelRunner:
     def _check_finite(self, segments: tuple[Segment, ...], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
         """Whether the logits to sample from, and the keys and values of new full blocks, are finite.
 
-        Logits alone do not suffice. A kernel multiplies the positions that a causal mask hides by 0, which leaves NaN
-        as it is: NaN at one position spoils earlier ones of its tile, and a chunk of a prompt may have no logits.
+        Logits alone do not suffice: a chunk of a prompt may have none. And NaN at one position spreads to earlier ones
+        of its tile, since kernels multiply the positions that a causal mask hides by 0.
         """
         checked = [segment.sequence for segment in segments if segment.needs_sampling]
         flags = [are_finite(logits, -1)] if checked else []

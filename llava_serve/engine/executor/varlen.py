@@ -52,7 +52,7 @@ class VarlenAttention:
         Args:
             query: [1, heads, tokens, head_dim].
             keys, values: the layer's KV pool, [kv_heads, positions, head_dim].
-            window: positions that a query sees, itself included; None sees all.
+            window: positions that a query attends to, its own included; None is all.
 
         Returns:
             [1, tokens, heads, head_dim].
