@@ -53,8 +53,8 @@ def _prepare(name: str, case: dict[str, Any]) -> PreparedPrompt:
 
 def last_logits(model: Llava, prepared: PreparedPrompt) -> torch.Tensor:
     embeddings = model.embed(torch.from_numpy(prepared.token_ids.astype(np.int64)).clamp(min=0)).clone()
-    pictures = zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True)
-    for (start, end), tiles, size in pictures:
+    images = zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True)
+    for (start, end), tiles, size in images:
         embeddings[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
     with torch.inference_mode():
         logits: torch.Tensor = model.language_model(inputs_embeds=embeddings[None]).logits[0, -1]
@@ -106,7 +106,7 @@ def test_last_logits(name: str, case: dict[str, Any]) -> None:
 
 @cache
 def plain_model(name: str, base: str | None) -> Llava:
-    """A model of its own: an engine puts its own attention into the one that it drives."""
+    """A model of its own: an engine replaces the attention of the model that it runs."""
     return Llava.load(load(name).spec)
 
 
