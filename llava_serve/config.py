@@ -130,7 +130,9 @@ class ApiOptions(Options):
 
     Attributes:
         model_name: the name in `/v1/models`; None makes it of `model` (see `llava_serve.checkpoints.model_name`).
-        api_keys: accepted bearer keys; empty lets everyone in.
+        api_keys: accepted bearer keys. Without any, and without a file of them, everyone is let in. Ray logs them;
+            a file's it does not.
+        api_keys_file: a file of more keys, one a line, which each ingress replica reads when it starts.
         max_body_bytes: of a request.
         max_in_flight: requests that are worked on at once, per ingress replica; beyond it 429. `max_queue` is its old
             name, which goes with the next version.
@@ -142,6 +144,7 @@ class ApiOptions(Options):
 
     model_name: str | None = None
     api_keys: tuple[str, ...] = ()
+    api_keys_file: str | None = None
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_in_flight: int = Field(default=256, ge=1, validation_alias=AliasChoices("max_in_flight", "max_queue"))
     max_in_flight_bytes: int = Field(default=512 << 20, ge=1)

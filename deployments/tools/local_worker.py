@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 256 << 20
 
 def main() -> int:
     """The exit status is 0 if the application ran and ended in order."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.tools.local_worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.local_worker", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--ray-dir", type=Path, required=True, help="for Ray's files, short: sockets lie in it")
     parser.add_argument("--report", type=Path, required=True, help="gets Ray's address, or why there is none, as JSON")
