@@ -1,4 +1,5 @@
-# One image for every node: the head, the CPU tier and the GPU tier. PIP_ARGS chooses a package index.
+# One image for every node: the head, the CPU tier and the GPU tier. PIP_ARGS chooses a package index; EXTRAS, say
+# serve,data, what is installed beside the library.
 FROM python:3.11-slim
 
 # KubeRay's probes call wget.
@@ -7,18 +8,19 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 ray
 
-WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE serve_config.yaml production.env ./
 COPY llava_serve llava_serve
 COPY deployments deployments
 ARG PIP_ARGS=""
-RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt . \
-    && python -m deployments.tools.haproxy /usr/local/bin/haproxy-without-splice
+ARG EXTRAS="serve"
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt ".[${EXTRAS}]"
 
 # A container is reached through its port mapping, never by its own loopback.
-COPY serve_config.yaml production.env ./
-RUN sed -i 's/host: 127.0.0.1/host: 0.0.0.0/' serve_config.yaml
+WORKDIR /app
+RUN python -m llava_serve_deployments.tools.haproxy /usr/local/bin/haproxy-without-splice \
+    && llava-serve serve --print-config | sed 's/host: 127.0.0.1/host: 0.0.0.0/' > serve_config.yaml
 
 USER ray
 EXPOSE 8000
-CMD ["python", "-m", "deployments.tools.serve", "--config", "serve_config.yaml"]
+CMD ["python", "-m", "llava_serve_deployments.tools.serve", "--config", "serve_config.yaml"]

@@ -1,6 +1,6 @@
 # What people and CI type. `make demo` is the place to begin.
 
-PYTHON ?= python3.11
+PYTHON ?=
 PIP_ARGS ?=
 CONFIG ?= serve_config.yaml
 
@@ -25,14 +25,30 @@ help:
 	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
 	@echo "make eval-builtin  measures the model that ships"
 	@echo "make clean         removes $(VENV) and caches"
-	@echo "PYTHON=, PIP_ARGS= choose the interpreter and, say, a package index"
+	@echo "PYTHON= chooses the interpreter (3.11 to 3.13), PIP_ARGS= say, a package index"
 
 setup: $(STAMP)
 
+# Prints the version of a Python of use. What pyenv's shims say of one that is not chosen there is for nobody.
+PROBE := -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) and print(*v, sep=".")' 2>/dev/null
+
+# A Python that is named, and not that of $(VENV): made anew.
+ifneq ($(PYTHON),)
+ifneq ($(shell $(PYTHON) $(PROBE)),$(shell $(BIN)/python $(PROBE)))
+.PHONY: $(STAMP)
+endif
+endif
+
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed, and $(PYTHON) is not here; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed, and $(PYTHON) is `$(PYTHON) -V 2>&1`; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@for each in $(or $(PYTHON),python3.11 python3.13 python3.12); do \
+		version=$$($$each $(PROBE)); test -z "$$version" || break; \
+	done; \
+	if [ -z "$$version" ]; then \
+		said=$$($$each -V 2>/dev/null); \
+		echo "Python 3.11, 3.12 or 3.13 is needed, and $$each is $${said:-not here}; name one: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi; \
+	test "$$($(BIN)/python $(PROBE))" = "$$version" || $$each -m venv --clear $(VENV)
 	@echo "Installing the pinned packages into $(VENV); the first time takes some minutes."
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]" >$(LOG) 2>&1 || \
 		{ echo "The packages could not be installed: is the package index reachable? The end of $(LOG):" >&2; tail -n 3 $(LOG) >&2; exit 1; }
@@ -58,6 +74,7 @@ check: setup
 	$(BIN)/ruff check $(LIBRARY) $(BESIDE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry llava_serve --optional-dependencies-dev-groups serve,data,demo,dev
 	$(BIN)/deptry $(LIBRARY) --optional-dependencies-dev-groups dev
 	$(BIN)/deptry $(LIBRARY) $(BESIDE)
 	$(BIN)/python .ci/check_words.py

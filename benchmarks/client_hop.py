@@ -26,7 +26,8 @@ from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from deployments.backend import HandleBackend
 from deployments.client import LlavaClient
-from deployments.tools.local_cluster import free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port, local_cluster
 from llava_serve import Message, SamplingParams
 from llava_serve.types import ImagePart, TextPart
 

@@ -21,7 +21,8 @@ from deployments.app import AppArgs
 from deployments.ingress import Ingress
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
-from deployments.tools.local_cluster import free_port, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port
 from llava_serve.config import ApiOptions
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"

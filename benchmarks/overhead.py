@@ -30,7 +30,8 @@ import psutil
 from benchmarks.options import make_parser, parse
 from benchmarks.paced import Order, read_stamps
 from benchmarks.workload import make_picture
-from deployments.tools.local_cluster import free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port, local_cluster
 from deployments.tools.serve_env import read_serve_env
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"

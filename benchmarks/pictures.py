@@ -32,7 +32,8 @@ from ray.serve.handle import DeploymentHandle
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from deployments.preprocessor import ImagePreprocessor
-from deployments.tools.local_cluster import free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port, local_cluster
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
 

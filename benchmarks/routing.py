@@ -32,7 +32,8 @@ from ray import serve
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from benchmarks.workload import make_picture
-from deployments.tools.local_cluster import free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port, local_cluster
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 TEMPLATE = 64

@@ -24,7 +24,8 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from benchmarks.options import make_parser, parse
-from deployments.tools.local_cluster import free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port, local_cluster
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 

@@ -6,11 +6,12 @@
 from ray import serve
 from ray.serve import Application
 
-from deployments.ingress import Ingress
-from deployments.model import LlavaModel
-from deployments.preprocessor import ImagePreprocessor
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
+
+from .ingress import Ingress
+from .model import LlavaModel
+from .preprocessor import ImagePreprocessor
 
 DEPLOYMENTS = tuple(each.__name__ for each in (Ingress, ImagePreprocessor, LlavaModel))
 """The names of the deployments in a config."""

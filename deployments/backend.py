@@ -8,10 +8,11 @@ from collections.abc import AsyncGenerator, Sequence
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handle_calls import AbortSender, call, stream
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+
+from .handle_calls import AbortSender, call, stream
 
 HEALTH_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a health probe must not wait for long."""

@@ -15,7 +15,6 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from deployments.handle_calls import AbortSender, stream
 from llava_serve.api.middleware import check_image_bytes
 from llava_serve.config import ImageOptions, resolve_image_options
 from llava_serve.deadline import deadline_scope
@@ -25,6 +24,8 @@ from llava_serve.images.fetch import ImageSource, read_local_source
 from llava_serve.inputs import CallOptions, images_and_sampling
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.types import Chunk, GenerationResult, Message, PreparedPrompt, SamplingParams
+
+from .handle_calls import AbortSender, stream
 
 T = TypeVar("T")
 Image: TypeAlias = ImageSource | ray.ObjectRef

@@ -10,8 +10,6 @@ from contextlib import aclosing
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from deployments.backend import HandleBackend
-from deployments.handle_calls import AbortedCalls
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.limiter import ConcurrencyLimiter
@@ -21,6 +19,9 @@ from llava_serve.api.validation import check_priority
 from llava_serve.config import ApiOptions
 from llava_serve.errors import LlavaServeError
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+
+from .backend import HandleBackend
+from .handle_calls import AbortedCalls
 
 
 class Ingress:

@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
-from deployments.coalesce import coalesce
-from deployments.handle_calls import AbortedCalls
-from deployments.metrics import ModelMetrics
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+
+from .coalesce import coalesce
+from .handle_calls import AbortedCalls
+from .metrics import ModelMetrics
 
 
 class LlavaModel:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deployments.metrics import PreprocessorMetrics
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.types import Message, PreparedPrompt, Query
+
+from .metrics import PreprocessorMetrics
 
 
 class ImagePreprocessor:

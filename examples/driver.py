@@ -6,8 +6,8 @@ from typing import Any
 import ray
 
 import llava_serve
-from deployments.client import LlavaClient
 from llava_serve import SamplingParams
+from llava_serve.client import LlavaClient
 from llava_serve.errors import InvalidImageError
 
 PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"

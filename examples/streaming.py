@@ -6,8 +6,8 @@ from pathlib import Path
 import ray
 
 import llava_serve
-from deployments.client import LlavaClient
 from llava_serve import SamplingParams
+from llava_serve.client import LlavaClient
 
 PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
 MESSAGES = [

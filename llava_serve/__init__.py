@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llava_serve.async_llm import AsyncLLM
     from llava_serve.llm import LLM
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LLM",
     "AccessError",
@@ -51,6 +53,7 @@ __all__ = [
     "SamplingParams",
     "UnknownModelError",
     "UnsupportedParameterError",
+    "__version__",
 ]
 
 

@@ -130,7 +130,8 @@ class ApiOptions(Options):
 
     Attributes:
         model_name: the name in `/v1/models`; None derives it from `model` (see `llava_serve.checkpoints.model_name`).
-        api_keys: accepted bearer keys; empty requires none.
+        api_keys: accepted bearer keys; empty, and without a file of keys, requires none. Ray logs them, not a file's.
+        api_keys_file: a file of more keys, one a line, which each ingress replica reads when it starts.
         max_body_bytes: of a request.
         max_in_flight: requests in flight per ingress replica; one more gets 429. `max_queue` is its deprecated name,
             which the next version removes.
@@ -142,6 +143,7 @@ class ApiOptions(Options):
 
     model_name: str | None = None
     api_keys: tuple[str, ...] = ()
+    api_keys_file: str | None = None
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_in_flight: int = Field(default=256, ge=1, validation_alias=AliasChoices("max_in_flight", "max_queue"))
     max_in_flight_bytes: int = Field(default=512 << 20, ge=1)

@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def served() -> Iterator[Any]:
     """The application of the real `serve_config.yaml` on a Ray of two CPUs; only the port differs."""
-    from deployments.tools.local_cluster import free_port, local_cluster, read_config
+    from deployments.tools.config import read_config
+    from deployments.tools.local_cluster import free_port, local_cluster
 
     with local_cluster(read_config(CONFIG, port=free_port()), num_cpus=2) as running:
         yield running

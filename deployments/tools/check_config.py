@@ -18,18 +18,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from deployments.app import DEPLOYMENTS, AppArgs
 from llava_serve.config import RoutingOptions
+from llava_serve.ray_application import NAMES
 
-IMPORT_PATH = "deployments.app:build_app"
-ROUTER = "deployments.router:AffinityRouter"
+from ..app import DEPLOYMENTS, AppArgs
+from .config import IMPORT_PATHS
+
+ROUTERS = tuple(f"{name}.router:AffinityRouter" for name in NAMES)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints each fault on one line; the exit status is 1 if there is one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deployments.tools.check_config", description="Check a Serve config."
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.check_config", description="Check a Serve config.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--cpus", type=float, help="also check that all replicas fit this many CPUs")
     options = parser.parse_args(argv)
@@ -57,7 +57,7 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
     for number, application in enumerate(config["applications"]):
         for index, deployment in enumerate(deployments_of(application)):
             faults += check_values(deployment, f"applications[{number}].deployments[{index}].")
-        if application["import_path"] == IMPORT_PATH:
+        if application["import_path"] in IMPORT_PATHS:
             faults += check_application(application, f"applications[{number}].")
     if cpus is not None and not faults:
         needed = sum(
@@ -95,7 +95,7 @@ def check_values(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
 def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
     """Checks what Serve would find only in the replicas, where every call then waits for ever."""
     routing = deployment.get("request_router_config") or {}
-    if routing.get("request_router_class") == ROUTER:
+    if routing.get("request_router_class") in ROUTERS:
         arguments = routing.get("request_router_kwargs") or {}
         path += "request_router_config.request_router_kwargs."
         yield from list(unknown_keys(arguments, RoutingOptions, path)) or wrong_values(arguments, RoutingOptions, path)

@@ -10,18 +10,20 @@ from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 
-from deployments.tools.local_cluster import LocalClusterError, free_port, local_cluster, read_config
+import llava_serve
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-IMAGE = ROOT / "llava_serve" / "builtin" / "demo.png"
+from .config import ConfigError, read_config
+from .local_cluster import LocalClusterError, free_port, local_cluster
+
+IMAGE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
 QUESTION = "What colour is the circle?"
 ANSWER = "red"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status is 0 only if the answer is the right one."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.tools.demo", description=__doc__)
-    parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml")
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.demo", description=__doc__)
+    parser.add_argument("--config", type=Path, help="the packaged one by default")
     parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
     parser.add_argument("--image", type=Path, default=IMAGE)
     parser.add_argument("--question", default=QUESTION)
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
                 answer = ask(running.url, options.image, options.question)
             except OpenAIError as error:
                 raise LocalClusterError(f"The question was not answered: {error}\nLog: {running.log}") from None
-    except LocalClusterError as error:
+    except (ConfigError, LocalClusterError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -23,8 +22,7 @@ from typing import Any
 
 import yaml
 
-from deployments.tools.check_config import check
-from deployments.tools.serve_env import own_places
+from .serve_env import own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -33,10 +31,6 @@ STOP_TIMEOUT_S = 60.0
 
 class LocalClusterError(Exception):
     """The application could not be started; the message is for the terminal."""
-
-
-class ConfigError(LocalClusterError):
-    """The config cannot be used: a usage error."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,15 @@ def local_cluster(
         profile: variables that choose Serve's proxy and transport (`read_serve_env`); None takes Serve's own defaults.
 
     Raises:
-        LocalClusterError: the port is taken, or the application cannot start.
+        LocalClusterError: the application cannot start.
     """
     http = config.get("http_options", {})
     host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
-    check_free_port(host, port)
     folder = Path(tempfile.mkdtemp(prefix="llava-serve-", dir="/tmp"))  # short: Ray's sockets lie in it
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
     config_file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
-    command = [sys.executable, "-m", "deployments.tools.local_worker", str(config_file)]
+    command = [sys.executable, "-m", f"{__package__}.local_worker", str(config_file)]
     command += ["--ray-dir", str(folder / "ray"), "--report", str(report)]
     command += ["--num-cpus", str(num_cpus or max(2, os.cpu_count() or 1))]
     settings = dict(profile) | own_places(folder, free_ports(3)) if profile else {}
@@ -113,26 +106,6 @@ def local_cluster(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_config(path: Path, *, port: int | None = None, model: str | None = None) -> dict[str, Any]:
-    """A Serve config from its file, on another port or with another model.
-
-    Raises:
-        ConfigError: the file cannot be read, or the strict check refuses it.
-    """
-    try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if faults := check(config):
-        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
-    if port is not None:
-        config.setdefault("http_options", {})["port"] = port
-    if model is not None:
-        folder = Path(model)
-        config["applications"][0].setdefault("args", {})["model"] = str(folder.resolve()) if folder.is_dir() else model
-    return config
-
-
 def free_port() -> int:
     """A port that nothing listens on."""
     return free_ports(1)[0]
@@ -145,18 +118,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("", 0))
         return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def check_free_port(host: str, port: int) -> None:
-    """Raises `LocalClusterError` if something listens on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise LocalClusterError(f"Port {port} is in use; choose another with PORT=... or --port.") from None
-            raise LocalClusterError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
 
 
 def environment(token: str) -> dict[str, str]:

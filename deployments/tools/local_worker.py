@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 256 << 20
 
 def main() -> int:
     """The exit status is 0 if the application ran and ended normally."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.tools.local_worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.local_worker", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument(
         "--ray-dir", type=Path, required=True, help="folder of Ray's files; a short path, since it holds sockets"

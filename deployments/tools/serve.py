@@ -1,4 +1,4 @@
-"""`make serve`: the application of a config on this machine, until Ctrl-C."""
+"""`make serve`, and `llava-serve serve`: the application of a config on this machine, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from deployments.tools.local_cluster import ConfigError, LocalClusterError, local_cluster, read_config
-from deployments.tools.serve_env import ServeEnvError, read_serve_env
+from .config import CONFIG, ConfigError, check_port, check_strictly, packaged, parse_config
+from .local_cluster import LocalClusterError, free_port, local_cluster
+from .serve_env import ServeEnvError, read_serve_env
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,18 +18,32 @@ def main(argv: list[str] | None = None) -> int:
 
     It is 2 for a usage error, 130 if it was stopped before it ran or while it drained, and 1 otherwise.
     """
-    parser = argparse.ArgumentParser(prog="python -m deployments.tools.serve", description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
-    parser.add_argument("--port", type=int, help="port, instead of the config's")
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.serve", description=__doc__)
+    parser.add_argument("--config", type=Path, help="the packaged one by default")
+    parser.add_argument("--host", help="address, instead of the config's")
+    parser.add_argument("--port", type=int, help="port, instead of the config's; 0 takes a free one")
     parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
-    parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport, such as production.env")
+    parser.add_argument("--api-key-file", metavar="FILE", help="accept the keys in it, one a line")
+    parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: a file, or: production")
+    parser.add_argument("--print-config", action="store_true", help="print the packaged config, and end")
     options = parser.parse_args(argv)
+    if options.print_config:
+        print(packaged(CONFIG), end="")
+        return 0
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
-        config = read_config(options.config, port=options.port, model=options.model)
+        config = parse_config(
+            options.config,
+            host=options.host,
+            port=free_port() if options.port == 0 else options.port,
+            model=options.model,
+            api_keys_file=options.api_key_file,
+        )
         profile = read_serve_env(options.profile) if options.profile else None
-        print("Starting Ray and the replicas ...", flush=True)
+        check_port(config)
+        check_strictly(config, options.config)  # takes seconds: it imports ray
+        print(f"Starting Ray and the replicas of {options.config or 'the packaged config'} ...", flush=True)
         with local_cluster(config, profile=profile) as running:
             try:
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
@@ -37,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
                 running.wait()
             except KeyboardInterrupt:
                 print("\nDraining: requests in flight are finished. Ctrl-C again ends at once.", flush=True)
-    except (LocalClusterError, ServeEnvError) as error:
+    except (ConfigError, LocalClusterError, ServeEnvError) as error:
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | ServeEnvError) else 1
+        return 1 if isinstance(error, LocalClusterError) else 2
     except KeyboardInterrupt:
         return 130
     return 0

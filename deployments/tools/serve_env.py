@@ -1,15 +1,17 @@
-"""Profiles: files of environment variables that choose Serve's proxy and transport. `production.env` is one.
+"""Profiles: files of environment variables that choose Serve's proxy and transport. `production.env` ships.
 
 Serve reads these variables when a process imports it, and they must be the same in every process of a cluster.
 """
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from dotenv import dotenv_values
 
-from deployments.tools.haproxy import write_launcher
+from .config import PROFILE, packaged
+from .haproxy import write_launcher
 
 
 class ServeEnvError(Exception):
@@ -19,13 +21,17 @@ class ServeEnvError(Exception):
 def read_serve_env(path: Path) -> dict[str, str]:
     """The variables of a file of `NAME=value` lines.
 
+    Args:
+        path: of the file; `production` takes the one that ships.
+
     Raises:
         ServeEnvError: the file does not exist, or a line is no setting of Serve.
     """
-    if not path.is_file():
+    if path != Path("production") and not path.is_file():
         raise ServeEnvError(f"There is no profile {path}.")
+    text = packaged(PROFILE) if path == Path("production") else path.read_text(encoding="utf-8")
     profile: dict[str, str] = {}
-    for name, value in dotenv_values(path, interpolate=False).items():
+    for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items():
         if not name.startswith("RAY_SERVE_") or not value:
             raise ServeEnvError(f"{path}: {name}: a profile holds lines RAY_SERVE_...=value.")
         profile[name] = value

@@ -14,6 +14,7 @@ from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
 from llava_serve.api.errors import openai_error
+from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
 from llava_serve.api.pipeline import GenerationRequest
@@ -49,6 +50,10 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         backend: what prepares prompts and generates chunks.
         options: access and limits.
         limiter: shared with requests that arrive another way; None makes one for this app.
+
+
+    Raises:
+        RequestError: the file of API keys cannot be used.
     """
     app = FastAPI(title="llava-serve", version="1", docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
@@ -108,8 +113,8 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         limiter=limiter or ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes),
         max_body_bytes=options.max_body_bytes,
     )
-    if options.api_keys:
-        app.add_middleware(APIKeyMiddleware, keys=options.api_keys)
+    if keys := accepted_keys(options):
+        app.add_middleware(APIKeyMiddleware, keys=keys)
     app.add_middleware(RequestContextMiddleware)
     return app
 

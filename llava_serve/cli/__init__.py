@@ -6,7 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
 
+from llava_serve import __version__
 from llava_serve.cli import ask, chat, inspect, serve
 from llava_serve.errors import CheckpointError, LlavaServeError, RequestError
 
@@ -21,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for a usage error, 1 for any other: both print one sentence on standard error.
     """
     parser = argparse.ArgumentParser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of llava-serve, torch and ray")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (ask, chat, serve, inspect):
         command.add_to(commands)
@@ -41,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _fail(f"unexpected {type(error).__name__}: {error}", 1)
     return status
+
+
+class _Version(argparse.Action):
+    """Prints versions as installed: importing torch and ray would take seconds."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"llava-serve {__version__}")
+        for name in ("torch", "ray"):
+            try:
+                print(name, metadata.version(name))
+            except metadata.PackageNotFoundError:
+                print(name, "is not installed")
+        parser.exit()
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from llava_serve.cli import options as flags
+from llava_serve.cli.ports import bound_socket
 from llava_serve.errors import RequestError
+from llava_serve.ray_application import application_package
+
+_PASSED_ON = ("model", "host", "port", "api_key_file", "profile")
+"""To the process that serves on Ray."""
 
 _IN_PROCESS_ONLY = (
-    "model",
     "model_base",
     "vision_tower",
     "conv_mode",
@@ -23,10 +25,9 @@ _IN_PROCESS_ONLY = (
     "device",
     "dtype",
     "compile",
-    "host",
-    "port",
     "api_key",
 )
+"""On Ray they stand in the config. A key would get into Ray's log there, too; its file's path does no harm."""
 
 
 def add_to(commands: flags.Commands) -> None:
@@ -36,9 +37,11 @@ def add_to(commands: flags.Commands) -> None:
         help="serve a model over HTTP",
         description="Start the application of a Serve config on Ray, or with --in-process the web app alone.",
     )
-    parser.add_argument("config", nargs="?", type=Path, help="the Serve config; serve_config.yaml by default")
     parser.add_argument(
-        "--profile", type=Path, help="settings of Ray Serve's proxy and transport, such as production.env"
+        "what",
+        nargs="?",
+        metavar="MODEL_OR_CONFIG",
+        help="a model, or a Serve config (*.yaml) instead of the packaged one",
     )
     parser.add_argument("--in-process", action="store_true", help="serve one model in this process, without Ray")
     flags.add_model_flags(parser)
@@ -51,50 +54,69 @@ def add_to(commands: flags.Commands) -> None:
     parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default, 0.0.0.0 for the network")
     parser.add_argument("--port", type=int, help="port to listen on; 8000 by default, 0 for a free one")
     parser.add_argument("--api-key", action="append", metavar="KEY", help="require this API key; repeatable")
+    parser.add_argument("--api-key-file", metavar="FILE", help="require one of the API keys in a file, one a line")
+    parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: production, or a file")
+    parser.add_argument("--print-config", action="store_true", help="print the packaged config, to start your own")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Serves until a signal ends it."""
+    config = options.what if options.what and options.what.endswith((".yaml", ".yml")) else None
+    if options.what != config:
+        if options.model is not None:
+            raise RequestError("Name the model once, with --model or without.")
+        options.model = options.what
     if options.in_process:
-        if options.config is not None or options.profile is not None:
+        if config or options.profile or options.print_config:
             raise RequestError("--in-process takes no config and no profile; use flags instead.")
         return _serve_in_process(options)
     for name in _IN_PROCESS_ONLY:
         if getattr(options, name) is not None:
             flag = "--load-" + options.quantization if name == "quantization" else "--" + name.replace("_", "-")
             raise RequestError(f"{flag} goes with --in-process; with Ray, set it in the config.")
-    return _serve_on_ray(options.config or Path("serve_config.yaml"), options.profile)
+    if config and not Path(config).is_file():
+        raise RequestError(f"There is no config {config}.")
+    return _serve_on_ray(options, config)
 
 
-def _serve_on_ray(config: Path, profile: Path | None) -> NoReturn:
-    """Becomes the process that serves, so that signals and the exit status are its own; it checks the config first.
+def _serve_on_ray(options: argparse.Namespace, config: str | None) -> NoReturn:
+    """Becomes the process that serves, so that signals and the exit status are its own; it checks all else first.
 
     Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the requests in flight.
     """
-    if not config.is_file():
-        raise RequestError(f"There is no config {config}; name one, or use --in-process.")
-    command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(config)]
-    command += ["--profile", str(profile)] if profile is not None else []
+    try:
+        command = [sys.executable, "-m", f"{application_package()}.tools.serve"]
+    except ImportError as error:
+        raise RequestError(str(error)) from None
+    given = {"config": config} | {name: getattr(options, name) for name in _PASSED_ON}
+    for name, value in given.items():
+        command += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    command += ["--print-config"] if options.print_config else []
     os.execv(sys.executable, command)
 
 
 def _serve_in_process(options: argparse.Namespace) -> int:
     """Binds the port first, so that a port in use fails before a model is loaded."""
-    with _bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as listener:
+    with bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as listener:
         model = flags.model_options(options)
+        from llava_serve.api.keys import accepted_keys
+        from llava_serve.config import ApiOptions, EngineOptions
+
+        api = ApiOptions(api_keys=tuple(options.api_key or ()), api_keys_file=options.api_key_file)
+        accepted_keys(api)  # a file that cannot be used is told here
         import uvicorn
 
         from llava_serve.api.app import create_app
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
-        from llava_serve.config import ApiOptions, EngineOptions
 
         llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)))
         backend = InProcessBackend(llm)
-        app = create_app(backend, ApiOptions(api_keys=tuple(options.api_key or ())))
+        app = create_app(backend, api)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         host, port = listener.getsockname()[:2]
+        listener.listen()  # whoever reads the next line can connect
         print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
         # uvicorn drains on a signal and then raises it again, when there is nothing left to end.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,16 +124,3 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         server.run(sockets=[listener])
         llm.close()
     return 0
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise RequestError(f"Port {port} is in use; choose another with --port.") from None
-        raise RequestError(f"Cannot listen on {host}, port {port}.") from None
-    return listener

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 
 import pytest
 
+from llava_serve import __version__
 from llava_serve.cli import main
 from support.paths import ROOT
 
@@ -55,6 +57,13 @@ def test_importing_the_command_line_is_light() -> None:
     heavy = ("ray", "torch", "transformers", "fastapi", "uvicorn", "requests", "PIL")
     loaded = run_inside(f"import sys, llava_serve.cli; print([name for name in {heavy} if name in sys.modules])")
     assert loaded == "[]\n"
+
+
+def test_the_client_is_the_applications_own_and_found_when_it_is_asked_for() -> None:
+    script = "import sys, llava_serve.client as c; print('ray' in sys.modules); print(c.LlavaClient.__module__)"
+    loaded, module = run_inside(script).split()
+    assert loaded == "False"
+    assert module in ("deployments.client", "llava_serve_deployments.client")
 
 
 def test_ask_answers_as_the_original_does_and_imports_no_ray() -> None:
@@ -109,15 +118,20 @@ def test_chat_keeps_the_history(cli: Callable[..., Done]) -> None:
         (["ask", "--model", MODEL, "--image", __file__, "What?"], "picture"),
         (["ask", "--model", "nowhere", "What?"], "nowhere"),
         (["ask", "--model", MODEL, "--temperature", "-1", "What?"], "temperature must be between"),
+        (["ask", "--model", MODEL, "--device", "cuda:99", "What?"], "There is no device cuda:99"),
         (["ask", "--model", MODEL, "--num-beams", "2", "--temperature", "1", "What?"], "num_beams"),
         (["chat", "--model", MODEL, "--image", "nowhere.png"], "nowhere.png cannot be read"),
         (["inspect", "nowhere"], "nowhere"),
         (["inspect", CHECKPOINTS / "llava-v1.5-tiny-lora"], "model_base"),
         (["serve", "nowhere.yaml"], "There is no config nowhere.yaml"),
-        (["serve", "--port", "8001"], "--port goes with --in-process"),
+        (["serve", "--device", "cpu"], "--device goes with --in-process"),
+        (["serve", "--api-key", "secret"], "--api-key goes with --in-process"),
+        (["serve", "builtin", "--model", "builtin"], "Name the model once"),
         (["serve", "--load-4bit"], "--load-4bit goes with --in-process"),
         (["serve", "--in-process", "a.yaml"], "takes no config"),
-        (["serve", "--in-process", "--model", "nowhere", "--port", "0"], "nowhere"),
+        (["serve", "--in-process", "nowhere", "--port", "0"], "nowhere"),
+        (["serve", "--in-process", "--port", "80000"], "There is no port 80000"),
+        (["serve", "--in-process", "--port", "0", "--api-key-file", "nowhere"], "API keys nowhere cannot be read"),
         (["serve", "--in-process", "--host", "not.a.host.invalid"], "Cannot listen on not.a.host.invalid"),
     ],
     ids=lambda value: " ".join(str(part) for part in value[:3]) if isinstance(value, list) else value,
@@ -129,6 +143,14 @@ def test_a_usage_error_is_one_sentence(cli: Callable[..., Done], arguments: list
     assert done.stderr.startswith("llava-serve: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_versions_are_those_installed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    torch, ray = metadata.version("torch"), metadata.version("ray")
+    assert capfd.readouterr().out == f"llava-serve {__version__}\ntorch {torch}\nray {ray}\n"
 
 
 @pytest.mark.parametrize(

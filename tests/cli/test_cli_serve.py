@@ -45,8 +45,10 @@ def in_process(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
-def test_serve_in_process_answers_and_drains(stop: signal.Signals) -> None:
-    with in_process("--dtype", "bfloat16", "--port", 0, "--api-key", "sesame") as (url, process):
+def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("simsim\n\n sesame \n")
+    keys = ("--api-key", "open", "--api-key-file", tmp_path / "keys")
+    with in_process("--dtype", "bfloat16", "--port", 0, *keys) as (url, process):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         body = {
             "model": "llava-v1.5-tiny",
@@ -55,6 +57,8 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals) -> None:
             "ignore_eos": True,
             "stream": True,
         }
+        for key in ("open", "simsim", "sesame"):
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         header = {"Authorization": "Bearer sesame"}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=header) as answer:
             lines = answer.iter_lines()
@@ -73,6 +77,34 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
         port = taken.getsockname()[1]
         assert main(["serve", "--in-process", "--port", str(port)]) == 2
     assert capfd.readouterr().err == f"llava-serve: Port {port} is in use; choose another with --port.\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--port", "{taken}"], "Port {taken} is in use; choose another with --port."),
+        (["--port", "80000"], "There is no port 80000: choose one from 0 to 65535 with --port."),
+        (["--model", "{folder}"], "config.json is missing in {folder}"),
+        (["--api-key-file", "{folder}/keys"], "The file of API keys {folder}/keys holds no key"),
+        (["--profile", "{folder}/nothing.env"], "There is no profile {folder}/nothing.env."),
+        (["--config", "{folder}/keys"], "{folder}/keys is not a Serve config with an application."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_ray_is_not_needed_for_is_reported_before_it_is_imported(
+    tmp_path: Path, flags: list[str], sentence: str
+) -> None:
+    (tmp_path / "keys").write_text(" \n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        places = {"taken": taken.getsockname()[1], "folder": tmp_path}
+        arguments = ["--port", "0", *(flag.format(**places) for flag in flags)]
+        script = f"import sys; from deployments.tools.serve import main; print(main({arguments}), 'ray' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith(sentence.format(**places))
+    assert done.stderr.count("\n") == 1
 
 
 def test_serve_refuses_a_config_with_a_typo(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from support.paths import ROOT
+
+NEEDED = "Python 3.11, 3.12 or 3.13 is needed"
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 
 
 @pytest.fixture
@@ -17,9 +21,10 @@ def clone(tmp_path: Path) -> Path:
     """What the set-up needs of a clone."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for package in ("llava_serve", "deployments"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").touch()
+    for package in PACKAGES:
+        folder = tmp_path / package.replace("llava_serve_deployments", "deployments").replace(".", "/")
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text('__version__ = "0"\n')
     return tmp_path
 
 
@@ -27,20 +32,53 @@ def setup(clone: Path, *variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", "setup", *variables], cwd=clone, capture_output=True, text=True, check=False)
 
 
+def script(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
+    path.chmod(0o755)
+    return path
+
+
 def test_no_python(clone: Path) -> None:
     done = setup(clone, "PYTHON=no-such-python")
     assert done.returncode
-    assert done.stderr.startswith("Python 3.11 is needed, and no-such-python is not here; name one: make PYTHON=")
+    assert done.stderr.startswith(f"{NEEDED}, and no-such-python is not here; name one: make PYTHON=")
 
 
 def test_an_old_python(clone: Path) -> None:
-    old = clone / "old-python"
-    old.write_text("#!/bin/sh\nif [ $1 = -V ]; then echo Python 3.8.1; else exit 1; fi\n")
-    old.chmod(0o755)
+    old = script(clone / "old-python", "[ $1 = -V ] && echo Python 3.10.13")
     done = setup(clone, f"PYTHON={old}")
     assert done.returncode
-    assert done.stderr.startswith(f"Python 3.11 is needed, and {old} is Python 3.8.1; name one: make PYTHON=")
+    assert done.stderr.startswith(f"{NEEDED}, and {old} is Python 3.10.13; name one: make PYTHON=")
     assert not (clone / ".venv").exists()
+
+
+def test_a_shim_that_stands_for_no_python_is_not_quoted(clone: Path) -> None:
+    shim = script(clone / "python3.12", "echo 'pyenv: python3.12: command not found' >&2", "exit 127")
+    done = setup(clone, f"PYTHON={shim}")
+    assert done.stderr.startswith(f"{NEEDED}, and {shim} is not here; name one: make PYTHON=")
+    assert "pyenv" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "chosen"),
+    [
+        ("", ["python3.11", "python3.12", "python3.13"], "python3.11"),
+        ("", ["python3.12", "python3.13"], "python3.13"),
+        ("python3.12", ["python3.11", "python3.12"], "python3.12"),
+    ],
+)
+def test_the_python_that_is_taken(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, named: str, there: list[str], chosen: str
+) -> None:
+    programs = clone / "programs"
+    programs.mkdir()
+    for name in ("python3.11", "python3.12", "python3.13"):
+        version = name.removeprefix("python") if name in there else ""
+        # Says its version where it is there, and writes down that it is asked for an environment.
+        script(programs / name, f'[ "$1" = -c ] && echo {version}', f'[ "$2" = venv ] && echo {name} > taken', "exit 1")
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    setup(clone, *([f"PYTHON={named}"] if named else []))
+    assert (clone / "taken").read_text().strip() == chosen
 
 
 @pytest.mark.slow

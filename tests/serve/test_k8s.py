@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
+from deployments.tools import config
 from deployments.tools.check_config import check
 from deployments.tools.serve_env import read_serve_env
+from llava_serve import __version__
 from support.paths import CONFIG, ROOT
+
+WHEEL = "llava_serve_deployments"
+"""The application's package in the image, which installs the wheel."""
 
 OF_PODS = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "HF_HUB_OFFLINE"}
 """Settings of the pods beside the production profile."""
@@ -65,21 +71,32 @@ def test_the_schema_catches_a_typo(manifest: dict[str, Any]) -> None:
         jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
 
 
-def test_its_serve_config_is_right(on_kubernetes: dict[str, Any]) -> None:
-    assert check(on_kubernetes) == []
+def test_its_serve_config_is_right(manifest: dict[str, Any]) -> None:
+    here = manifest["spec"]["serveConfigV2"].replace(f"{WHEEL}.", "deployments.")  # Ray imports what it names
+    assert check(yaml.safe_load(here)) == []
 
 
 def test_it_differs_from_serve_config_only_where_it_says(on_kubernetes: dict[str, Any]) -> None:
-    assert set(differences(yaml.safe_load(CONFIG.read_text()), on_kubernetes)) == ON_PURPOSE
+    shipped = yaml.safe_load(config.packaged(config.CONFIG, WHEEL))
+    assert set(differences(shipped, on_kubernetes)) == ON_PURPOSE
 
 
-def test_every_process_has_the_production_profile(manifest: dict[str, Any]) -> None:
+def test_the_image_is_of_this_version(manifest: dict[str, Any]) -> None:
+    cluster = manifest["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
+    assert images == {f"llava-serve:{__version__}"}
+
+
+def test_every_process_has_the_production_profile(manifest: dict[str, Any], tmp_path: Path) -> None:
+    profile = tmp_path / "production.env"
+    profile.write_text(config.packaged(config.PROFILE, WHEEL))
     cluster = manifest["spec"]["rayClusterConfig"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     environments = [group["template"]["spec"]["containers"][0]["env"] for group in groups]
     for environment in environments:
         settings = {each["name"]: each["value"] for each in environment if each["name"] not in OF_PODS}
-        assert settings == read_serve_env(ROOT / "production.env")
+        assert settings == read_serve_env(profile)
 
 
 def test_a_pod_outlives_its_longest_answer(manifest: dict[str, Any], on_kubernetes: dict[str, Any]) -> None:
@@ -106,8 +123,8 @@ def test_the_replicas_fit_the_worker_groups(manifest: dict[str, Any], on_kuberne
 
 
 def test_the_model_tier_grows_before_a_batch_is_full(on_kubernetes: dict[str, Any]) -> None:
-    for config in (yaml.safe_load(CONFIG.read_text()), on_kubernetes):
-        [application] = config["applications"]
+    for each in (yaml.safe_load(CONFIG.read_text()), on_kubernetes):
+        [application] = each["applications"]
         batch = application["args"]["engine"]["max_num_seqs"]
         [model] = [each for each in application["deployments"] if each["name"] == "LlavaModel"]
         assert model["autoscaling_config"]["target_ongoing_requests"] == round(0.7 * batch)

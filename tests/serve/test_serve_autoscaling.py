@@ -17,7 +17,8 @@ import pytest
 from openai import AsyncOpenAI
 from PIL import Image
 
-from deployments.tools.local_cluster import LocalCluster, free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import LocalCluster, free_port, local_cluster
 from support.cluster import replicas
 from support.demo import data_url
 from support.paths import CONFIG

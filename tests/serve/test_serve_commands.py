@@ -19,7 +19,8 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from deployments.tools.local_cluster import LocalClusterError, environment, free_port, local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import LocalClusterError, environment, free_port, local_cluster
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG
 
@@ -141,7 +142,8 @@ def test_serve_ends_when_the_application_does() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_reported_with_the_log(tmp_path: Path) -> None:
-    config = read_config(CONFIG, port=free_port(), model=str(tmp_path))
+    config = read_config(CONFIG, port=free_port())
+    config["applications"][0]["args"]["model"] = str(tmp_path)  # as a folder that is there, and not where a replica is
     with pytest.raises(LocalClusterError) as failure, local_cluster(config, num_cpus=2):
         pass
     reason, log = str(failure.value).split("\nLog: ")

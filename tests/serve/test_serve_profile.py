@@ -14,7 +14,8 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from deployments.tools.local_cluster import local_cluster, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import local_cluster
 from deployments.tools.serve_env import ServeEnvError, read_serve_env
 from support.bursts import at_rest, burst, counted_config, remaining
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
@@ -85,6 +86,7 @@ async def test_a_burst_of_disconnects_leaves_no_work(
 
 def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:
     assert read_serve_env(PROFILE)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert read_serve_env(Path("production")) == read_serve_env(PROFILE)
     with pytest.raises(ServeEnvError, match="no profile"):
         read_serve_env(tmp_path / "nothing.env")
     (tmp_path / "wrong.env").write_text("# a comment\nRAY_SERVE_ENABLE_HA_PROXY=1\nHTTP_PROXY=x\n")
@@ -104,4 +106,4 @@ def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
 
 def test_the_image_has_the_haproxy_of_the_profile() -> None:
     path = read_serve_env(PROFILE)["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    assert f"python -m deployments.tools.haproxy {path}\n" in (ROOT / "Dockerfile").read_text()
+    assert f"python -m llava_serve_deployments.tools.haproxy {path} " in (ROOT / "Dockerfile").read_text()

@@ -98,5 +98,5 @@ def test_a_port_in_use_is_one_clear_sentence(served: Any) -> None:
     port = served.url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.strip() == f"Port {port} is in use; choose another with PORT=... or --port."
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"Port {port} is in use; choose another with --port."

@@ -10,7 +10,8 @@ from typing import Any
 
 from openai import APIConnectionError, APITimeoutError, AsyncOpenAI
 
-from deployments.tools.local_cluster import free_port, read_config
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port
 from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG
 

@@ -10,6 +10,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.packed_linear import pack_linears
+from llava_serve.errors import CheckpointError
 from llava_serve.model.llava import Llava
 
 
@@ -17,9 +18,9 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
     """Loads the model and sizes its KV cache.
 
     Raises:
-        CheckpointError: the model cannot be loaded.
+        CheckpointError: the model cannot be loaded, or its device is not there.
     """
-    device = torch.device(model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(model.device)
     if device.type == "cpu":
         torch.set_num_threads(engine.num_threads or available_cores())
     spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
@@ -28,6 +29,19 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
     if device.type == "cpu":
         pack_linears(llava)
     return Engine(llava, engine)
+
+
+def resolve_device(asked: str) -> torch.device:
+    """`auto` is CUDA where there is a device.
+
+    Raises:
+        CheckpointError: torch does not find the device.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(asked if asked != "auto" else "cuda" if found else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise CheckpointError(f"There is no device {asked} (CUDA devices that torch finds: {found}); choose cpu.")
+    return device
 
 
 def resolve_dtype(asked: str, device: torch.device, declared: str) -> torch.dtype:

