@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 _log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Transparency = Literal["white", "drop"]
 
 
 class Options(BaseModel):
@@ -93,18 +94,26 @@ class EngineOptions(Options):
 
 
 class ImageOptions(Options):
-    """What pictures are accepted.
+    """What images are accepted, and how they are seen.
 
     Attributes:
-        max_bytes: of one encoded picture.
-        max_pixels: of one decoded picture.
-        max_per_request: pictures in one request.
-        cache_bytes: memory for the tiles of the most recent pictures.
+        max_bytes: of one encoded image.
+        max_pixels: of one decoded image; a JPEG of up to 200 megapixels is decoded at 1/2, 1/4 or 1/8 of its size
+            where only that is within.
+        max_per_request: images in one request.
+        max_total_bytes: of all encoded images of a request.
+        max_total_pixels: of all decoded images of a request.
+        transparency: `white` lays transparent images over white, as a person sees them; `drop` drops their alpha, so
+            that the colours hidden behind it are seen, as the original does.
+        cache_bytes: memory for the tiles of the images seen last.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_per_request: int = Field(default=16, ge=0)
+    max_total_bytes: int = Field(default=64 << 20, ge=1)
+    max_total_pixels: int = Field(default=256_000_000, ge=1)
+    transparency: Transparency = "white"
     cache_bytes: int = Field(default=64 << 20, ge=0)
 
 

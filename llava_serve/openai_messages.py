@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from llava_serve.errors import RequestError, UnsupportedParameterError
+from llava_serve.errors import InvalidImageError, RequestError, UnsupportedParameterError
 from llava_serve.types import ImagePart, Message, Query, Role, TextPart
 from llava_serve.wire import Wire, as_request_error, one_of, refuse_extras
 
@@ -114,7 +114,7 @@ def read_asked(
         RequestError: as `read_messages`; images stand beside a conversation.
     """
     if isinstance(asked, str):
-        return Query(asked, tuple(ImagePart(read_source(image)) for image in images))
+        return Query(asked, tuple(_read_image(image, f"images[{i}]", read_source) for i, image in enumerate(images)))
     if images:
         raise RequestError("The images of a conversation stand in its messages; leave images out.", "images")
     return read_messages(asked, read_source)
@@ -147,7 +147,14 @@ def _part(part: Part, path: str, read_source: ReadSource) -> TextPart | ImagePar
         raise RequestError(f"{path} must hold '{part.type}', as its type says, and nothing else.", path)
     if part.text is not None:
         return TextPart(part.text)
-    return ImagePart(read_source(part.image if part.image_url is None else part.image_url.url))
+    return _read_image(part.image if part.image_url is None else part.image_url.url, path, read_source)
+
+
+def _read_image(source: Any, path: str, read_source: ReadSource) -> ImagePart:
+    try:
+        return ImagePart(read_source(source))
+    except InvalidImageError as error:
+        raise InvalidImageError(error.message, path) from error
 
 
 def _passed_on(source: Any) -> str:

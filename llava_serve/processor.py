@@ -42,6 +42,8 @@ class Processor:
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._special_tokens = _special_tokens(spec)
         self._tile_cache = TileCache(options.cache_bytes)
+        decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
+        self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
 
     def prepare(
         self,
@@ -63,8 +65,10 @@ class Processor:
         key = conv_mode or self.spec.conv_mode
         own_breaks = self._is_chat_template(key)  # the checkpoint's own template sets the line breaks around images
         if isinstance(asked, Query):
-            return self._prepare([query_message(asked.text, asked.images, line_breaks=not own_breaks)], key, check)
-        return self._prepare(asked if own_breaks else [chat_message(message) for message in asked], key, check)
+            messages: Sequence[Message] = [query_message(asked.text, asked.images, line_breaks=not own_breaks)]
+        else:
+            messages = asked if own_breaks else [chat_message(message) for message in asked]
+        return self._prepare(messages, _paths_of_images(asked), key, check)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -91,19 +95,29 @@ class Processor:
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
     def _prepare(
-        self, messages: Sequence[Message], key: str, check: Callable[[], None] | None = None
+        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Callable[[], None] | None = None
     ) -> PreparedPrompt:
         parts = self._check_counts(messages)
         system, turns = split_system(messages)
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
-        images = []
-        for part in parts:
+        images: list[CachedTiles] = []
+        pixels = 0
+        for part, path in zip(parts, paths, strict=True):
             if check is not None:
                 check()
-            images.append(self._process_image(part, self.spec.context_length - length))
+            try:
+                images.append(self._process_image(part, self.spec.context_length - length))
+            except InvalidImageError as error:
+                which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
+                raise InvalidImageError(which + error.message, path) from error
             length += images[-1].count
+            pixels += images[-1].size[0] * images[-1].size[1]
+            if pixels > self.options.max_total_pixels:
+                raise InvalidImageError(
+                    f"The request's images have more than {self.options.max_total_pixels:,} pixels in all.", path
+                )
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
         token_ids, image_spans = _expand(input_ids, [image.count for image in images])
@@ -120,13 +134,19 @@ class Processor:
         )
 
     def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
-        """The images of a conversation. Refuses too many, and a text that cannot fit, before any work that grows with
-        them."""
+        """The images of a conversation. Refuses too many or too large ones, and a text that cannot fit: the work on all
+        of them grows with them."""
         parts = [part for message in messages for part in message.parts]
         images = [part for part in parts if isinstance(part, ImagePart)]
         if len(images) > self.options.max_per_request:
             raise InvalidImageError(
-                f"The request has {len(images)} pictures; at most {self.options.max_per_request} are accepted.",
+                f"The request has {len(images)} images; at most {self.options.max_per_request} are accepted.",
+                "messages",
+            )
+        size = sum(len(part.source) if isinstance(part.source, bytes) else len(part.source) * 3 // 4 for part in images)
+        if size > self.options.max_total_bytes:
+            raise InvalidImageError(
+                f"The request's images take {size:,} bytes; at most {self.options.max_total_bytes:,} are accepted.",
                 "messages",
             )
         characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
@@ -145,10 +165,10 @@ class Processor:
         It is decoded and dropped in here: a large one takes hundreds of megabytes.
         """
         data = read_request_source(part.source, self.options)
-        key = blake2b(data, digest_size=16).digest()
+        key = blake2b(data, digest_size=16, person=self._decoding).digest()
         if (known := self._tile_cache.get(key)) is not None:
             return known
-        image = decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
+        image = decode_image(data, self.options)
         count = num_features(image.size, self.spec.image)
         if count >= room:
             return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
@@ -189,6 +209,18 @@ def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np
             ids.append(token_id)
     assert len(spans) == len(counts)
     return np.asarray(ids, dtype=np.int32), tuple(spans)
+
+
+def _paths_of_images(asked: Query | Sequence[Message]) -> list[str]:
+    """Where each image stands, as a request names it."""
+    if isinstance(asked, Query):
+        return [f"images[{i}]" for i in range(len(asked.images))]
+    return [
+        f"messages[{i}].content[{j}]"
+        for i, message in enumerate(asked)
+        for j, part in enumerate(message.parts)
+        if isinstance(part, ImagePart)
+    ]
 
 
 def _special_tokens(spec: CheckpointSpec) -> dict[str, str]:

@@ -58,6 +58,7 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     yield "features", f"of layer {spec.select_layer}, {kept} the class token"
     yield "projector", f"{spec.projector_type} ({vision['hidden_size']} to {text.width})"
     yield "pictures", _images(spec.image)
+    yield from _differences()
     yield "tokens", _tokens(spec.image)
     yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
 
@@ -89,6 +90,17 @@ def _images(image: ImageProcessing) -> str:
     }[image.aspect]
     canvases = ", ".join(f"{width} x {height}" for width, height in image.grid_pinpoints)
     return f"{how} ({_RESAMPLE[image.resample]})" + (f"; grids of {canvases}" if canvases else "")
+
+
+def _differences() -> Iterator[tuple[str, str]]:
+    """What is seen otherwise than the original sees it."""
+    from llava_serve.config import ImageOptions
+
+    options = ImageOptions()
+    yield "", "upright as EXIF says; deep samples are scaled to 8 bits by their range"
+    yield "", f"JPEGs over {options.max_pixels:,} pixels are decoded at 1/2, 1/4 or 1/8 of their size"
+    transparency = {"white": "over white; images.transparency: drop is the original's way", "drop": "dropped"}
+    yield "transparency", transparency[options.transparency]
 
 
 def _tokens(image: ImageProcessing) -> str:

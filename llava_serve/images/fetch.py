@@ -12,9 +12,13 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
+from llava_serve.images.exif import exif_orientation, turn_upright
+from llava_serve.images.formats import identify
+from llava_serve.images.pixels import add_key, to_8_bits
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
@@ -74,10 +78,38 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
 
 
 def _encode(image: Image.Image) -> bytes:
-    modes = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # those that PNG stores without loss
+    """A PIL image as bytes that decode as its file does. One whose pixels nobody has looked at yet is its file; else
+    the pixels are written without loss, turned and scaled as decoding would."""
+    if (data := _file_of(image)) is not None:
+        return data
+    orientation, key = exif_orientation(image.info.get("exif") or b""), image.info.get("transparency")
+    if isinstance(key, int | tuple) and (image.mode in ("L", "RGB") or image.mode.startswith("I;16")):
+        image = add_key(image, key if isinstance(key, tuple) else (key,))
+    image = turn_upright(to_8_bits(image), orientation)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        image = image.convert("RGB")
     out = io.BytesIO()
-    (image if image.mode in modes else image.convert("RGB")).save(out, "PNG", compress_level=1)
+    image.save(out, "PNG", compress_level=1)
     return out.getvalue()
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """The file of an image that was opened and not loaded; None for another frame than the first, and for formats that
+    only Pillow reads."""
+    file = getattr(image, "fp", None)
+    if not isinstance(image, ImageFile) or not image.tile or image.tell() != 0 or file is None or file.closed:
+        return None
+    at = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(at)
+    try:
+        identify(data)
+    except InvalidImageError:
+        return None
+    return data
 
 
 def _download(url: str, options: ImageOptions) -> bytes:

@@ -127,20 +127,24 @@ def _anyres_views(image: Image.Image, processing: ImageProcessing) -> list[Image
 
 
 def _pad_to_square(image: Image.Image, processing: ImageProcessing) -> Image.Image:
-    """Lays a picture on a square of the mean colour, and resizes that."""
-    side = max(image.size)
-    _bound(image.size, (side, side))
+    """Lays an image on a square of the mean colour, and resizes that."""
+    side, size = max(image.size), image.size
+    canvas, resample = [side, side], Image.Resampling(processing.resample)
     new = _resized((side, side), processing) if processing.do_resize else (side, side)
-    canvas_width = side
     if processing.do_resize and image.width == side:
         # Pillow resizes the rows, rounds, and then the columns. Rows of one colour do not change, so the padding
-        # above and below is added before the columns: the same pixels with a fraction of the memory.
-        image = image.resize((new[0], image.height), Image.Resampling(processing.resample))
-        canvas_width = new[0]
+        # above and below is added before the columns: the same pixels and a fraction of the memory.
+        canvas[0] = new[0]
+        image = image.resize((new[0], image.height), resample)
+    elif processing.do_resize and side * side > _MAX_CANVAS:
+        # Columns first: rounded in another order, so a shade may differ by one where there is no room for the square.
+        canvas[1] = new[1]
+        image = image.resize((image.width, new[1]), resample)
+    _bound(size, (canvas[0], canvas[1]))
     red, green, blue = (int(channel * 255) for channel in processing.mean)
-    square = Image.new("RGB", (canvas_width, side), (red, green, blue))
-    square.paste(image, ((canvas_width - image.width) // 2, (side - image.height) // 2))
-    return square.resize(new, Image.Resampling(processing.resample)) if processing.do_resize else square
+    square = Image.new("RGB", (canvas[0], canvas[1]), (red, green, blue))
+    square.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
+    return square.resize(new, resample) if processing.do_resize else square
 
 
 def _resize(image: Image.Image, processing: ImageProcessing) -> Image.Image:

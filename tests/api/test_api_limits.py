@@ -92,7 +92,7 @@ def processor() -> Processor:
 
 def test_pictures_are_counted_before_anything_is_read(processor: Processor) -> None:
     pictures = tuple(ImagePart(b"no picture") for _ in range(10_000))
-    with pytest.raises(InvalidImageError, match="has 10000 pictures; at most 3"):
+    with pytest.raises(InvalidImageError, match="has 10000 images; at most 3"):
         processor.prepare([Message("user", pictures)])
 
 

@@ -45,9 +45,10 @@ def test_a_picture_is_read_where_it_is(part: dict[str, Any]) -> None:
     assert read(user(part)) == Message("user", (ImagePart(PNG), TextPart("What is it?")))
 
 
-@pytest.mark.parametrize("source", [Image.open, lambda path: np.asarray(Image.open(path).convert("RGB"))])
+@pytest.mark.parametrize("source", [lambda image: image, lambda image: np.asarray(image.convert("RGB"))])
 def test_a_picture_in_memory_keeps_every_pixel(source: Any) -> None:
-    message = read(user({"type": "image", "image": source(DEMO_IMAGE)}))
+    with Image.open(DEMO_IMAGE) as image:
+        message = read(user({"type": "image", "image": source(image)}))
     part = message.parts[0]
     assert isinstance(part, ImagePart)
     assert isinstance(part.source, bytes)

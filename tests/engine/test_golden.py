@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava_serve import LLM, SamplingParams
-from llava_serve.config import EngineOptions
+from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.types import GenerationResult, ImagePart, Message, PreparedPrompt, TextPart
 from support.paths import GOLDEN
@@ -28,7 +28,14 @@ PREPARED: dict[tuple[str, str], PreparedPrompt] = {}
 def load(name: str) -> LLM:
     base = SUITE[name]["model_base"]
     one_thread = EngineOptions(num_threads=1)  # a second one costs more than models of this size take
-    return LLM(str(GOLDEN / "checkpoints" / name), model_base=base, device="cpu", dtype="float32", engine=one_thread)
+    return LLM(
+        str(GOLDEN / "checkpoints" / name),
+        model_base=base,
+        device="cpu",
+        dtype="float32",
+        engine=one_thread,
+        image_options=ImageOptions(transparency="drop"),  # the original's pixels
+    )
 
 
 def prepare(name: str, case: dict[str, Any]) -> PreparedPrompt:
