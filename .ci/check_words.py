@@ -52,7 +52,7 @@ LIBRARY_WORDS = {
 ALLOWED = {
     ("llava_serve/checkpoints/weights.py", "first_rows"): "rows of a matrix",
     ("llava_serve/images/pixels.py", "rows"): "rows of pixels",
-    ("llava_serve/images/tiff.py", "row"): "row of pixels",
+    ("llava_serve/images/tiff.py", "row_bytes"): "row of pixels",
     ("llava_serve/images/tiff.py", "rows"): "rows of pixels",
     ("llava_serve/images/tiles.py", "rows"): "rows of a grid of tiles",
     ("tests/checkpoints/test_hub_cache.py", "siblings"): "a field of the hub's protocol",
