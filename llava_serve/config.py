@@ -100,12 +100,24 @@ class ImageOptions(Options):
         max_pixels: of one decoded picture.
         max_per_request: pictures in one request.
         cache_bytes: memory for the tiles of the pictures seen last.
+        isolate: decode in child processes, where the next two limits hold. Servers do so whatever this says.
+        decode_timeout_s: of one picture.
+        decode_memory_bytes: what a child process may allocate beyond what it has at its start. A picture of 64 million
+            pixels takes up to 1.4 GiB: WebP with transparency.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_per_request: int = Field(default=16, ge=0)
     cache_bytes: int = Field(default=64 << 20, ge=0)
+    isolate: bool = False
+    decode_timeout_s: float = Field(default=10, gt=0)
+    decode_memory_bytes: int = Field(default=1536 << 20, ge=1)
+
+    @property
+    def isolated(self) -> ImageOptions:
+        """The same for a server: pictures come from strangers."""
+        return self.model_copy(update={"isolate": True})
 
 
 def resolve_image_options(given: ImageOptions | None, images: ImageOptions | None) -> ImageOptions:

@@ -86,9 +86,9 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         from llava_serve.api.app import create_app
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
-        from llava_serve.config import ApiOptions, EngineOptions
+        from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
 
-        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)))
+        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)), image_options=ImageOptions().isolated)
         backend = InProcessBackend(llm)
         app = create_app(backend, ApiOptions(api_keys=tuple(options.api_key or ())))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
