@@ -100,7 +100,7 @@ class ImageOptions(Options):
         max_pixels: of one decoded picture.
         max_per_request: pictures in one request.
         cache_bytes: memory for the tiles of the pictures seen last.
-        isolate: decode in child processes, where the next two limits hold. Servers do so whatever this says.
+        isolate: decode in child processes, where the next two limits hold; on Linux. Servers do so whatever this says.
         decode_timeout_s: of one picture.
         decode_memory_bytes: what a child process may allocate beyond what it has at its start. A picture of 64 million
             pixels takes up to 1.4 GiB: WebP with transparency.

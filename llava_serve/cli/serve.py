@@ -93,6 +93,7 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         app = create_app(backend, ApiOptions(api_keys=tuple(options.api_key or ())))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         host, port = door.getsockname()[:2]
+        door.listen()  # before it is said: who connects from now on waits for the first turn of the loop
         print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
         # uvicorn drains on a signal and then raises it again, when there is nothing left to end.
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -53,13 +53,13 @@ class DecodeProcess:
         self._options = options
         self.ready = False
         self._busy = False
-        self._memory = os.memfd_create("picture")
+        self._memory = os.fdopen(os.memfd_create("picture"), "r+b", buffering=0)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(_POLL_S)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", worker, str(theirs.fileno()), str(self._memory)],
-                pass_fds=(theirs.fileno(), self._memory),
+                [sys.executable, "-P", "-m", worker, str(theirs.fileno()), str(self._memory.fileno())],
+                pass_fds=(theirs.fileno(), self._memory.fileno()),
                 stdin=subprocess.DEVNULL,
                 # It imports what this process would, from the same places. One thread: a process is a core.
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
@@ -81,7 +81,7 @@ class DecodeProcess:
         """
         if not self.ready:
             self._await_ready(check)
-        os.pwrite(self._memory, data, 0)
+        os.pwrite(self._memory.fileno(), data, 0)
         self._busy = True
         self._send(len(data), room)
         reply = self._await_reply(check)
@@ -94,7 +94,7 @@ class DecodeProcess:
         if "failed" in reply:
             raise RuntimeError(f"Decoding has failed:\n{reply['failed']}")
         tiles = np.empty(reply["shape"], np.uint8)
-        if os.preadv(self._memory, [tiles.data], 0) != tiles.nbytes:
+        if os.preadv(self._memory.fileno(), [tiles.data], 0) != tiles.nbytes:
             raise RuntimeError("Decoding has given fewer tiles than it says.")
         width, height = reply["size"]
         return CachedTiles((width, height), reply["count"], tiles, reply["digest"])
@@ -103,9 +103,7 @@ class DecodeProcess:
         """Ends the process, whatever it does, and returns its exit status. May be called again."""
         self._process.kill()
         self._channel.close()
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
+        self._memory.close()
         return self._process.wait()
 
     def _await_ready(self, check: Check | None) -> None:

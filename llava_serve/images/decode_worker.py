@@ -10,6 +10,7 @@ has taken over must not be able to run code in the parent.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import pickle
@@ -34,12 +35,14 @@ MESSAGE_BYTES = 1 << 16
 
 _MAX_TRACEBACK = 8000
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+_LIBC.__errno_location.restype = ctypes.POINTER(ctypes.c_int)
 
 
 def main(make_decoder: Callable[[ImageOptions, ImageProcessing], Decoder] = InProcessDecoder) -> None:
     """Decodes pictures until the socket is closed, or one has passed the limit on memory."""
     channel, memory = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # If the parent died before this, the socket is at its end.
     if not (first := channel.recv(MESSAGE_BYTES)):
         return
@@ -65,10 +68,13 @@ def _limit_memory(more: int) -> None:
 
 def _decode(decoder: Decoder, memory: int, length: int, room: int) -> dict[str, Any]:
     """One picture, from the shared memory to its tiles in there: the message to send."""
+    last_errno = _LIBC.__errno_location().contents
+    last_errno.value = 0
     try:
         made = decoder.tiles_of(os.pread(memory, length, 0), room)
     except Exception as error:
-        if _is_out_of_memory(error):
+        # Decoders in C give up without a word of it when an allocation fails: then the C library knows.
+        if last_errno.value == errno.ENOMEM or _is_memory_error(error):
             return {"over_memory": True}
         if isinstance(error, InvalidImageError):
             return {"refused": error.args}
@@ -77,8 +83,8 @@ def _decode(decoder: Decoder, memory: int, length: int, room: int) -> dict[str, 
     return {"size": made.size, "count": made.count, "shape": made.tiles.shape, "digest": made.digest}
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, also where that was the cause of another error."""
+def _is_memory_error(error: BaseException | None) -> bool:
+    """Whether this is one, or was caused by one."""
     while error is not None:
         if isinstance(error, MemoryError):
             return True
