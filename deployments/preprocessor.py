@@ -44,4 +44,4 @@ def _num_cpus() -> int:
     if not ray.is_initialized():
         return 1
     cpus: float = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    return math.ceil(cpus)
+    return max(1, math.ceil(cpus))

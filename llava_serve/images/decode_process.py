@@ -56,6 +56,7 @@ class DecodeProcess:
         self._memory = os.fdopen(os.memfd_create("picture"), "r+b", buffering=0)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(_POLL_S)
+        self._channel.send(pickle.dumps((options, processing)))  # it waits there for the process
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", worker, str(theirs.fileno()), str(self._memory.fileno())],
@@ -65,7 +66,6 @@ class DecodeProcess:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
                 process_group=0,  # Ctrl-C is for the parent, which may have answers to complete
             )
-        self._channel.send(pickle.dumps((options, processing)))
 
     @property
     def usable(self) -> bool:
