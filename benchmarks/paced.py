@@ -97,7 +97,7 @@ class StampedPreprocessor(ImagePreprocessor):
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         super().__init__(model, images)
-        self._processor.processor = StampedProcessor(self._processor.processor.spec, images)
+        self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
 
     async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         reached = time.time()

@@ -106,6 +106,10 @@ class ImageOptions(Options):
         transparency: `white` lays transparent images over white, as a person sees them; `drop` drops their alpha, so
             that the colours hidden behind it are seen, as the original does.
         cache_bytes: memory for the tiles of the images seen last.
+        isolate: decode in child processes, where the next two limits hold; on Linux. Servers do so whatever this says.
+        decode_timeout_s: of one image.
+        decode_memory_bytes: what a child process may allocate beyond what it has at its start. An image of 64 million
+            pixels takes up to 1.4 GiB: WebP with transparency.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
@@ -115,6 +119,14 @@ class ImageOptions(Options):
     max_total_pixels: int = Field(default=256_000_000, ge=1)
     transparency: Transparency = "white"
     cache_bytes: int = Field(default=64 << 20, ge=0)
+    isolate: bool = False
+    decode_timeout_s: float = Field(default=10, gt=0)
+    decode_memory_bytes: int = Field(default=1536 << 20, ge=1)
+
+    @property
+    def isolated(self) -> ImageOptions:
+        """The same for a server: pictures come from strangers."""
+        return self.model_copy(update={"isolate": True})
 
 
 def resolve_image_options(given: ImageOptions | None, images: ImageOptions | None) -> ImageOptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -12,10 +12,10 @@ from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.files import read_json
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError, PromptTooLongError
-from llava_serve.images.decode import decode_image
+from llava_serve.images.decoder import Check, Decoder, InProcessDecoder
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
+from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles, TileCache
-from llava_serve.images.tiles import digest, make_tiles, num_features
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.prompts.chat_template import render_chat_template
 from llava_serve.prompts.conversation import (
@@ -44,20 +44,22 @@ class Processor:
         self._tile_cache = TileCache(options.cache_bytes)
         decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
         self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
+        decoder = IsolatedDecoder if options.isolate else InProcessDecoder
+        self._decoder: Decoder = decoder(options, spec.image)
 
     def prepare(
         self,
         asked: Query | Sequence[Message],
         *,
         conv_mode: str | None = None,
-        check: Callable[[], None] | None = None,
+        check: Check | None = None,
     ) -> PreparedPrompt:
         """Prepares a query or a conversation. The images are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
             asked: of messages system (optional, first), then user and assistant; the last is the user's.
             conv_mode: overrides the checkpoint's template.
-            check: called before each image; an error that it raises ends the work.
+            check: called before each image, and while a child process decodes one; what it raises ends the work.
 
         Raises:
             RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
@@ -95,7 +97,7 @@ class Processor:
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
     def _prepare(
-        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Callable[[], None] | None = None
+        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Check | None = None
     ) -> PreparedPrompt:
         parts = self._check_counts(messages)
         system, turns = split_system(messages)
@@ -108,7 +110,7 @@ class Processor:
             if check is not None:
                 check()
             try:
-                images.append(self._process_image(part, self.spec.context_length - length))
+                images.append(self._process_image(part, self.spec.context_length - length, check))
             except InvalidImageError as error:
                 which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
                 raise InvalidImageError(which + error.message, path) from error
@@ -159,22 +161,15 @@ class Processor:
             )
         return images
 
-    def _process_image(self, part: ImagePart, room: int) -> CachedTiles:
-        """An image as model input, without its tiles if it has more than `room` positions.
-
-        It is decoded and dropped in here: a large one takes hundreds of megabytes.
-        """
+    def _process_image(self, part: ImagePart, room: int, check: Check | None) -> CachedTiles:
+        """An image as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
         key = blake2b(data, digest_size=16, person=self._decoding).digest()
         if (known := self._tile_cache.get(key)) is not None:
             return known
-        image = decode_image(data, self.options)
-        count = num_features(image.size, self.spec.image)
-        if count >= room:
-            return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
-        tiles = make_tiles(image, self.spec.image)
-        made = CachedTiles(image.size, count, tiles, digest(tiles, image.size, self.spec.image))
-        self._tile_cache.put(key, made)
+        made = self._decoder.tiles_of(data, room, check)
+        if made.count < room:
+            self._tile_cache.put(key, made)
         return made
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:

@@ -14,6 +14,7 @@ from support.paths import ROOT
 COMMANDS = [
     "client_hop",
     "compare",
+    "decode_hop",
     "engine_costs bookkeeping",
     "engine_costs gaps",
     "engine_costs memory",

@@ -101,7 +101,7 @@ def _serve_in_process(options: argparse.Namespace) -> int:
     with bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as listener:
         model = flags.model_options(options)
         from llava_serve.api.keys import accepted_keys
-        from llava_serve.config import ApiOptions, EngineOptions
+        from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
 
         api = ApiOptions(api_keys=tuple(options.api_key or ()), api_keys_file=options.api_key_file)
         accepted_keys(api)  # a file that cannot be used is told here
@@ -111,7 +111,7 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
 
-        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)))
+        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)), image_options=ImageOptions().isolated)
         backend = InProcessBackend(llm)
         app = create_app(backend, api)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -16,6 +16,7 @@ from llava_serve import processor
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.errors import DeadlineExceededError, PromptTooLongError
+from llava_serve.images import decoder
 from llava_serve.images.decode import decode_image
 from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.images.tiles import digest
@@ -43,7 +44,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Image.Image]]:
         pictures.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr(processor, "decode_image", decode)
+    monkeypatch.setattr(decoder, "decode_image", decode)
     return pictures
 
 
@@ -81,7 +82,8 @@ async def test_a_cancelled_caller_ends_the_work_at_the_next_image(
 ) -> None:
     call: Any
     if tier == "replica":
-        stage = ImagePreprocessor(ModelOptions(), ImageOptions(max_per_request=100, cache_bytes=0))
+        stage = ImagePreprocessor(ModelOptions(), ImageOptions())
+        stage._processor.processor = subject  # which decodes here, where it can be watched
         call = stage.prepare(about(60), None, time.time() + 60)
     else:
         call = ThreadedProcessor(subject, 2).prepare(lambda: about(60), deadline=time.time() + 60)
