@@ -191,5 +191,10 @@ def test_inspect_tells_what_a_checkpoint_is(
     done = cli("inspect", CHECKPOINTS / checkpoint, *more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") <= 24
-    for line in (*lines, "upright as EXIF says", "JPEGs over 64,000,000 pixels", "over white; images.transparency: drop"):
+    for line in (
+        *lines,
+        "upright as EXIF says",
+        "JPEGs over 64,000,000 pixels",
+        "over white; images.transparency: drop",
+    ):
         assert line in done.stdout
