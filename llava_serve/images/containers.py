@@ -19,6 +19,8 @@ from llava_serve.images.opened import Opened, loaded
 
 _WEBP_KEPT = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 _WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags: a colour profile, EXIF, XMP
+_MAX_CHUNKS = 10_000
+"""That are looked at before the pixels; what lies behind them is none of them."""
 _MAX_BLOCKS = 200_000
 """Of 255 bytes at most each, as GIF has them: more than 20 MiB."""
 _PPM_HEADER = re.compile(
@@ -31,7 +33,9 @@ def open_webp(data: bytes) -> Opened:
     """Reads the header, without EXIF, XMP, colour profile and all frames but the first."""
     chunks: list[bytes] = []
     exif, at, frames = b"", 12, 0
-    while at + 8 <= len(data) and len(chunks) < 16:
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > len(data):
+            break
         name, length = struct.unpack_from("<4sI", data, at)
         body = data[at + 8 : at + 8 + length]
         at += 8 + length + length % 2
@@ -52,7 +56,7 @@ def open_gif(data: bytes) -> Opened:
     """Reads the header and keeps the first frame: comments can be of any length, and frames of any number."""
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
     kept = [data[:at]]
-    for _ in range(_MAX_BLOCKS):
+    for _ in range(_MAX_CHUNKS):
         kind = data[at]
         if kind == 0x2C:
             kept.append(data[at:])
@@ -137,7 +141,9 @@ def open_heic(data: bytes) -> Opened:
 def _without_exif(data: bytes) -> bytes:
     """An ISO media file whose EXIF item has another name, so that no decoder reads it."""
     at = 0
-    while at + 8 <= len(data):
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > len(data):
+            break
         length, name = struct.unpack_from(">I4s", data, at)
         if name == b"meta":
             box = data[at : at + length]

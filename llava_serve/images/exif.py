@@ -16,6 +16,9 @@ _TYPES |= {13: "I", 16: "Q", 17: "q", 18: "Q"}  # IFD, and those of BigTIFF
 _LONG, _DOUBLE = 4, 12
 _SIZES = {number: struct.calcsize("<" + code) for number, code in _TYPES.items()}
 
+_MOST_NUMBERS = 16
+"""Of a tag that are looked at: channels have one each."""
+
 ORIENTATION = 0x0112
 
 _TURNS = {
@@ -42,10 +45,12 @@ class Directory:
     entries: dict[int, tuple[int, int, bytes]] = field(default_factory=dict)
 
     def numbers(self, tag: int) -> tuple[float, ...]:
-        """The numbers of a tag; empty where it is absent, or holds none."""
+        """The first numbers of a tag; empty where it is absent, or holds none."""
         kind, count, value = self.entries.get(tag, (0, 0, b""))
         code = _TYPES.get(kind, "c")
-        return struct.unpack(f"{self.order}{count}{code}", value) if len(code) == 1 and code != "c" else ()
+        if len(code) > 1 or code == "c":
+            return ()
+        return struct.unpack_from(f"{self.order}{min(count, _MOST_NUMBERS)}{code}", value)
 
     def number(self, tag: int, default: int) -> int:
         """The first whole number of a tag."""
@@ -100,7 +105,7 @@ def append_directory(data: bytes, directory: Directory) -> bytes:
     head, values = struct.pack(order + "H", len(entries)), b""
     for tag, (kind, count, value) in entries:
         if _SIZES[kind] == 8 and len(_TYPES[kind]) == 1 and kind != _DOUBLE:
-            value = struct.pack(f"{order}{count}I", *directory.numbers(tag))
+            value = struct.pack(f"{order}{count}I", *struct.unpack(f"{order}{count}Q", value))
             kind = _LONG
         head += struct.pack(order + "HHI", tag, kind, count)
         if len(value) <= 4:

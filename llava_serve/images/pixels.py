@@ -31,9 +31,14 @@ def to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
 
     An image that is RGB already is not copied: a copy costs as much as an eighth of its decoding.
     """
-    if transparency == "white" and image.has_transparency_data:
+    if transparency == "white" and image.has_transparency_data and not _is_opaque(image):
         return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    """Whether an alpha band hides nothing, as in most screenshots: to find that out is a tenth of the laying."""
+    return image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255)
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -48,10 +53,9 @@ def _over_white(image: Image.Image) -> Image.Image:
 def add_key(image: Image.Image, key: tuple[int, ...]) -> Image.Image:
     """Gives an image of mode L, RGB or I;16 an alpha band, 0 where its colour is the key. I;16 is scaled to L."""
     alpha = Image.new("L", image.size)
-    colour = np.array(key)
     for box in bands(image.size):
         band = np.asarray(image.crop(box))
-        differs = (band.reshape(*band.shape[:2], -1) != colour).any(axis=-1)
+        differs = (band.reshape(*band.shape[:2], -1) != np.array(key).astype(band.dtype)).any(axis=-1)
         alpha.paste(Image.fromarray(differs.astype(np.uint8) * 255), box)
     image = to_8_bits(image)
     image.putalpha(alpha)

@@ -109,11 +109,11 @@ def _join(chunks: _Chunks, pixels: bytes) -> bytes:
     if chunks.palette:
         written += [(b"PLTE", chunks.palette), (b"tRNS", chunks.transparency[: len(chunks.palette) // 3])]
     written += [(b"IDAT", pixels), (b"IEND", b"")]
-    return _SIGNATURE + b"".join(
-        b"".join((struct.pack(">I", len(body)), name, body, zlib.crc32(body, zlib.crc32(name)).to_bytes(4)))
-        for name, body in written
-        if body or name != b"tRNS"
-    )
+    parts = [_SIGNATURE]
+    for name, body in written:
+        if body or name != b"tRNS":
+            parts += struct.pack(">I", len(body)), name, body, zlib.crc32(body, zlib.crc32(name)).to_bytes(4)
+    return b"".join(parts)
 
 
 def _decode(chunks: _Chunks, pixels: bytes) -> Image.Image:
@@ -127,10 +127,11 @@ def _key(chunks: _Chunks, depth: int, colour: int) -> tuple[int, ...] | None:
     channels = {_GREY: 1, _RGB: 3}.get(colour)
     if channels is None or len(chunks.transparency) < 2 * channels:
         return None
-    key = struct.unpack(f">{channels}H", chunks.transparency[: 2 * channels])
+    most = 2**depth - 1
+    key = [value & most for value in struct.unpack(f">{channels}H", chunks.transparency[: 2 * channels])]
     if colour == _RGB:
         return tuple(value >> depth - 8 for value in key)  # of 16 bits the upper 8 are decoded
-    return key if depth == 16 else (key[0] * 255 // (2**depth - 1),)
+    return (key[0] if depth == 16 else key[0] * 255 // most,)
 
 
 def _with_right_checksum(pixels: bytes, limit: int) -> bytes | None:

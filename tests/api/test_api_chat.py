@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 from support.api_server import serving
 from support.paths import GOLDEN
 
@@ -33,7 +33,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     options = ModelOptions(model=str(GOLDEN / "checkpoints" / MODEL), device="cpu", dtype="float32")
-    llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20))
+    originals = ImageOptions(transparency="drop")  # the golden pixels
+    llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20), image_options=originals)
     backend = InProcessBackend(llm)
     with serving(create_app(backend, ApiOptions())) as url:
         yield url

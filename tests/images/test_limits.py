@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +21,7 @@ from llava_serve.images.decode import MAX_SIDE, decode_image
 from llava_serve.images.tiles import make_tiles
 from llava_serve.processor import Processor
 from llava_serve.types import ImagePart, Message, TextPart
-from support.odd_images import (
-    HEIGHT,
-    SCENE,
-    WIDTH,
-    chunk,
-    difference,
-    encoded,
-    exif_block,
-    tiff,
-)
+from support.odd_images import HEIGHT, SCENE, WIDTH, chunk, difference, encoded, exif_block, png_of, tiff
 
 OPTIONS = ImageOptions()
 
@@ -120,3 +115,38 @@ def test_totals_of_a_request_are_bounded() -> None:
     assert caught.value.param == "messages[0].content[2]"
     with pytest.raises(InvalidImageError, match=f"images take {3 * len(data):,} bytes; at most"):
         prepare(max_total_bytes=3 * len(data) - 1)
+
+
+LARGE: dict[str, Callable[[], bytes]] = {
+    "16-bit PNG": lambda: png_of(np.tile(np.arange(8000, dtype=np.uint16), (8000, 1)), 16, 0),
+    "PNG with a key": lambda: png_of(np.zeros((8000, 8000, 3), np.uint8), 8, 2, chunk(b"tRNS", bytes(6))),
+    "PNG RGBA": lambda: encoded(Image.new("RGBA", (8000, 8000), (1, 2, 3, 100))),
+    "JPEG CMYK": lambda: encoded(Image.new("CMYK", (8000, 8000)), "JPEG"),
+    "JPEG on its side": lambda: encoded(Image.new("RGB", (8000, 8000)), "JPEG", exif=exif_block(6)),
+    "float TIFF": lambda: encoded(Image.new("F", (8000, 8000), 3.0), "TIFF", compression="tiff_adobe_deflate"),
+    "int32 TIFF": lambda: encoded(Image.new("I", (8000, 8000), 70000), "TIFF", compression="tiff_adobe_deflate"),
+}
+MEASURE = """
+import re, sys
+from pathlib import Path
+from llava_serve.config import ImageOptions
+from llava_serve.images.decode import decode_image
+
+def peak():  # getrusage would count what the parent held at the fork
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+data = Path(sys.argv[1]).read_bytes()
+before = peak()
+decode_image(data, ImageOptions())
+print((peak() - before) >> 10)
+"""
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", LARGE)
+def test_no_conversion_takes_more_than_about_twice_the_image(name: str, tmp_path: Path) -> None:
+    """64 megapixels, 244 MiB of them as Pillow holds them: with what the decoder takes, at most two such images."""
+    path = tmp_path / "image"
+    path.write_bytes(LARGE[name]())
+    measured = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
+    assert 244 // 4 < int(measured.stdout) < 2.2 * 244

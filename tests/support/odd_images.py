@@ -84,6 +84,8 @@ def png_of(samples: NDArray[Any], depth: int, colour: int, *extra: bytes) -> byt
     flat = samples.reshape(height, -1)
     if depth == 16:
         rows = flat.astype(">u2").view(np.uint8).reshape(height, -1)
+    elif depth == 8:
+        rows = flat.astype(np.uint8)
     else:
         bits = np.unpackbits(flat.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :]
         rows = np.packbits(bits.reshape(height, -1), axis=1)
