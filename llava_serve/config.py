@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Literal, TypedDict, Unpack
+from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated, Any, Literal, TypedDict, Unpack
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,41 @@ class EngineOptions(Options):
     num_threads: int | None = Field(default=None, ge=1)
 
 
+class LinkHost(Options):
+    """A host that links in requests may name.
+
+    Attributes:
+        host: a name or an address, with `:port` where the port is neither 80 nor 443.
+        networks: the private networks that the host may lie in; without them its addresses must be global.
+    """
+
+    host: str
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, given: str) -> str:
+        from httpx2 import URL, InvalidURL  # takes a while, and most configs open no links
+
+        try:
+            url = URL(f"//{given}")
+        except (InvalidURL, UnicodeError):
+            url = URL("")
+        if not url.raw_host or url.userinfo or str(url) != f"//{url.netloc.decode('ascii')}":
+            raise ValueError("a host is a name or an address, such as images.example.org or 10.0.0.5:9000")
+        return given
+
+
+def _as_links(given: Any) -> Any:
+    if given is False:  # what YAML makes of a plain off
+        return "off"
+    return (
+        [{"host": each} if isinstance(each, str) else each for each in given]
+        if isinstance(given, list | tuple)
+        else given
+    )
+
+
 class ImageOptions(Options):
     """What pictures are accepted.
 
@@ -100,12 +136,15 @@ class ImageOptions(Options):
         max_pixels: of one decoded picture.
         max_per_request: pictures in one request.
         cache_bytes: memory for the tiles of the pictures seen last.
+        links: which `http:` and `https:` links in requests are followed: `off`, none; `public`, those to global
+            addresses; or those to the hosts of a list, where a name alone is a `LinkHost` without networks.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_per_request: int = Field(default=16, ge=0)
     cache_bytes: int = Field(default=64 << 20, ge=0)
+    links: Annotated[Literal["off", "public"] | tuple[LinkHost, ...], BeforeValidator(_as_links)] = "off"
 
 
 def resolve_image_options(given: ImageOptions | None, images: ImageOptions | None) -> ImageOptions:

@@ -27,7 +27,7 @@ class ImageUrl(Wire):
     """Where a picture is.
 
     Attributes:
-        url: a `data:` URL with the picture in base64.
+        url: a `data:` URL with the picture in base64; or a link, where `images.links` allows it.
         detail: OpenAI's hint at what to spend on the picture; accepted and not followed, as vLLM does, since a
             checkpoint reads every picture in the one way that it was trained on.
     """
@@ -46,7 +46,7 @@ class Part(Wire):
     Attributes:
         type: which of the other fields is set.
         image_url: an object, or its `url` alone.
-        image: a picture; over HTTP a `data:` URL, in the library anything that stands for one.
+        image: a picture; over HTTP as `image_url`, in the library anything that stands for one.
     """
 
     type: Literal["text", "image_url", "image"]
