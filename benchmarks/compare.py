@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import requests
+import httpx
 
 from benchmarks.load import drive
 from benchmarks.make_checkpoint import given_or_tiny
@@ -61,9 +61,9 @@ def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tu
     try:
         for _ in range(240):
             try:
-                requests.get(f"{url}/health", timeout=5)
+                httpx.get(f"{url}/health", timeout=5)
                 break
-            except requests.ConnectionError:
+            except httpx.TransportError:
                 time.sleep(0.5)
         yield url, process.pid
     finally:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Literal, TypedDict, Unpack
+from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated, Any, Literal, TypedDict, Unpack
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +94,41 @@ class EngineOptions(Options):
     num_threads: int | None = Field(default=None, ge=1)
 
 
+class LinkHost(Options):
+    """A host that links in requests may name.
+
+    Attributes:
+        host: a name or an address, with `:port` where the port is neither 80 nor 443.
+        networks: the private networks that the host may lie in; without them its addresses must be global.
+    """
+
+    host: str
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, given: str) -> str:
+        from httpx2 import URL, InvalidURL  # takes a while, and most configs open no links
+
+        try:
+            url = URL(f"//{given}")
+        except (InvalidURL, UnicodeError):
+            url = URL("")
+        if not url.raw_host or url.userinfo or str(url) != f"//{url.netloc.decode('ascii')}":
+            raise ValueError("a host is a name or an address, such as images.example.org or 10.0.0.5:9000")
+        return given
+
+
+def _as_links(given: Any) -> Any:
+    if given is False:  # what YAML makes of a plain off
+        return "off"
+    return (
+        [{"host": each} if isinstance(each, str) else each for each in given]
+        if isinstance(given, list | tuple)
+        else given
+    )
+
+
 class ImageOptions(Options):
     """What images are accepted, and how they are seen.
 
@@ -110,6 +146,8 @@ class ImageOptions(Options):
         decode_timeout_s: of one image.
         decode_memory_bytes: what a child process may allocate beyond what it has at its start. An image of 64 million
             pixels takes up to 1.4 GiB: WebP with transparency.
+        links: which `http:` and `https:` links in requests are followed: `off`, none; `public`, those to global
+            addresses; or those to the hosts of a list, where a name alone is a `LinkHost` without networks.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
@@ -119,6 +157,7 @@ class ImageOptions(Options):
     max_total_pixels: int = Field(default=256_000_000, ge=1)
     transparency: Transparency = "white"
     cache_bytes: int = Field(default=64 << 20, ge=0)
+    links: Annotated[Literal["off", "public"] | tuple[LinkHost, ...], BeforeValidator(_as_links)] = "off"
     isolate: bool = False
     decode_timeout_s: float = Field(default=10, gt=0)
     decode_memory_bytes: int = Field(default=1536 << 20, ge=1)

@@ -27,7 +27,7 @@ class ImageUrl(Wire):
     """Where a picture is.
 
     Attributes:
-        url: a `data:` URL with the picture in base64.
+        url: a `data:` URL with the picture in base64; or a link, where `images.links` allows it.
         detail: OpenAI's hint at the resolution; accepted and ignored, as in vLLM, since a checkpoint processes every
             picture in the one way that it was trained on.
     """
@@ -46,7 +46,7 @@ class Part(Wire):
     Attributes:
         type: which of the other fields is set.
         image_url: an object, or its `url` alone.
-        image: a picture; over HTTP a `data:` URL, in the library any source of one.
+        image: a picture; over HTTP as `image_url`, in the library any source of one.
     """
 
     type: Literal["text", "image_url", "image"]

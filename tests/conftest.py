@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from support.paths import CONFIG
+from support.picture_server import PICTURE, PictureServer, picture_server, response
 from support.tiny_hf import MODELS, write_model
 from support.variants import copy
 
@@ -74,6 +75,13 @@ def client(served: Any) -> Iterator[Any]:
 
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as openai:
         yield openai
+
+
+@pytest.fixture
+def server() -> Iterator[PictureServer]:
+    """An HTTP server that has one picture, and calls it something else."""
+    with picture_server({"/a.png": response(PICTURE, "Content-Type: text/html")}) as running:
+        yield running
 
 
 @pytest.fixture

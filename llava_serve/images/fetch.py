@@ -5,29 +5,33 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-import requests
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
+from llava_serve.images.download import Downloader, is_link
 from llava_serve.images.exif import exif_orientation, turn_upright
 from llava_serve.images.formats import identify
 from llava_serve.images.pixels import add_key, to_8_bits
+from llava_serve.images.transport import Budget, FetchError, FetchLimits
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
-_TIMEOUT_S = 20
+_LIMITS = FetchLimits(read_s=20, total_s=300)
+"""Of a link that the library's own user names: nobody else waits for it."""
 
 
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
-    """The bytes of a picture in a request. A request never reads this machine's files or network.
+    """The bytes of a picture in a request. A request never reads this machine's files or network;
+    allowed links were followed earlier (`llava_serve.images.links`).
 
     Raises:
         InvalidImageError: a link, a path, or an invalid `data:` URL.
@@ -36,7 +40,11 @@ def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
         return source
     if source[:5].lower() == "data:":
         return _read_data_url(source, options)
-    raise InvalidImageError("A picture must be sent as a data: URL; links are not accepted by this server.", "messages")
+    if options.links in ("off", ()):
+        raise InvalidImageError(
+            "A picture must be sent as a data: URL; links are not accepted by this server.", "messages"
+        )
+    raise InvalidImageError("A picture must be sent as a data: URL, or as an http: or https: link.", "messages")
 
 
 def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
@@ -55,8 +63,8 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
         return source
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read_data_url(source, options)
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _download(source, options)
+    if is_link(source):
+        return _download(str(source), options)
     try:
         return Path(source).expanduser().read_bytes()
     except OSError as error:
@@ -114,13 +122,11 @@ def _file_of(image: Image.Image) -> bytes | None:
 
 def _download(url: str, options: ImageOptions) -> bytes:
     try:
-        with requests.get(url, timeout=_TIMEOUT_S, stream=True) as response:
-            response.raise_for_status()
-            data = bytearray()
-            for block in response.iter_content(1 << 16):
-                data += block
-                if len(data) > options.max_bytes:
-                    raise InvalidImageError(f"The picture at {url} is over {options.max_bytes:,} bytes.")
-            return bytes(data)
-    except requests.RequestException as error:
-        raise InvalidImageError(f"The picture at {url} cannot be fetched.") from error
+        return _downloader().fetch(url, options.max_bytes, Budget(_LIMITS))
+    except FetchError as error:
+        raise InvalidImageError(f"The picture at {url} cannot be fetched: {error}.") from error
+
+
+@cache
+def _downloader() -> Downloader:
+    return Downloader()
