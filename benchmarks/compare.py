@@ -59,7 +59,7 @@ def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tu
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(240):
+        for _ in range(480):  # four minutes: a busy machine starts slowly
             try:
                 httpx.get(f"{url}/health", timeout=5)
                 break
