@@ -6,6 +6,7 @@ LlavaServeError
 │   ├── PromptTooLongError     says got and limit
 │   ├── UnsupportedParameterError
 │   ├── BodyTooLargeError
+│   ├── UnsupportedMediaTypeError
 │   └── UnknownModelError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
@@ -43,7 +44,16 @@ class RequestError(LlavaServeError):
 
 
 class InvalidImageError(RequestError):
-    """A picture is not readable, not allowed, or too large."""
+    """A picture is not readable, not allowed, or too large.
+
+    Args:
+        index: of the picture among those of the request, from 0; None where no single one is at fault.
+    """
+
+    def __init__(self, message: str, param: str | None = None, index: int | None = None) -> None:
+        super().__init__(message, param)
+        self.args = (message, param, index)  # what unpickling passes to __init__
+        self.index = index
 
 
 class PromptTooLongError(RequestError):
@@ -67,6 +77,10 @@ class UnsupportedParameterError(RequestError):
 
 class BodyTooLargeError(RequestError):
     """The request body is over the server's limit."""
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """The request's body is not sent as JSON."""
 
 
 class UnknownModelError(RequestError):

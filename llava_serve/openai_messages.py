@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -90,6 +91,17 @@ def from_wire(messages: Sequence[WireMessage]) -> tuple[Message, ...]:
         RequestError: a part does not hold what its type says.
     """
     return tuple(_message(message, f"messages[{number}]", _passed_on) for number, message in enumerate(messages))
+
+
+def image_param(messages: Sequence[WireMessage], index: int) -> str:
+    """Where the picture with this number stands: `messages[0].content[1].image_url`."""
+    parts = (
+        f"messages[{turn}].content[{number}].{part.type}"
+        for turn, message in enumerate(messages)
+        for number, part in enumerate(message.content)
+        if part.type != "text"
+    )
+    return next(islice(parts, index, None))
 
 
 def read_messages(messages: Sequence[ChatMessage], read_source: ReadSource) -> tuple[Message, ...]:

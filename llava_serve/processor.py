@@ -99,10 +99,13 @@ class Processor:
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
         images = []
-        for part in parts:
+        for index, part in enumerate(parts):
             if check is not None:
                 check()
-            images.append(self._process_image(part, self.spec.context_length - length))
+            try:
+                images.append(self._process_image(part, self.spec.context_length - length))
+            except InvalidImageError as error:
+                raise InvalidImageError(error.message, error.param, index) from error
             length += images[-1].count
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)

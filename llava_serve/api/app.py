@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
-from llava_serve.api.errors import openai_error
+from llava_serve.api.errors import log_refusal, openai_error
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
 from llava_serve.api.pipeline import GenerationRequest
@@ -23,7 +24,7 @@ from llava_serve.api.validation import check_priority, parse_request, sampling_o
 from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
 from llava_serve.errors import DeadlineExceededError, UnknownModelError
-from llava_serve.openai_messages import from_wire
+from llava_serve.openai_messages import from_wire, image_param
 
 LARGE_BODY_BYTES = 64 << 10
 """Takes about a millisecond to parse."""
@@ -79,6 +80,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
             deadline=request.state.arrived + seconds,
             conv_mode=wire.conv_mode,
             priority=priority,
+            image_param=partial(image_param, wire.messages),
         )
         return ChatAnswer(backend, wire, work, request.state.request_id)
 
@@ -131,10 +133,12 @@ async def _parsed(body: bytes) -> ChatRequest:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Answers the router's own errors (unknown path, wrong method) in OpenAI's shape."""
     assert isinstance(error, HTTPException)
+    method, path = request.method[:100], request.url.path[:100]
     message = {
-        404: f"There is no endpoint {request.method} {request.url.path[:200]}.",
-        405: f"{request.method} is not allowed at {request.url.path[:200]}.",
+        404: f"There is no endpoint {method} {path}.",
+        405: f"{method} is not allowed at {path}.",
     }.get(error.status_code, "The request cannot be served.")
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    log_refusal(request.state.request_id, error.status_code, code)
     body = openai_error(message, "invalid_request_error", code)
     return JSONResponse(body, error.status_code, error.headers)

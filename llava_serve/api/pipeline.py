@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from llava_serve.api.backends import Backend
 from llava_serve.api.completion import UsageCounter
+from llava_serve.errors import InvalidImageError
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 
@@ -19,6 +20,7 @@ class GenerationRequest:
         request_id: unique in the engine; a caller's own id may not be.
         deadline: seconds since the epoch.
         priority: a smaller number is served earlier.
+        image_param: names the field of the picture with this index; None if the request has no fields.
     """
 
     asked: Query | Sequence[Message]
@@ -27,6 +29,7 @@ class GenerationRequest:
     deadline: float
     conv_mode: str | None = None
     priority: int = 0
+    image_param: Callable[[int], str] | None = None
 
 
 class Generation:
@@ -58,7 +61,12 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
         LlavaServeError: at the block's start if the input is invalid, in the iteration for later errors:
             `EngineDeadError` if the answer ends before it is complete.
     """
-    prepared = await backend.prepare(request.asked, conv_mode=request.conv_mode, deadline=request.deadline)
+    try:
+        prepared = await backend.prepare(request.asked, conv_mode=request.conv_mode, deadline=request.deadline)
+    except InvalidImageError as error:
+        if error.index is None or request.image_param is None:
+            raise
+        raise InvalidImageError(error.message, request.image_param(error.index), error.index) from None
     groups = backend.generate(
         prepared,
         request.sampling,
