@@ -83,9 +83,8 @@ def _serve_in_process(options: argparse.Namespace) -> int:
     """Binds the port first, so that a port in use fails before a model is loaded."""
     with _bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as listener:
         model = flags.model_options(options)
-        import uvicorn
-
         from llava_serve.api.app import create_app
+        from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
         from llava_serve.config import ApiOptions, EngineOptions
@@ -93,7 +92,7 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)))
         backend = InProcessBackend(llm)
         app = create_app(backend, ApiOptions(api_keys=tuple(options.api_key or ())))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = server_of(app)
         host, port = listener.getsockname()[:2]
         print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
         # uvicorn drains on a signal and then raises it again, when there is nothing left to end.

@@ -6,11 +6,13 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
+from llava_serve.api import http_server
 from llava_serve.errors import EngineDeadError, InvalidImageError
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of
 
@@ -25,14 +27,22 @@ def web() -> Iterator[httpx.Client]:
         yield web
 
 
-def raw(web: httpx.Client, request: bytes, timeout_s: float = 10) -> bytes:
-    """All that the server sends before it closes the connection."""
+def connected(web: httpx.Client) -> socket.socket:
+    return socket.create_connection((web.base_url.host, web.base_url.port or 80), timeout=10)
+
+
+def read(connection: socket.socket, until: bytes | None = None) -> bytes:
+    """What the server sends, up to some bytes or to the connection's end."""
     answer = b""
-    with socket.create_connection((web.base_url.host, web.base_url.port or 80), timeout=timeout_s) as client:
-        client.sendall(request)
-        while block := client.recv(65536):
-            answer += block
+    while (until is None or until not in answer) and (block := connection.recv(65536)):
+        answer += block
     return answer
+
+
+def raw(web: httpx.Client, request: bytes, until: bytes | None = None) -> bytes:
+    with connected(web) as connection:
+        connection.sendall(request)
+        return read(connection, until)
 
 
 JSON_BODY = json.dumps(BODY).encode()
@@ -103,6 +113,7 @@ def test_what_a_message_repeats_of_a_request_is_cut(web: httpx.Client) -> None:
         web.post(PATH, json=BODY | {long: 1}),
         web.post(PATH, content=JSON_BODY, headers={"Content-Type": long}),
         web.post(PATH, content=JSON_BODY, headers={"Content-Encoding": long}),
+        web.request(long, PATH),
         web.get(f"/{long}"),
         web.get(f"/v1/models/{long}"),
     ):
@@ -136,3 +147,44 @@ def test_what_the_server_cannot_do_is_a_warning_and_the_unforeseen_has_its_trace
         (logging.WARNING, False),
         (logging.ERROR, True),
     ]
+
+
+def test_a_head_that_is_too_large_is_refused(web: httpx.Client) -> None:
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * (http_server.MAX_HEAD_BYTES // 6)
+    assert raw(web, head).startswith(b"HTTP/1.1 400 ")
+    assert web.get("/health").status_code == 200
+
+
+def test_a_head_that_does_not_arrive_in_time_ends_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.2)
+    halves = (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nConnection: keep-alive\r\na: b")
+    with app_over(PacedBackend(pace_s=0.2)) as web:
+        for half in halves:
+            assert raw(web, half) == b""
+        with connected(web) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read(connection, b"}").startswith(b"HTTP/1.1 200 ")
+            connection.sendall(halves[1])  # the second request of a connection
+            assert read(connection) == b""
+        # The head's time is not the answer's, which takes three times as long.
+        assert web.post(PATH, json=BODY).json()["choices"][0]["message"]["content"] == "A red circle."
+
+
+def test_many_half_sent_requests_do_not_hinder_another(web: httpx.Client) -> None:
+    with ExitStack() as connections:
+        for _ in range(500):
+            connections.enter_context(connected(web)).sendall(b"GET /health HT")
+        assert web.get("/health", timeout=5).status_code == 200
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_request_that_offers_http_2_keeps_its_body(web: httpx.Client, framing: str) -> None:
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n" % PATH.encode()
+    head += b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nContent-Type: application/json\r\n"
+    if framing == "length":
+        sent = head + b"Content-Length: %d\r\n\r\n%b" % (len(JSON_BODY), JSON_BODY)
+    else:
+        sent = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(JSON_BODY), JSON_BODY)
+    answer = raw(web, sent, b"A red circle.")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"A red circle." in answer
