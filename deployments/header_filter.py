@@ -1,7 +1,8 @@
 """Middleware around Serve: in its HTTP proxy, or in the ingress replica if HAProxy is the proxy.
 
-By request headers, Serve lets a client change the server's time limit and switch the detection of its disconnect off.
-These headers are removed here. Serve also adds the request's id to responses that have it already; only the first one
+By request headers, Serve lets a client change the server's time limit, switch the detection of its disconnect off and
+choose the replica. These headers are removed here, and so is a request id that the application would replace: Serve
+fails on one that is not UTF-8. Serve also adds the request's id to responses that have it already; only the first one
 is kept. Serve finds `middlewares` by the variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the process's
 environment (`controller_options` of `serve_config.yaml` set it for the proxy).
 """
@@ -11,11 +12,14 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava_serve.api.middleware import is_request_id
+
 REQUEST_ID = b"x-request-id"
 FORBIDDEN_HEADERS = frozenset(
     (
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
+        b"x-session-id",
         b"serve_multiplexed_model_id",
         b"serve-multiplexed-model-id",
     )
@@ -23,17 +27,22 @@ FORBIDDEN_HEADERS = frozenset(
 
 
 class HeaderFilterMiddleware:
-    """Removes the request headers that control Serve itself, and a second id from the response."""
+    """Removes the request headers that control Serve itself or disturb it, and a second id from the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            kept = [(name, value) for name, value in scope["headers"] if name.lower() not in FORBIDDEN_HEADERS]
+            kept = [(name, value) for name, value in scope["headers"] if is_allowed(name.lower(), value)]
             await self._app({**scope, "headers": kept}, receive, one_id(send))
             return
         await self._app(scope, receive, send)
+
+
+def is_allowed(name: bytes, value: bytes) -> bool:
+    """The request header reaches Serve."""
+    return name not in FORBIDDEN_HEADERS and (name != REQUEST_ID or is_request_id(value.decode("latin-1")))
 
 
 def one_id(send: Send) -> Send:

@@ -6,6 +6,7 @@ LlavaServeError
 │   ├── PromptTooLongError     says got and limit
 │   ├── UnsupportedParameterError
 │   ├── BodyTooLargeError
+│   ├── UnsupportedMediaTypeError
 │   └── UnknownModelError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
@@ -67,6 +68,10 @@ class UnsupportedParameterError(RequestError):
 
 class BodyTooLargeError(RequestError):
     """The request body is over the server's limit."""
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """The request's body is not sent as JSON."""
 
 
 class UnknownModelError(RequestError):

@@ -21,6 +21,7 @@ from llava_serve.errors import (
     PromptTooLongError,
     RequestError,
     UnknownModelError,
+    UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
 
@@ -44,6 +45,7 @@ WIRE_ERRORS: dict[type[BaseException], WireError] = {
     PromptTooLongError: WireError(400, "invalid_request_error", "context_length_exceeded"),
     UnsupportedParameterError: WireError(400, "invalid_request_error", "unsupported_parameter"),
     BodyTooLargeError: WireError(413, "invalid_request_error", "request_too_large"),
+    UnsupportedMediaTypeError: WireError(415, "invalid_request_error", "unsupported_media_type"),
     UnknownModelError: WireError(404, "invalid_request_error", "model_not_found"),
     AccessError: WireError(401, "invalid_request_error", "invalid_api_key"),
     CapacityError: WireError(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -70,15 +72,23 @@ def error_body(error: BaseException, request_id: str | None = None) -> dict[str,
     return openai_error(f"The server failed on this request.{about}", wire.type, wire.code)
 
 
-def log_if_internal(error: BaseException, request_id: str) -> None:
-    """Logs an internal error with its traceback; the client is sent every other one."""
-    if wire_error(error) is INTERNAL:
+def log_error(error: BaseException, request_id: str) -> None:
+    """Logs an internal error with its traceback; every other one as a line, since its client is told about it."""
+    wire = wire_error(error)
+    if wire is INTERNAL:
         logger.error("Request %s failed.", request_id, exc_info=error)
+    else:
+        log_refusal(request_id, wire.status, wire.code)
+
+
+def log_refusal(request_id: str, status: int, code: str) -> None:
+    """One line: a client's mistake is no warning, and what the server could not do is one."""
+    logger.log(logging.WARNING if status >= 500 else logging.INFO, "Request %s: %d %s.", request_id, status, code)
 
 
 def reported(error: Exception, request_id: str) -> dict[str, Any]:
-    """Logs an internal error, and returns the error object for the caller."""
-    log_if_internal(error, request_id)
+    """Logs an error, and returns the error object for the caller."""
+    log_error(error, request_id)
     return error_body(error, request_id)
 
 

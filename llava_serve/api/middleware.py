@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_serve.api.errors import error_response, log_if_internal
+from llava_serve.api.errors import error_response, log_error
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.errors import AccessError, BodyTooLargeError
 from llava_serve.types import ImagePart, Query
@@ -46,6 +46,8 @@ class RequestContextMiddleware:
             return
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
         scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time())
+        if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
+            scope = {**scope, "method": "GET"}
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -61,7 +63,7 @@ class RequestContextMiddleware:
             if not started:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_id)
         except Exception as error:
-            log_if_internal(error, request_id)
+            log_error(error, request_id)
             if started:
                 raise
             await error_response(error, request_id)(scope, receive, send_with_id)
@@ -151,5 +153,10 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
+def is_request_id(given: str) -> bool:
+    """A client may choose this id: a short word of letters, digits and a few marks, so that no log is disturbed."""
+    return _ACCEPTABLE_ID.fullmatch(given) is not None
+
+
 def _request_id(given: str | None) -> str:
-    return given if given and _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if given is not None and is_request_id(given) else uuid.uuid4().hex

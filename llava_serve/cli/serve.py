@@ -105,16 +105,15 @@ def _serve_in_process(options: argparse.Namespace) -> int:
 
         api = ApiOptions(api_keys=tuple(options.api_key or ()), api_keys_file=options.api_key_file)
         accepted_keys(api)  # a file that cannot be used is told here
-        import uvicorn
-
         from llava_serve.api.app import create_app
+        from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
 
         llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)), image_options=ImageOptions().isolated)
         backend = InProcessBackend(llm)
         app = create_app(backend, api)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = server_of(app)
         host, port = listener.getsockname()[:2]
         listener.listen()  # whoever reads the next line can connect
         print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)

@@ -92,4 +92,4 @@ def _compiled(template: str) -> Template:
 
 
 def _refuse(message: str) -> None:
-    raise RequestError(f"The model's chat template refuses the conversation: {message}", "messages")
+    raise RequestError(f"The model's chat template refuses the conversation: {message[:100]}", "messages")

@@ -16,6 +16,7 @@ from llava_serve.openai_messages import MAX_MESSAGES, MAX_PARTS
 from llava_serve.processor import Processor
 from llava_serve.types import ImagePart, Message, TextPart
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of, wait_until
+from support.demo import DEMO_IMAGE
 
 TEXT = {"type": "text", "text": "Hi"}
 TURN = {"role": "user", "content": "Hi"}
@@ -114,3 +115,9 @@ def test_no_text_that_fits_is_refused_by_its_length(processor: Processor, text: 
 def test_many_turns_of_one_role_are_joined(processor: Processor) -> None:
     one = processor.prepare([Message("user", (TextPart("a"),))] * 300)
     assert one.prompt.count("a\n") == 299
+
+
+def test_a_picture_that_is_refused_is_known_by_its_index(processor: Processor) -> None:
+    good = ImagePart(DEMO_IMAGE.read_bytes())
+    with pytest.raises(InvalidImageError) as refusal:
+        processor.prepare([Message("user", (good, TextPart("a"))), Message("user", (ImagePart("data:,"), good))])

@@ -159,14 +159,15 @@ async def test_a_drain_waits_for_requests_in_flight_and_refuses_new_ones() -> No
 
 
 async def test_headers_that_control_serve_are_removed() -> None:
-    names: list[bytes] = []
+    received: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        names.extend(name for name, _ in scope["headers"])
+        received.extend(scope["headers"])
 
-    headers = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"accept", b"*/*")]
-    await ask(HeaderFilterMiddleware(app), headers)
-    assert names == [b"accept"]
+    kept = [(b"accept", b"*/*"), (b"x-request-id", b"trace-1")]
+    headers = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"x-session-id", b"1")]
+    await ask(HeaderFilterMiddleware(app), [*headers, (b"X-Request-ID", b"a\xffb"), *kept])
+    assert received == kept
 
 
 async def test_an_answer_carries_its_id_once() -> None:

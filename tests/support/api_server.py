@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 from openai import OpenAI
 from starlette.types import ASGIApp
 
 from llava_serve.api.app import create_app
+from llava_serve.api.http_server import server_of
 from llava_serve.config import ApiOptions
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
@@ -31,7 +31,7 @@ def serving(app: ASGIApp) -> Iterator[str]:
     """Runs an app under uvicorn on a free port; gives its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    server = server_of(app, graceful_timeout_s=2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
