@@ -117,7 +117,8 @@ def test_many_turns_of_one_role_are_joined(processor: Processor) -> None:
     assert one.prompt.count("a\n") == 299
 
 
-def test_a_picture_that_is_refused_is_known_by_its_index(processor: Processor) -> None:
+def test_a_refusal_names_the_part_of_the_image(processor: Processor) -> None:
     good = ImagePart(DEMO_IMAGE.read_bytes())
     with pytest.raises(InvalidImageError) as refusal:
         processor.prepare([Message("user", (good, TextPart("a"))), Message("user", (ImagePart("data:,"), good))])
+    assert refusal.value.param == "messages[1].content[0]"
