@@ -53,7 +53,6 @@ __all__ = [
     "SamplingParams",
     "UnknownModelError",
     "UnsupportedParameterError",
-    "__version__",
 ]
 
 
