@@ -55,7 +55,6 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedMediaTypeError",
     "UnsupportedParameterError",
-    "__version__",
 ]
 
 
