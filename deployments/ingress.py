@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
-from deployments.handle_calls import AbortedCalls
+from deployments.handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.limiter import ConcurrencyLimiter
@@ -36,6 +37,7 @@ class Ingress:
     def __init__(
         self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
     ) -> None:
+        _log_with_serve()
         self._options = options
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
@@ -45,6 +47,7 @@ class Ingress:
         """Called by Serve in the replica, after the constructor."""
         return create_app(self._backend, self._options, self._limiter)
 
+    @yields_failure
     async def generate(
         self,
         asked: Query | Sequence[Message],
@@ -104,3 +107,12 @@ class Ingress:
     async def drain(self) -> None:
         """Refuses new requests from now on, and returns once no request is in flight."""
         await self._limiter.drain()
+
+
+def _log_with_serve() -> None:
+    """The web app's log records go where Serve's do: to the replica's log, with the request's id."""
+    ours, serves = logging.getLogger("llava_serve"), logging.getLogger(SERVE_LOGGER)
+    ours.setLevel(serves.level)
+    ours.propagate = False
+    for handler in serves.handlers:
+        ours.addHandler(handler)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from deployments.coalesce import coalesce
-from deployments.handle_calls import AbortedCalls
+from deployments.handle_calls import AbortedCalls, returns_failure, yields_failure
 from deployments.metrics import ModelMetrics
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.deadline import check_deadline
@@ -32,6 +32,7 @@ class LlavaModel:
         self._aborted = AbortedCalls()
         self._metrics = ModelMetrics()
 
+    @yields_failure
     async def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
     ) -> AsyncGenerator[list[Chunk]]:
@@ -74,6 +75,7 @@ class LlavaModel:
         for call_id in call_ids:
             self._llm.abort(call_id)
 
+    @returns_failure
     async def health(self) -> None:
         """Returns if the model can answer; raises `EngineDeadError` otherwise."""
         self.check_health()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deployments.handle_calls import returns_failure
 from deployments.metrics import PreprocessorMetrics
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
@@ -25,6 +26,7 @@ class ImagePreprocessor:
         # One request at a time: a replica uses one core and holds one decoded image. The tier scales by replicas.
         self._processor = ThreadedProcessor(Processor(spec, images), 1, PreprocessorMetrics().prepared)
 
+    @returns_failure
     async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         """One prompt as model input.
 
