@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.app import AppArgs
 from deployments.backend import HandleBackend
 from deployments.coalesce import coalesce
+from deployments.handle_calls import Failure
 from deployments.ingress import Ingress
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
@@ -99,9 +100,12 @@ class StampedPreprocessor(ImagePreprocessor):
         super().__init__(model, images)
         self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
 
-    async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
+    async def prepare(
+        self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float
+    ) -> PreparedPrompt | Failure:
         reached = time.time()
-        return stamped(await super().prepare(asked, conv_mode, deadline), reached=reached)
+        prepared = await super().prepare(asked, conv_mode, deadline)
+        return prepared if isinstance(prepared, Failure) else stamped(prepared, reached=reached)
 
 
 class StampedProcessor(Processor):
@@ -128,11 +132,11 @@ class ModelTier(Protocol):
 
     def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
-    ) -> AsyncGenerator[list[Chunk]]: ...
+    ) -> AsyncGenerator[list[Chunk] | Failure]: ...
 
     async def abort(self, call_ids: Sequence[str]) -> None: ...
 
-    async def health(self) -> None: ...
+    def health(self) -> Awaitable[Failure | None]: ...
 
 
 class PacedModel:

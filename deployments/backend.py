@@ -12,7 +12,7 @@ from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
-from .handle_calls import AbortSender, call, stream
+from .handle_calls import AbortSender, result, stream
 
 HEALTH_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a health probe must not wait for long."""
@@ -43,8 +43,8 @@ class HandleBackend:
         self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes, in the picture tier."""
-        async with deadline_scope(deadline), call(self._prepare, asked, conv_mode, deadline) as response:
-            prepared: PreparedPrompt = await response
+        async with deadline_scope(deadline):
+            prepared: PreparedPrompt = await result(self._prepare, asked, conv_mode, deadline)
             return prepared
 
     def generate(
@@ -57,7 +57,7 @@ class HandleBackend:
     async def check_health(self) -> None:
         """Returns if a model replica reports that it can answer; raises `EngineDeadError` otherwise."""
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S), call(self._health) as response:
-                await response
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await result(self._health)
         except TimeoutError:
             raise EngineDeadError("No replica of the model responds.") from None

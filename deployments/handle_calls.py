@@ -1,5 +1,8 @@
 """Calls to other deployments that end with their caller, and fail with the library's own errors.
 
+An error of the library is the result of a call, as a `Failure`, and is raised at the caller: Serve logs what a call
+raises as an error with its traceback, and a client's mistake is none.
+
 The caller cancels its call. Serve sometimes loses a cancel that arrives before the call starts, so the caller aborts
 the call by its id as well.
 """
@@ -7,17 +10,29 @@ the call by its id as well.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from cachetools import TTLCache
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from llava_serve.api.errors import wire_error
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+
+SERVE_LOGGER = "ray.serve"
+"""Serve's own, which writes the replicas' logs."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger(SERVE_LOGGER)
 
 GATHER_S = 0.02
 TIMEOUT_S = 10.0
@@ -27,6 +42,60 @@ REMEMBERED_S = 60.0
 REMEMBERED_CALLS = 100_000
 """More than 1,600 disconnects per second for `REMEMBERED_S`. Beyond it the oldest abort is forgotten; its call has most
 likely arrived already. If not, that call runs to its end or its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The result, or the last item, of a call that ended with an error of the library."""
+
+    error: LlavaServeError
+
+
+def returns_failure(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | Failure]]:
+    """A deployment's method that returns the library's errors. `result` raises them at the caller."""
+
+    @wraps(method)
+    async def returning(*args: P.args, **kwargs: P.kwargs) -> T | Failure:
+        try:
+            return await method(*args, **kwargs)
+        except LlavaServeError as error:
+            return _logged(error)
+
+    return returning
+
+
+def yields_failure(method: Callable[P, AsyncGenerator[T]]) -> Callable[P, AsyncGenerator[T | Failure]]:
+    """The same for a method that streams: `stream` raises the error at the caller."""
+
+    @wraps(method)
+    async def yielding(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T | Failure]:
+        try:
+            async with aclosing(method(*args, **kwargs)) as items:
+                async for item in items:
+                    yield item
+        except LlavaServeError as error:
+            yield _logged(error)
+
+    return yielding
+
+
+def _logged(error: LlavaServeError) -> Failure:
+    wire = wire_error(error)
+    logger.log(wire.log_level, "Refused: %d %s.", wire.status, wire.code)  # Serve writes the request's id before it
+    return Failure(error)
+
+
+async def result(method: DeploymentHandle, *args: object) -> Any:
+    """The result of a call.
+
+    Raises:
+        LlavaServeError: the call failed with it, or its replica was lost.
+    """
+    async with call(method, *args) as response:
+        returned = await response
+    if isinstance(returned, Failure):
+        raise returned.error
+    return returned
 
 
 @asynccontextmanager
@@ -62,6 +131,8 @@ async def stream(
             while not ended:
                 async with deadline_scope(deadline):
                     item = await anext(response, None)
+                if isinstance(item, Failure):
+                    raise item.error
                 ended = item is None
                 if not ended:
                     yield item
@@ -78,10 +149,6 @@ def library_errors() -> Iterator[None]:
     """Turns Ray's errors into the library's own, where there is one."""
     try:
         yield
-    except RayTaskError as error:
-        if isinstance(error.cause, LlavaServeError):
-            raise error.cause from None
-        raise
     except BackPressureError:
         raise CapacityError("The server is at capacity; try again later.") from None
     except (RayActorError, DeploymentUnavailableError):

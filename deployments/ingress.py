@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -21,7 +22,7 @@ from llava_serve.errors import LlavaServeError
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
 from .backend import HandleBackend
-from .handle_calls import AbortedCalls
+from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
 
 
 class Ingress:
@@ -37,6 +38,7 @@ class Ingress:
     def __init__(
         self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
     ) -> None:
+        _log_with_serve()
         self._options = options
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
@@ -46,6 +48,7 @@ class Ingress:
         """Called by Serve in the replica, after the constructor."""
         return create_app(self._backend, self._options, self._limiter)
 
+    @yields_failure
     async def generate(
         self,
         asked: Query | Sequence[Message],
@@ -105,3 +108,12 @@ class Ingress:
     async def drain(self) -> None:
         """Refuses new requests from now on, and returns once no request is in flight."""
         await self._limiter.drain()
+
+
+def _log_with_serve() -> None:
+    """The web app's log records go where Serve's do: to the replica's log, with the request's id."""
+    ours, serves = logging.getLogger("llava_serve"), logging.getLogger(SERVE_LOGGER)
+    ours.setLevel(serves.level)
+    ours.propagate = False
+    for handler in serves.handlers:
+        ours.addHandler(handler)

@@ -13,7 +13,7 @@ from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
 
 from .coalesce import coalesce
-from .handle_calls import AbortedCalls
+from .handle_calls import AbortedCalls, returns_failure, yields_failure
 from .metrics import ModelMetrics
 
 
@@ -33,6 +33,7 @@ class LlavaModel:
         self._aborted = AbortedCalls()
         self._metrics = ModelMetrics()
 
+    @yields_failure
     async def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
     ) -> AsyncGenerator[list[Chunk]]:
@@ -75,6 +76,7 @@ class LlavaModel:
         for call_id in call_ids:
             self._llm.abort(call_id)
 
+    @returns_failure
     async def health(self) -> None:
         """Returns if the model can answer; raises `EngineDeadError` otherwise."""
         self.check_health()

@@ -13,6 +13,7 @@ from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.types import Message, PreparedPrompt, Query
 
+from .handle_calls import returns_failure
 from .metrics import PreprocessorMetrics
 
 
@@ -30,6 +31,7 @@ class ImagePreprocessor:
         processor = Processor(spec, images.isolated)
         self._processor = ThreadedProcessor(processor, _num_cpus(), PreprocessorMetrics().prepared)
 
+    @returns_failure
     async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         """One prompt as model input.
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
-from llava_serve.api.errors import log_refusal, openai_error
+from llava_serve.api.errors import WireError, log_refusal, openai_error
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
@@ -142,6 +142,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         405: f"{method} is not allowed at {path}.",
     }.get(error.status_code, "The request cannot be served.")
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    log_refusal(request.state.request_id, error.status_code, code)
-    body = openai_error(message, "invalid_request_error", code)
-    return JSONResponse(body, error.status_code, error.headers)
+    wire = WireError(error.status_code, "invalid_request_error", code)
+    log_refusal(wire, request.state.request_id)
+    return JSONResponse(openai_error(message, wire), wire.status, error.headers)

@@ -36,6 +36,11 @@ class WireError:
     type: str
     code: str
 
+    @property
+    def log_level(self) -> int:
+        """A client's mistake is no warning, and what the server could not do is one."""
+        return logging.WARNING if self.status >= 500 else logging.INFO
+
 
 INTERNAL = WireError(500, "server_error", "internal_error")
 
@@ -67,9 +72,9 @@ def error_body(error: BaseException, request_id: str | None = None) -> dict[str,
     """OpenAI's error object. An internal error reports the request's id and no more."""
     wire = wire_error(error)
     if wire is not INTERNAL and isinstance(error, LlavaServeError):
-        return openai_error(error.message, wire.type, wire.code, error.param)
+        return openai_error(error.message, wire, error.param)
     about = f" The request's id is {request_id}." if request_id else ""
-    return openai_error(f"The server failed on this request.{about}", wire.type, wire.code)
+    return openai_error(f"The server failed on this request.{about}", wire)
 
 
 def log_error(error: BaseException, request_id: str) -> None:
@@ -78,12 +83,12 @@ def log_error(error: BaseException, request_id: str) -> None:
     if wire is INTERNAL:
         logger.error("Request %s failed.", request_id, exc_info=error)
     else:
-        log_refusal(request_id, wire.status, wire.code)
+        log_refusal(wire, request_id)
 
 
-def log_refusal(request_id: str, status: int, code: str) -> None:
-    """One line: a client's mistake is no warning, and what the server could not do is one."""
-    logger.log(logging.WARNING if status >= 500 else logging.INFO, "Request %s: %d %s.", request_id, status, code)
+def log_refusal(wire: WireError, request_id: str) -> None:
+    """Logs one line."""
+    logger.log(wire.log_level, "Request %s: %d %s.", request_id, wire.status, wire.code)
 
 
 def reported(error: Exception, request_id: str) -> dict[str, Any]:
@@ -92,9 +97,9 @@ def reported(error: Exception, request_id: str) -> dict[str, Any]:
     return error_body(error, request_id)
 
 
-def openai_error(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+def openai_error(message: str, wire: WireError, param: str | None = None) -> dict[str, Any]:
     """The error object in OpenAI's exact shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": wire.type, "param": param, "code": wire.code}}
 
 
 def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:

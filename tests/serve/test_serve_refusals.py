@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
+from support.cluster import replica_logs
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 
 
@@ -59,3 +62,53 @@ def test_a_client_cannot_lift_serves_time_limit(served: Any) -> None:
     request = urllib.request.Request(f"{served.url}/v1/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         assert response.status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_clients_mistake_is_one_line_in_the_log_of_each_tier_that_refuses_it(
+    client: Any, served: Any, stream: bool, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    tiers = ("Ingress", "ImagePreprocessor", "LlavaModel")
+    before = {tier: len(replica_logs(served, tier)) for tier in tiers}
+
+    def logged() -> dict[str, str]:
+        return {tier: replica_logs(served, tier)[before[tier] :] for tier in tiers}
+
+    expected: dict[str, list[str]] = {tier: [] for tier in tiers}
+    for tier, messages, fields, code in (
+        ("ImagePreprocessor", question(DEMO_QUESTION, b"not a picture"), {}, "invalid_image"),
+        ("LlavaModel", question("Hello"), {"num_beams": 64}, "invalid_value"),
+        ("Ingress", question("Hello"), {"top_p": 2}, "invalid_value"),
+    ):
+        request_id = f"{tier}-{stream}"
+        with pytest.raises(openai.BadRequestError) as refusal:
+            ask(client, messages, stream=stream, extra_body=fields, extra_headers={"X-Request-ID": request_id})
+        assert refusal.value.code == code
+        if tier != "Ingress":
+            expected[tier].append(f"{request_id} -- Refused: 400 {code}.")
+        expected["Ingress"].append(f"{request_id} -- Request {request_id}: 400 {code}.")
+    wait_until(lambda: all(line in logged()[tier] for tier, lines in expected.items() for line in lines))
+    for tier, text in logged().items():
+        refused = [line for line in text.splitlines() if ": 400 " in line]
+        assert len(refused) == len(expected[tier])
+        assert all("INFO" in line for line in refused)
+        assert not any(mark in text for mark in ("ERROR", "WARNING", "Traceback")), text
+
+
+def test_a_refused_picture_is_named(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(client, question(DEMO_QUESTION, DEMO_IMAGE.read_bytes(), b"not a picture"))
+    assert refusal.value.param == "messages[0].content[1].image_url"
+
+
+def test_a_request_id_that_is_not_utf_8_is_replaced(served: Any) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    for path in (b"/health", b"/nowhere", b"/-/routes"):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            head = b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-ID: a\xffb\r\n\r\n"
+            connection.sendall(head % path)
+            answer = b""
+            while block := connection.recv(65536):
+                answer += block
+        assert answer.startswith(b"HTTP/1.1 404 " if path == b"/nowhere" else b"HTTP/1.1 200 ")
+        assert b"a\xffb" not in answer

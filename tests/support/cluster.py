@@ -30,6 +30,12 @@ def limited_ingress(served: Any, name: str, **options: Any) -> Iterator[str]:
         serve.delete(name)
 
 
+def replica_logs(served: Any, name: str) -> str:
+    """What the replicas of a deployment have logged."""
+    files = (served.log.parent / "ray" / "session_latest" / "logs" / "serve").glob(f"replica_llava_{name}_*.log")
+    return "".join(each.read_text() for each in files)
+
+
 def replicas(name: str, served: Any) -> list[psutil.Process]:
     """The processes of a deployment, by the title that Ray gives them; other applications' on the machine left out."""
     title, ray_dir = f"ray::ServeReplica:llava:{name}", str(served.log.parent)
