@@ -46,7 +46,7 @@ async def test_the_picture_tier_follows_links(server: PictureServer) -> None:
     sent = await processor.prepare(lambda: [Message("user", (*(ImagePart(PICTURE),) * 2, TextPart("What is it?")))])
     assert linked.digests == sent.digests
     assert len(server.heads) == 1  # the same link is read once
-    with pytest.raises(InvalidImageError, match="not a picture"):
+    with pytest.raises(InvalidImageError, match="an HTML page"):
         await processor.prepare(lambda: asked(url("/page")))
     for source in ("file:///etc/passwd", "ftp://localhost/a.png", "/etc/passwd"):
         with pytest.raises(InvalidImageError, match="as a data: URL, or as an http: or https: link"):

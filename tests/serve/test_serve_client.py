@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -68,13 +69,17 @@ def over_http(client: Any) -> str:
     return said
 
 
+def as_pil(path: Path) -> Image.Image:
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
 def as_array(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
 @pytest.mark.parametrize(
     "read",
-    [Path, str, Path.read_bytes, Image.open, as_array, lambda path: ray.put(path.read_bytes())],
+    [Path, str, Path.read_bytes, as_pil, as_array, lambda path: ray.put(path.read_bytes())],
     ids=["path", "string", "bytes", "PIL", "array", "reference"],
 )
 def test_a_picture_in_any_form(llava: LlavaClient, over_http: str, read: Callable[[Path], Any]) -> None:
