@@ -21,7 +21,7 @@ help:
 	@echo "make test          the everyday tests: some minutes on two cores; measures coverage"
 	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
 	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
-	@echo "make check         format, lint, types, floors, dependencies, serve_config.yaml"
+	@echo "make check         format, lint, types, layers, dependencies, words, serve_config.yaml"
 	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
 	@echo "make eval-builtin  measures the model that ships"
 	@echo "make clean         removes $(VENV) and caches"
@@ -77,6 +77,7 @@ check: setup
 	$(BIN)/deptry llava_serve --optional-dependencies-dev-groups serve,data,demo,dev
 	$(BIN)/deptry $(LIBRARY) --optional-dependencies-dev-groups dev
 	$(BIN)/deptry $(LIBRARY) $(BESIDE)
+	$(BIN)/python .ci/check_words.py
 	$(BIN)/python -m deployments.tools.check_config --cpus 2 serve_config.yaml
 
 check-training: setup

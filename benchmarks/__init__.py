@@ -1,4 +1,4 @@
-"""Figures of speed and memory: what was measured is in `results/`, and each module says how to measure it again."""
+"""Benchmarks of speed and memory: `results/` has the measurements, and each module says how to repeat its own."""
 
 import os
 import secrets

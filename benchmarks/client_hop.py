@@ -1,9 +1,9 @@
-"""What it costs `LlavaClient` to go through the ingress, over calling the two tiers itself: one JSON object.
+"""The cost of the ingress for `LlavaClient`, compared with direct calls of the two tiers: one JSON object.
 
     python -m benchmarks.client_hop [--rounds 40]
 
-Both ways ask for one token about the same pictures, in turns, on one running application, so that neighbours on the
-machine hit both alike. The pictures have random pixels; their bytes are what crosses the hop.
+Both ways ask for one token about the same pictures, in turns, on one running application, so that other load on the
+machine affects both equally. The pictures have random pixels; their bytes are the payload of the hop.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import requests
+import httpx
 
 from benchmarks.load import drive
 from benchmarks.make_checkpoint import given_or_tiny
@@ -37,7 +37,7 @@ OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
 
 
 def command(server: str, model: str, device: str, port: int) -> list[str]:
-    """What starts a server."""
+    """The command that starts a server."""
     common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
     if server == THEIRS:
         return [str(Path(sys.executable).parent / "transformers"), "serve", *common, model]
@@ -46,7 +46,7 @@ def command(server: str, model: str, device: str, port: int) -> list[str]:
 
 @contextmanager
 def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tuple[str, int]]:
-    """A server on a free port: its URL and process id. It is ended at the end. Ours is that of a checkout."""
+    """A server on a free port: its URL and process id. The end of the block stops it. Ours is that of a checkout."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,11 +59,11 @@ def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tu
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(240):
+        for _ in range(480):  # four minutes: a busy machine starts slowly
             try:
-                requests.get(f"{url}/health", timeout=5)
+                httpx.get(f"{url}/health", timeout=5)
                 break
-            except requests.ConnectionError:
+            except httpx.TransportError:
                 time.sleep(0.5)
         yield url, process.pid
     finally:
@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--per-client", type=int, default=16, help="requests of each client")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--before", type=Path, help="an older checkout of this project, in the place of transformers'")
+    parser.add_argument(
+        "--before", type=Path, help="an older checkout of this project, instead of transformers' server"
+    )
     parser.add_argument("--output", type=Path)
     parser.set_defaults(same_picture=[8])
     args = parse(parser, clients=[1], per_client=1, rounds=1, same_picture=[])
@@ -106,7 +108,7 @@ def main() -> None:
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    """All rounds of all cases, and what they say."""
+    """Runs all rounds of all cases, and prints the ratios."""
     other = BEFORE if args.before else THEIRS
     checkouts = {OURS: ROOT, BEFORE: args.before and args.before.resolve(), THEIRS: ROOT}
     runs = []

@@ -1,7 +1,7 @@
-"""The application with two more doors: `GET /left` tells what is still there of all requests, in every tier, and
-`GET /engine` where the engine stands.
+"""The application with two more endpoints: `GET /remaining` counts what remains of all requests, in every tier, and
+`GET /engine` has the engine's statistics.
 
-For `benchmarks.pressure` and the burst tests. One replica per tier; all that works is the real thing.
+For `benchmarks.pressure` and the burst tests. One replica per tier; all tiers are the real ones.
 """
 
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
@@ -29,7 +29,7 @@ CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 
 
 def counted_config(**api: Any) -> dict[str, Any]:
-    """`serve_config.yaml` with the doors, on a free port, and one replica per tier, so that they tell of all.
+    """`serve_config.yaml` with the endpoints, on a free port, and one replica per tier, so that they count everything.
 
     Args:
         api: changed options of the ingress.
@@ -64,7 +64,7 @@ class CountedModel(LlavaModel):
 
 
 class CountedIngress(Ingress):
-    """The real front door, with the other one beside it."""
+    """The real ingress, with the two endpoints."""
 
     def __init__(
         self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
@@ -75,7 +75,7 @@ class CountedIngress(Ingress):
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # type: ignore[override]  # Serve takes any
         app = FastAPI()
-        app.add_api_route("/left", self.left)
+        app.add_api_route("/remaining", self.remaining)
         app.add_api_route("/engine", self.engine)
         app.mount("/", super().__serve_build_asgi_app__())
         return app
@@ -85,8 +85,8 @@ class CountedIngress(Ingress):
         stats: dict[str, Any] = await self._model.stats.remote()
         return stats
 
-    async def left(self) -> Mapping[str, int | list[str]]:
-        """Sequences and blocks of the engine, and tasks of the replicas; a replica at rest has some tasks too."""
+    async def remaining(self) -> Mapping[str, int | list[str]]:
+        """Sequences and blocks of the engine, and tasks of the replicas; an idle replica has some tasks, too."""
         stats = await self.engine()
         return {
             "sequences": stats["running"] + stats["waiting"],

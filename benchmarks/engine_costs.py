@@ -5,11 +5,11 @@
     python -m benchmarks.engine_costs memory /tmp/bench/60m
     python -m benchmarks.engine_costs steps /tmp/bench/60m
 
-`gaps`: eight answers run; then a picture of five tiles comes. How long is each gap between tokens, against the median
-gap before? `bookkeeping`: the share of a step that is not the runner's, and that of looking for NaN and infinity, at 1
-to 256 sequences and for prompts of 1,900 positions. `memory`: resident memory over 5,000 requests. `steps`: a decode
-step of questions about one picture, plain, compiled, and compiled with the keys that the rows have in common read once;
-in turns, so that a slow minute hits all.
+`gaps`: eight answers run; then a request with an image of five tiles arrives. The longest gap between tokens over the
+median gap before. `bookkeeping`: the share of a step outside of the model runner and sampling, and that of the check
+for NaN and infinity, at 16 to 256 sequences and for prompts of 1,900 positions. `memory`: resident memory over 5,000
+requests. `steps`: a decode step of questions about one image: plain, compiled, and compiled with cascade attention; in
+turns, so that a slow minute affects all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.options import make_parser, parse
 from llava_serve.config import EngineOptions
 from llava_serve.engine import engine as engine_module
 from llava_serve.engine.engine import Engine
-from llava_serve.engine.executor import cascade_attention as alike
+from llava_serve.engine.executor import cascade_attention
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
 
@@ -45,11 +45,11 @@ def text_prompt(rng: np.random.Generator, length: int) -> PreparedPrompt:
     return PreparedPrompt(token_ids=rng.integers(300, 30_000, length).astype(np.int32))
 
 
-def fill(engine: Engine, rng: np.random.Generator, rows: int, answer: int, name: str = "row") -> None:
-    """Adds so many requests and runs their prompts, so that all decode."""
+def fill(engine: Engine, rng: np.random.Generator, count: int, answer: int, name: str) -> None:
+    """Adds `count` requests and runs their prompts, so that all decode."""
     sampling = SamplingParams(temperature=0, max_new_tokens=answer, ignore_eos=True)
-    for at in range(rows):
-        engine.add(engine.limits.accept(f"{name}{at}", text_prompt(rng, 40), sampling))
+    for at in range(count):
+        engine.add(engine.validator.accept(f"{name}{at}", text_prompt(rng, 40), sampling))
     while engine.stats.waiting or engine.stats.generated_tokens == 0:
         engine.step()
     for _ in range(5):
@@ -57,7 +57,7 @@ def fill(engine: Engine, rng: np.random.Generator, rows: int, answer: int, name:
 
 
 def gaps(llm: LLM, rounds: int) -> dict[str, Any]:
-    """Gaps between tokens of eight answers, before and while a large picture is read."""
+    """Gaps between tokens of eight answers, before and during the prefill of a large image."""
     rng = np.random.default_rng(0)
     engine = llm.engine
     ratios: dict[str, list[float]] = {"wall": [], "processor": []}
@@ -69,9 +69,9 @@ def gaps(llm: LLM, rounds: int) -> dict[str, Any]:
         prompt = llm.processor.prepare_query("What is this?", [Image.fromarray(pixels)])
         tokens = prompt.num_tokens
         sampling = SamplingParams(temperature=0, max_new_tokens=1)
-        engine.add(engine.limits.accept(f"{round_}-picture", prompt, sampling))
+        engine.add(engine.validator.accept(f"{round_}-image", prompt, sampling))
         during = []
-        while engine.has(f"{round_}-picture"):
+        while engine.has(f"{round_}-image"):
             during.append(_timed(engine))
         for at, clock in enumerate(ratios):
             longest = max(step[at] for step in during)
@@ -82,17 +82,17 @@ def gaps(llm: LLM, rounds: int) -> dict[str, Any]:
 
 
 def _timed(engine: Engine) -> tuple[float, float]:
-    """Seconds of a step by the wall, and by this thread's processor: with `--threads 1` neighbours do not count."""
+    """Wall seconds and CPU seconds of this thread for a step: with `--threads 1` other processes do not count."""
     wall, processor = time.perf_counter(), time.thread_time()
     engine.step()
     return time.perf_counter() - wall, time.thread_time() - processor
 
 
 def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Processor time of a step and of what of it is scheduling, accounts and outputs; and looking at the numbers."""
+    """CPU time of a step; of its scheduling, bookkeeping and outputs; and of the check for NaN and infinity."""
     rng = np.random.default_rng(0)
     engine = llm.engine
-    spent = {"run": 0.0, "draw": 0.0, "look": 0.0}
+    spent = {"run": 0.0, "sample": 0.0, "check": 0.0}
 
     def watch(name: str, function: Any) -> Any:
         def watched(*args: Any) -> Any:
@@ -104,40 +104,40 @@ def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
         return watched
 
     engine._runner.run = watch("run", engine._runner.run)  # type: ignore[method-assign]
-    engine._runner._judge = watch("look", engine._runner._judge)  # type: ignore[method-assign]
-    engine_module.draw = watch("draw", engine_module.draw)  # type: ignore[attr-defined]
+    engine._runner._check_finite = watch("check", engine._runner._check_finite)  # type: ignore[method-assign]
+    engine_module.sample_step = watch("sample", engine_module.sample_step)  # type: ignore[attr-defined]
 
     def measure(steps: int) -> dict[str, float]:
-        spent.update(run=0.0, draw=0.0, look=0.0)
+        spent.update(run=0.0, sample=0.0, check=0.0)
         started = time.thread_time()
         for _ in range(steps):
             engine.step()
         whole = time.thread_time() - started
-        books = whole - spent["run"] - spent["draw"]
+        books = whole - spent["run"] - spent["sample"]
         return {
             "step_ms": round(1000 * whole / steps, 3),
-            "draw_ms": round(1000 * spent["draw"] / steps, 3),
+            "sample_ms": round(1000 * spent["sample"] / steps, 3),
             "bookkeeping_ms": round(1000 * books / steps, 3),
             "share": round(books / whole, 4),
-            "look_ms": round(1000 * spent["look"] / steps, 3),
-            "look_share": round(spent["look"] / whole, 4),
+            "check_ms": round(1000 * spent["check"] / steps, 3),
+            "check_share": round(spent["check"] / whole, 4),
         }
 
     report = {}
-    for rows in sizes:
-        fill(engine, rng, rows, 200, f"{rows}-")
-        report[f"{rows} rows"] = measure(96)  # each row fills six blocks
-        for at in range(rows):
-            engine.abort(f"{rows}-{at}")
+    for size in sizes:
+        fill(engine, rng, size, 200, f"{size}-")
+        report[f"{size} sequences"] = measure(96)  # each sequence fills six blocks
+        for at in range(size):
+            engine.abort(f"{size}-{at}")
     for at in range(10):
         prompt = text_prompt(rng, 1900)
-        engine.add(engine.limits.accept(f"prompt {at}", prompt, SamplingParams(temperature=0, max_new_tokens=1)))
+        engine.add(engine.validator.accept(f"prompt {at}", prompt, SamplingParams(temperature=0, max_new_tokens=1)))
     report["prompts"] = measure(10)
     return report
 
 
 def memory(llm: LLM, count: int) -> dict[str, Any]:
-    """Resident memory in MB after each tenth of the requests, each with its own picture and a short answer."""
+    """Resident memory in MB after each tenth of the requests, each with its own image and a short answer."""
     rng = np.random.default_rng(0)
     engine = llm.engine
     sampling = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
@@ -145,8 +145,8 @@ def memory(llm: LLM, count: int) -> dict[str, Any]:
     samples = []
     for at in range(count):
         tiles = tuple(rng.integers(0, 255, tile.shape, dtype=np.uint8) for tile in base.tiles)
-        prompt = PreparedPrompt(base.token_ids, base.image_spans, tiles, base.image_sizes, (f"picture {at}",))
-        engine.add(engine.limits.accept(str(at), prompt, sampling))
+        prompt = PreparedPrompt(base.token_ids, base.image_spans, tiles, base.image_sizes, (f"image {at}",))
+        engine.add(engine.validator.accept(str(at), prompt, sampling))
         while engine.num_requests >= 16 or (at == count - 1 and engine.has_work):
             engine.step()
         if (at + 1) % (count // 10) == 0:
@@ -156,29 +156,33 @@ def memory(llm: LLM, count: int) -> dict[str, Any]:
 
 
 def steps(plain: LLM, compiled: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Milliseconds of a decode step by the way it is computed."""
+    """Milliseconds of a decode step by the mode in which it is computed."""
     never = 1 << 60
-    ways = {"plain": (plain, never), "compiled": (compiled, never), "compiled, together": (compiled, alike._WORTH)}
+    modes = {
+        "plain": (plain, never),
+        "compiled": (compiled, never),
+        "compiled, cascade": (compiled, cascade_attention._MIN_SAVED),
+    }
     pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
     sampling = SamplingParams(temperature=0, max_new_tokens=500, ignore_eos=True)
     report = {}
-    for rows in sizes:
+    for size in sizes:
         for llm in (plain, compiled):
-            for at in range(rows):
+            for at in range(size):
                 prompt = llm.processor.prepare_query(f"Question {at}?", [Image.fromarray(pixels)])
-                llm.engine.add(llm.engine.limits.accept(f"{rows}-{at}", prompt, sampling))
-            while llm.engine._scheduler.num_decoding < rows:
+                llm.engine.add(llm.engine.validator.accept(f"{size}-{at}", prompt, sampling))
+            while llm.engine._scheduler.num_decoding < size:
                 llm.engine.step()
-        times: dict[str, list[float]] = {way: [] for way in ways}
+        times: dict[str, list[float]] = {mode: [] for mode in modes}
         for _ in range(10):
-            for way, (llm, worth) in ways.items():
-                alike._WORTH = worth
+            for mode, (llm, min_saved) in modes.items():
+                cascade_attention._MIN_SAVED = min_saved
                 llm.engine.step()
-                times[way] += [_timed(llm.engine)[0] for _ in range(6)]
-        report[rows] = {way: round(1000 * median(each), 2) for way, each in times.items()}
+                times[mode] += [_timed(llm.engine)[0] for _ in range(6)]
+        report[size] = {mode: round(1000 * median(each), 2) for mode, each in times.items()}
         for llm in (plain, compiled):
-            for at in range(rows):
-                llm.engine.abort(f"{rows}-{at}")
+            for at in range(size):
+                llm.engine.abort(f"{size}-{at}")
     return report
 
 

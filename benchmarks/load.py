@@ -1,9 +1,9 @@
-"""Sends the mixed load to any OpenAI-compatible server, by a fixed number of clients, and reports what it gave.
+"""Sends the mixed load to any OpenAI-compatible server from a fixed number of clients, and reports its speed.
 
     python -m benchmarks.load http://127.0.0.1:8000 --clients 8 --requests 64
 
-Each client sends its next request when the last is answered. Times are the client's own. What came is read when all
-is over: this program shares the cores with the server.
+Each client sends its next request when the last is answered. Times are the client's own. The events are parsed after
+the run: this program shares the cores with the server.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from benchmarks.workload import Job, make_jobs
 
 @dataclass
 class Trace:
-    """One answer: its bytes and when they came, in seconds since the request was sent; then what they say.
+    """One answer: its bytes with their arrival in seconds since the request; then its events.
 
     Attributes:
-        arrivals: when each piece of the text came.
+        arrivals: when each piece of the text arrived.
         tokens: of the whole answer.
     """
 
@@ -37,7 +37,7 @@ class Trace:
     tokens: int = 0
 
     def read(self) -> None:
-        """Reads the events. One has come with the last of its bytes."""
+        """Parses the events. An event arrives with the last of its bytes."""
         rest = b""
         for came, data in self.data:
             *whole, rest = (rest + data).split(b"\n\n")
@@ -52,7 +52,7 @@ class Trace:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, job: Job, extra: dict[str, Any]) -> Trace:
-    """One streamed request. Raises `RuntimeError` where the server refuses it."""
+    """One streamed request. Raises `RuntimeError` if the server refuses it."""
     content = [
         {"type": "image_url", "image_url": {"url": job.picture}},
         {"type": "text", "text": job.question},
@@ -71,7 +71,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, job: Job, ex
 
 
 async def drive(url: str, model: str, jobs: list[Job], clients: int, extra: dict[str, Any]) -> dict[str, Any]:
-    """All jobs by so many clients."""
+    """Sends all jobs from this many clients."""
     queue: Iterator[Job] = iter(jobs)
     traces: list[Trace] = []
 

@@ -49,7 +49,7 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 @dataclass(frozen=True)
 class Size:
-    """What a checkpoint is made of: widths, layers and heads of the text and vision models, and the tile."""
+    """The sizes of a checkpoint: widths, layers and heads of the text and vision models, and the tile."""
 
     text: tuple[int, int, int, int]  # hidden, intermediate, layers, heads
     vision: tuple[int, int, int, int]
@@ -131,7 +131,7 @@ def make_checkpoint(size: Size, folder: Path, device: str = "cpu") -> None:
 
 @contextmanager
 def given_or_tiny(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
-    """The checkpoint that the command line names. With `--smoke` it may name none: then one is made, and removed."""
+    """The checkpoint of the command line. With `--smoke` there may be none: then a tiny one is made, and removed."""
     if args.model is not None:
         yield args.model
         return

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common on the command line."""
+"""Command-line options that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, **smoke: object) -> argparse.Namespace:
-    """Reads the command line. With `--smoke` the values of `smoke` are the defaults; what is given still counts."""
+    """Reads the command line. With `--smoke` the values of `smoke` are the defaults; other flags still apply."""
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
     if parser.parse_known_args()[0].smoke:
         parser.set_defaults(**smoke)

@@ -1,11 +1,10 @@
-"""What HTTP, ingress and hops add to the first token, and how many token chunks one ingress replica passes on.
+"""The time that HTTP, ingress and hops add to the first token, and the token chunks per second of one ingress replica.
 
     python -m benchmarks.overhead [--profile production.env] [--rounds 2] [--output benchmarks/results/overhead.json]
 
-The application is the real one but for the model, for which `benchmarks.paced` stands in. Each round starts it afresh
-under Serve's defaults and then under each profile. Added time is the client's time to the first token, less what the
-picture tier works (waiting for its threads included) and what the stand-in was told to take. Client and application
-share the machine.
+The application is the real one, except that `benchmarks.paced` stands in for the model. Each round starts it anew under
+Serve's defaults and then under each profile. Added time is the client's time to the first token, without the picture
+tier's work (its queue included) and without the stand-in's configured time. Client and application share the machine.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ WORK = {"picture_queue": ("reached", "began"), "picture_work": ("began", "ended"
 """The stages that are the tiers' own."""
 FIRST_TOKEN = Order(first_s=0.05, gap_s=0.02, grouped=True)
 PRIORITY = {"RAY_worker_niceness": "0"}
-"""Ray's own is 15, which puts whatever else runs on the machine before the application, the client first of all."""
+"""Ray's own is 15, which gives all other processes precedence over the application, the client among them."""
 TOKENS = 32
 STREAM_TOKENS = 400
 
@@ -62,7 +61,7 @@ PARTS = {
     "HAProxyManager": "proxy",
     "haproxy -": "proxy",
 }
-"""Processes by what stands in their titles."""
+"""Processes by a text in their titles."""
 
 Stamps = dict[str, float]
 
@@ -94,7 +93,7 @@ def main() -> None:
 
 
 def paced_config() -> dict[str, Any]:
-    """`serve_config.yaml` with the stand-in, on a free port; the house is large enough that nobody is refused."""
+    """`serve_config.yaml` with the stand-in, on a free port; its limits are high enough that no request is refused."""
     config = read_config(CONFIG, port=free_port())
     config["applications"][0]["import_path"] = "benchmarks.paced:build_app"
     return config
@@ -116,7 +115,7 @@ async def measure(url: str, requests: int, grouped: int, one_by_one: int) -> dic
 
 
 class Asker:
-    """Sends questions with pictures, and reads what comes without making much of it: the client shares the cores."""
+    """Sends questions with pictures, and parses as little of the answers as possible: the client shares the cores."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, pictures: Sequence[str]) -> None:
         self._session = session
@@ -125,7 +124,7 @@ class Asker:
         self.events = 0
 
     async def by_clients(self, clients: int, requests: int, order: Order, tokens: int) -> dict[str, Any]:
-        """So many clients, each of which asks again when it is answered; they begin over a second."""
+        """This many clients, each of which asks again when it is answered; their starts spread over a second."""
         numbers = iter(range(requests))
         stamps: list[Stamps] = []
 
@@ -139,7 +138,7 @@ class Asker:
         return {"stamps": stamps, "processor_ms": used(before, requests, 1e3)}
 
     async def throughput(self, streams: int, order: Order) -> dict[str, Any]:
-        """So many streams at once, without pictures."""
+        """This many streams at once, without pictures."""
         self.events = 0
         before = processor_seconds()
         stamps = await asyncio.gather(*(self.one(order, STREAM_TOKENS, None) for _ in range(streams)))
@@ -175,7 +174,7 @@ class Asker:
 
 
 def processor_seconds() -> dict[str, float]:
-    """What each part of the application has used so far; this process apart."""
+    """The processor time of each part of the application so far, and of this process."""
     seconds: dict[str, float] = defaultdict(float)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

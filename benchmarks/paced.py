@@ -1,8 +1,8 @@
 """The application with a paced stand-in for the model and a clock at every stage: what `benchmarks.overhead` measures.
 
-Ingress, picture tier, handles and proxy are the real ones. The stages write down when they were reached, in seconds
-since the epoch; the stamps travel in the prepared prompt and in the text of the first chunk, to the client. The
-question is an order to the stand-in, as JSON: see `Order`.
+Ingress, picture tier, handles and proxy are the real ones. Each stage records the time when it is reached, in seconds
+since the epoch; the prepared prompt and the text of the first chunk carry these stamps to the client. The question is
+an order to the stand-in, as JSON: see `Order`.
 """
 
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
@@ -37,7 +37,7 @@ class Order:
 
     Attributes:
         first_s: until the first token.
-        gap_s: between tokens; 0 makes them as fast as they are taken.
+        gap_s: between tokens; 0 generates them as fast as they are read.
         grouped: as the real model replica sends them, in groups; else every token is a message of its own.
     """
 
@@ -58,7 +58,7 @@ def read_stamps(text: str) -> tuple[dict[str, float], str]:
 
 
 class StampedIngress(Ingress):
-    """The real front door over a backend with a clock."""
+    """The real ingress over a backend with a clock."""
 
     def __init__(
         self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
@@ -69,7 +69,7 @@ class StampedIngress(Ingress):
 
 
 class StampedBackend(HandleBackend):
-    """The real backend with a clock before and behind each call."""
+    """The real backend with a clock before and after each call."""
 
     timeout_s: float
 
@@ -97,7 +97,7 @@ class StampedPreprocessor(ImagePreprocessor):
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         super().__init__(model, images)
-        self._processor.processor = StampedProcessor(self._processor.processor.spec, images)
+        self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
 
     async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         reached = time.time()
@@ -105,7 +105,7 @@ class StampedPreprocessor(ImagePreprocessor):
 
 
 class StampedProcessor(Processor):
-    """The real processor with a clock; it hands the question on."""
+    """The real processor with a clock; it passes the question on."""
 
     def prepare(
         self,
@@ -124,7 +124,7 @@ class StampedProcessor(Processor):
 
 
 class ModelTier(Protocol):
-    """What the ingress calls of a model replica: the stand-in must have it as the real one has it."""
+    """The methods of a model replica that the ingress calls: the stand-in and the real one must both have them."""
 
     def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
@@ -136,7 +136,7 @@ class ModelTier(Protocol):
 
 
 class PacedModel:
-    """Stands in for `LlavaModel`: takes the same calls, and answers at the pace that the question orders."""
+    """Stands in for `LlavaModel`: has the same methods, and answers at the pace of the question's order."""
 
     def __init__(self, model: ModelOptions) -> None:
         self._name = model.model
@@ -156,14 +156,14 @@ class PacedModel:
                 yield [chunk]
 
     async def abort(self, call_ids: Sequence[str]) -> None:
-        """Calls here end when they are cancelled."""
+        """Does nothing: calls of the stand-in end when they are cancelled."""
 
     async def health(self) -> None:
-        """Always well."""
+        """Always healthy."""
 
 
 async def paced(order: Order, stamps: dict[str, float], tokens: int) -> AsyncGenerator[Chunk]:
-    """One chunk per token; those that are late by a turn of the event loop do not make the next ones late."""
+    """One chunk per token; a late one does not delay the next ones."""
     clock = asyncio.get_running_loop().time
     start = clock() + order.first_s
     for number in range(tokens):
@@ -174,7 +174,7 @@ async def paced(order: Order, stamps: dict[str, float], tokens: int) -> AsyncGen
 
 
 TIERS: tuple[type[ModelTier], ...] = (LlavaModel, PacedModel)
-"""Handles call by name, which no type checker sees: it sees here where the two part."""
+"""Handles call by name, which no type checker checks: here it checks both classes."""
 
 
 def build_app(args: AppArgs) -> Application:

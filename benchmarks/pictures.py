@@ -2,8 +2,9 @@
 
     python -m benchmarks.pictures [--rounds 5] [--pictures 40] [--output benchmarks/results/pictures.json]
 
-The application of `serve_config.yaml` runs on a Ray of its own, and is asked for its health over HTTP all the time.
-Beside it stand two more picture tiers, of one replica and of two, which get the same pictures through handles, in turn.
+The application of `serve_config.yaml` runs on a Ray cluster of its own, and its health is polled over HTTP meanwhile.
+Beside it stand three more picture tiers, which get the same pictures through handles, in turn: of one replica, of two,
+and of one that decodes in its own process and not in a child of it.
 `hops` is a call between two replicas by each of Serve's two transports: by reference (Ray's object store) or by value
 (gRPC).
 """
@@ -35,10 +36,11 @@ from deployments.preprocessor import ImagePreprocessor
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
 from llava_serve.config import ImageOptions, ModelOptions
+from llava_serve.processor import Processor
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
-FREE = {"num_cpus": 0.01}  # of Ray's account: the application itself takes all that a machine of two cores has
+FREE = {"num_cpus": 0.01}  # of Ray's logical CPUs: the application itself takes all of a machine of two cores
 
 
 def main() -> None:
@@ -78,54 +80,72 @@ def photographs(size: tuple[int, int], count: int = 4) -> list[bytes]:
     return photos
 
 
-def tier(name: str, replicas: int) -> DeploymentHandle:
+class InProcessPreprocessor(ImagePreprocessor):
+    """The picture tier as it would be without child processes."""
+
+    def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
+        super().__init__(model, images)
+        self._processor.processor = Processor(self._processor.processor.spec, images)
+
+
+TIERS: dict[str, tuple[type[ImagePreprocessor], int]] = {
+    "1": (ImagePreprocessor, 1),
+    "2": (ImagePreprocessor, 2),
+    "1 in process": (InProcessPreprocessor, 1),
+}
+"""By the number of replicas."""
+
+
+def tier(name: str, replicas: int, kind: type[ImagePreprocessor] = ImagePreprocessor) -> DeploymentHandle:
     """Runs a picture tier of its own, and returns when all its replicas do."""
-    deployment = serve.deployment(ImagePreprocessor).options(
+    deployment = serve.deployment(kind, name="ImagePreprocessor").options(
         num_replicas=replicas, max_ongoing_requests=64, ray_actor_options=FREE
     )
-    every = ImageOptions(cache_bytes=0)  # every picture is decoded, also one that was there before
+    every = ImageOptions(cache_bytes=0)  # every picture is decoded, repeated ones too
     return serve.run(deployment.bind(ModelOptions(), every), name=name, route_prefix=None)
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """The replicas of a tier, by the title that Ray gives them; only those of our own Ray."""
+    """The replicas of a tier, by the title that Ray gives them, and their children; only those of our own Ray."""
     title = f"ray::ServeReplica:{name}:ImagePreprocessor"
-    return [each for each in psutil.Process().children(recursive=True) if title in " ".join(each.cmdline())]
+    replicas = [each for each in psutil.Process().children(recursive=True) if title in " ".join(each.cmdline())]
+    return replicas + [child for replica in replicas for child in replica.children()]
 
 
 def rate(url: str, rounds: int, pictures: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Pictures per second of one replica and of two; rounds alternate, so that a slow minute hits both."""
+    """Pictures per second of the tiers; rounds alternate, so that a slow minute hits all."""
     photos = photographs(size)
     prompts = [[Message("user", (ImagePart(photo), TextPart("What is this?")))] for photo in photos]
-    handles = {replicas: tier(f"tier{replicas}", replicas) for replicas in (1, 2)}
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    spent: dict[int, list[float]] = {1: [], 2: []}
+    handles = {name: tier(name, replicas, kind) for name, (kind, replicas) in TIERS.items()}
+    rates: dict[str, list[float]] = {name: [] for name in TIERS}
+    spent: dict[str, list[float]] = {name: [] for name in TIERS}
     for handle in handles.values():
         _prepare(handle, prompts, 8)
     with polled(f"{url}/health") as idle:
         time.sleep(5)
     with polled(f"{url}/health") as busy:
         for _ in range(rounds):
-            for replicas, handle in handles.items():
-                before, start = _processor_time(f"tier{replicas}"), time.perf_counter()
+            for name, handle in handles.items():
+                before, start = _processor_time(name), time.perf_counter()
                 _prepare(handle, prompts, pictures)
-                rates[replicas].append(pictures / (time.perf_counter() - start))
-                spent[replicas].append((_processor_time(f"tier{replicas}") - before) / pictures)
-    for replicas in handles:
-        serve.delete(f"tier{replicas}")
-    ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+                rates[name].append(pictures / (time.perf_counter() - start))
+                spent[name].append((_processor_time(name) - before) / pictures)
+    for name in handles:
+        serve.delete(name)
+    ratios = {name: [other / one for one, other in zip(rates["1"], rates[name], strict=True)] for name in TIERS}
     return {
         "picture_bytes": [len(photo) for photo in photos],
-        "pictures_per_s": {replicas: _rounded(each, 2) for replicas, each in rates.items()},
-        "two_over_one_by_round": _rounded(ratios, 2),
-        "two_over_one": round(statistics.median(ratios), 2),
-        "processor_ms_per_picture": {replicas: _rounded(each, 1, 1000) for replicas, each in spent.items()},
+        "pictures_per_s": {name: _rounded(each, 2) for name, each in rates.items()},
+        "two_over_one_by_round": _rounded(ratios["2"], 2),
+        "two_over_one": round(statistics.median(ratios["2"]), 2),
+        "in_process_over_one_by_round": _rounded(ratios["1 in process"], 2),
+        "processor_ms_per_picture": {name: _rounded(each, 1, 1000) for name, each in spent.items()},
         "health_ms": {"idle": _percentiles(idle), "meanwhile": _percentiles(busy)},
     }
 
 
 def _prepare(handle: DeploymentHandle, prompts: Sequence[list[Message]], count: int) -> None:
-    """Sends so many pictures, eight at once."""
+    """Sends this many pictures, eight at once."""
 
     def one(number: int) -> None:
         prompt = prompts[number % len(prompts)]
@@ -167,17 +187,15 @@ def polled(url: str, every_s: float = 0.2) -> Iterator[list[float]]:
 
 
 def one_more_replica(rounds: int) -> dict[str, Any]:
-    """Seconds from asking for a replica to its being ready, and what its process has spent by then."""
+    """Seconds from asking for a replica to its being ready, and what it and its child have spent by then."""
     ready, processor, memory = [], [], []
     for round_ in range(rounds):
         name = f"new{round_}"
         start = time.perf_counter()
         tier(name, 1)
         ready.append(time.perf_counter() - start)
-        (new,) = processes(name)
-        times = new.cpu_times()
-        processor.append(times.user + times.system)
-        memory.append(new.memory_info().rss / 2**20)
+        processor.append(_processor_time(name))
+        memory.append(sum(each.memory_info().rss for each in processes(name)) / 2**20)
         serve.delete(name)
     return {
         "ready_s": _rounded(ready, 2),
@@ -187,18 +205,18 @@ def one_more_replica(rounds: int) -> dict[str, Any]:
 
 
 class Far:
-    """Stands where the picture tier and the model stand, and does nothing."""
+    """Stands in for the picture tier and the model, and does nothing."""
 
     async def take(self, messages: Sequence[Message]) -> int:
-        """A picture goes in."""
+        """Receives a picture."""
         return len(messages)
 
     async def give(self, tiles: int) -> PreparedPrompt:
-        """Tiles come out."""
+        """Returns tiles."""
         return PreparedPrompt(np.zeros(600, np.int32), tiles=(np.ones((tiles, 336, 336, 3), np.uint8),))
 
     async def answer(self, prepared: PreparedPrompt) -> AsyncGenerator[int]:
-        """Tiles go in, and a stream begins."""
+        """Receives tiles, and starts a stream."""
         yield len(prepared.token_ids)
 
     async def spent(self) -> float:
@@ -207,7 +225,7 @@ class Far:
 
 
 class Near:
-    """Stands where the ingress stands."""
+    """Stands in for the ingress."""
 
     def __init__(self, far: DeploymentHandle) -> None:
         self._far = far

@@ -10,24 +10,24 @@ _COLOURS = ("#2f6f9f", "#c98a2b", "#6a9f58", "#a05195")
 
 
 def write_bars(path: Path, title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
-    """One group of bars per label, one colour per series; each bar bears its value."""
+    """One group of bars per label, one colour per series; each bar shows its value."""
     highest = max(max(values) for values in series.values())
     group = (_WIDTH - 2 * _MARGIN) / len(labels)
     bar = group * 0.8 / len(series)
-    floor = _HEIGHT - _MARGIN
+    bottom = _HEIGHT - _MARGIN
     parts = [f'<text x="{_MARGIN}" y="20" font-size="14">{title}</text>']
     for number, (name, values) in enumerate(series.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         parts.append(f'<text x="{_MARGIN + 160 * number}" y="36" fill="{colour}">{name}</text>')
         for at, value in enumerate(values):
-            height = (floor - 60) * value / highest
+            height = (bottom - 60) * value / highest
             x = _MARGIN + at * group + number * bar
             parts.append(
-                f'<rect x="{x:.1f}" y="{floor - height:.1f}" width="{bar:.1f}" height="{height:.1f}" fill="{colour}"/>'
+                f'<rect x="{x:.1f}" y="{bottom - height:.1f}" width="{bar:.1f}" height="{height:.1f}" fill="{colour}"/>'
             )
-            parts.append(f'<text x="{x:.1f}" y="{floor - height - 4:.1f}">{value:g}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{bottom - height - 4:.1f}">{value:g}</text>')
     for at, label in enumerate(labels):
-        parts.append(f'<text x="{_MARGIN + at * group:.1f}" y="{floor + 16}">{label}</text>')
+        parts.append(f'<text x="{_MARGIN + at * group:.1f}" y="{bottom + 16}">{label}</text>')
     frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
     head = f'<svg {frame} font-family="sans-serif" font-size="11">'
     path.write_text("\n".join([head, *parts, "</svg>", ""]))

@@ -1,11 +1,11 @@
-"""A crowd above capacity, and clients that leave: what each gets, how soon a refusal comes, when work ends.
+"""Load above capacity, and disconnects: the outcome of each request, the time to a refusal, the time until work ends.
 
     python -m benchmarks.pressure [--profile production.env] [--rate 60] [--output benchmarks/results/pressure.json]
 
-The application of `serve_config.yaml` with a smaller house and a door that tells what is left (`benchmarks.counted`),
-under Serve's defaults and then under each profile. The crowd is open-loop: 200 clients, at the stated rate whatever
-becomes of those before, each with a picture of its own. Then clients leave one after the other from long answers,
-streamed and not; the time is from closing the socket to an engine that is seen empty, asked every few milliseconds.
+The application of `serve_config.yaml` with a lower limit of requests in flight and two more endpoints
+(`benchmarks.counted`), under Serve's defaults and then under each profile. The load is open-loop: 200 clients at a
+fixed rate, each with a picture of its own. Then clients disconnect from long answers one after the other, streamed and
+not; the time is from closing the socket until the engine reports that it is empty, polled every few milliseconds.
 """
 
 from __future__ import annotations
@@ -37,50 +37,52 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--profile", type=Path, action="append", default=[], help="repeatable; beside Serve's defaults")
     parser.add_argument("--rate", type=float, default=60, help="clients per second")
-    parser.add_argument("--crowd", type=int, default=200, help="clients")
-    parser.add_argument("--seats", type=int, default=32)
-    parser.add_argument("--leavers", type=int, default=40, help="of each kind")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--max-in-flight", type=int, default=32)
+    parser.add_argument("--disconnects", type=int, default=40, help="of each kind")
     parser.add_argument("--output", type=Path)
-    options = parse(parser, crowd=8, seats=2, leavers=1)
+    options = parse(parser, clients=8, max_in_flight=2, disconnects=1)
     profiles: dict[str, dict[str, str]] = {"default": {}} | {p.stem: read_serve_env(p) for p in options.profile}
-    result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": options.crowd, "clients_per_s": options.rate}
-    result["seats"] = options.seats
+    result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "clients": options.clients, "clients_per_s": options.rate}
+    result["max_in_flight"] = options.max_in_flight
     for name, profile in profiles.items():
-        with local_cluster(counted_config(max_in_flight=options.seats), profile=profile) as running:
-            result[name] = asyncio.run(measure(running.url, options.crowd, options.rate, options.leavers))
+        with local_cluster(counted_config(max_in_flight=options.max_in_flight), profile=profile) as running:
+            result[name] = asyncio.run(measure(running.url, options.clients, options.rate, options.disconnects))
         print(json.dumps({name: result[name]}), flush=True)
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-async def measure(url: str, clients: int, rate: float, leavers: int) -> dict[str, Any]:
+async def measure(url: str, clients: int, rate: float, disconnects: int) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=600)
-    crowd = [body(number, TOKENS, number % 2 == 0) for number in range(clients)]
+    bodies = [body(number, TOKENS, number % 2 == 0) for number in range(clients)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        await asyncio.gather(*(ask(session, url, one) for one in crowd[:4]))  # warms up
+        await asyncio.gather(*(ask(session, url, one) for one in bodies[:4]))  # warms up
         began = time.perf_counter()
-        answers = await asyncio.gather(*(come(session, url, one, at / rate) for at, one in enumerate(crowd)))
+        answers = await asyncio.gather(*(ask_after(session, url, one, at / rate) for at, one in enumerate(bodies)))
         seconds = time.perf_counter() - began
-        left = {}
+        empty_after = {}
         for kind, stream in (("unstreamed", False), ("streamed", True)):
-            left[kind] = percentiles([await leave(session, url, number, stream) for number in range(leavers)])
+            empty_after[kind] = percentiles(
+                [await disconnect(session, url, number, stream) for number in range(disconnects)]
+            )
     outcomes = Counter(outcome for outcome, _ in answers)
     return {
         "outcomes": dict(outcomes),
         "answers_per_s": round(outcomes["answer"] / seconds, 1),
         "refused_after_ms": percentiles([taken for outcome, taken in answers if outcome == "429 with Retry-After"]),
-        "empty_after_leaving_ms": left,
+        "empty_after_disconnect_ms": empty_after,
     }
 
 
-async def come(session: aiohttp.ClientSession, url: str, asked: bytes, after_s: float) -> tuple[str, float]:
-    """A client of the crowd, at its own time."""
+async def ask_after(session: aiohttp.ClientSession, url: str, asked: bytes, after_s: float) -> tuple[str, float]:
+    """One question, after a delay."""
     await asyncio.sleep(after_s)
     return await ask(session, url, asked)
 
 
 async def ask(session: aiohttp.ClientSession, url: str, asked: bytes) -> tuple[str, float]:
-    """One question: what it got, and after how many seconds the head of that came."""
+    """One question: its outcome, and the seconds to the head of the response."""
     sent = time.perf_counter()
     async with session.post(f"{url}/v1/chat/completions", data=asked, headers=JSON) as response:
         taken = time.perf_counter() - sent
@@ -92,16 +94,16 @@ async def ask(session: aiohttp.ClientSession, url: str, asked: bytes) -> tuple[s
     return f"{response.status}: {text[:200]}", taken
 
 
-async def leave(session: aiohttp.ClientSession, url: str, number: int, stream: bool) -> float:
-    """Seconds from leaving a long answer to an empty engine."""
+async def disconnect(session: aiohttp.ClientSession, url: str, number: int, stream: bool) -> float:
+    """Seconds from a disconnect during a long answer to an empty engine."""
     task = asyncio.create_task(read(session, url, number, stream))
-    await until(session, url, working=True)
+    await wait_for_engine(session, url, working=True)
     await asyncio.sleep(random.Random(number).uniform(0, 0.3))
-    assert not task.done(), "it was to be longer"
+    assert not task.done(), "the answer ended too soon"
     task.cancel()
-    gone = time.perf_counter()
-    await until(session, url, working=False)
-    return time.perf_counter() - gone
+    disconnected = time.perf_counter()
+    await wait_for_engine(session, url, working=False)
+    return time.perf_counter() - disconnected
 
 
 async def read(session: aiohttp.ClientSession, url: str, number: int, stream: bool) -> None:
@@ -110,8 +112,8 @@ async def read(session: aiohttp.ClientSession, url: str, number: int, stream: bo
             pass
 
 
-async def until(session: aiohttp.ClientSession, url: str, *, working: bool) -> None:
-    """Asks the engine until there are sequences in it, or none."""
+async def wait_for_engine(session: aiohttp.ClientSession, url: str, *, working: bool) -> None:
+    """Polls the engine until it has sequences, or none."""
     while True:
         async with session.get(f"{url}/engine") as response:
             stats = await response.json()
@@ -121,7 +123,7 @@ async def until(session: aiohttp.ClientSession, url: str, *, working: bool) -> N
 
 
 def body(number: int, tokens: int, stream: bool) -> bytes:
-    """A question with a picture of its own, and an answer of just so many tokens."""
+    """A question with a picture of its own, and an answer of exactly this many tokens."""
     parts = [
         {"type": "image_url", "image_url": {"url": make_picture(number)}},
         {"type": "text", "text": f"Question {number}: what is this?"},

@@ -10,7 +10,7 @@ import ray
 
 @contextmanager
 def ray_job(address: str) -> Iterator[None]:
-    """Joins a Ray, and leaves it before it ends: its end would end this process without a word."""
+    """Joins a Ray cluster, and disconnects before the cluster ends, which would kill this process without a message."""
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     try:
         yield

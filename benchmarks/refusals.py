@@ -1,4 +1,4 @@
-"""How long a full house takes to refuse, from the web app's first line to the first byte of its 429.
+"""The time of a refusal at capacity, from the web app's first line to the first byte of its 429.
 
 python -m benchmarks.refusals
 """
@@ -24,7 +24,7 @@ SCOPE = {"type": "http", "method": "POST", "path": PATH, "root_path": "", "query
 
 
 class Busy:
-    """A backend whose one guest never leaves."""
+    """A backend whose request never ends."""
 
     model_name = "busy"
 
@@ -58,7 +58,7 @@ async def measure(count: int) -> list[float]:
     async def ignore(message: MutableMapping[str, Any]) -> None:
         return None
 
-    guest = asyncio.create_task(app(dict(SCOPE), arriving.get, ignore))
+    first = asyncio.create_task(app(dict(SCOPE), arriving.get, ignore))
     await backend.entered.wait()
     times: list[float] = []
     for _ in range(count):
@@ -70,7 +70,7 @@ async def measure(count: int) -> list[float]:
                 times.append(time.perf_counter() - began)
 
         await app(dict(SCOPE), asyncio.Event().wait, send)  # type: ignore[arg-type]
-    guest.cancel()
+    first.cancel()
     return times
 
 

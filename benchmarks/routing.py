@@ -1,12 +1,12 @@
-"""What routing finds in the caches of two model replicas, and how evenly it loads them: ours and Serve's own.
+"""Cache hits and balance of two model replicas, with our router and with Serve's own.
 
     python -m benchmarks.routing [--rounds 2] [--ingress 1 2] [--output benchmarks/results/routing.json]
 
-Each round starts the application of `serve_config.yaml` afresh, with two model replicas of one thread each, under each
+Each round starts the application of `serve_config.yaml` anew, with two model replicas of one thread each, under each
 router and with each number of ingress replicas, and drives it over HTTP with four loads: several questions about each
 of many pictures, conversations without a picture, pictures that nobody has sent before, and one picture for all.
 
-Hits are by `cached_tokens` of the answers' usage: more than what all prompts begin with. The imbalance is the
+A hit has more `cached_tokens` in its usage than all prompts have in common. The imbalance is the
 difference between the two replicas' requests over their sum: the mean of samples while there are many.
 """
 
@@ -37,7 +37,7 @@ from deployments.tools.local_cluster import free_port, local_cluster
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 TEMPLATE = 64
-"""More tokens than what all prompts begin with, and fewer than a picture takes."""
+"""More tokens than all prompts have in common, and fewer than a picture takes."""
 CLIENTS = 16
 SAMPLE_S = 0.1
 Result = dict[str, float]
@@ -57,7 +57,7 @@ def main() -> None:
     for _ in range(options.rounds):
         by_round.append({})
         for ingress, router in settings:
-            # In a process of its own: what Serve keeps in one is of the Ray that it was first in.
+            # In a process of its own: Serve keeps state of the first Ray cluster in a process.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 result = process.submit(drive, router, ingress, options.share).result()
             by_round[-1][f"{router}, ingress replicas: {ingress}"] = result
@@ -85,13 +85,13 @@ def application(router: str, ingress: int) -> Iterator[str]:
     tiers["LlavaModel"]["num_replicas"] = 2
     if router == "default":
         del tiers["LlavaModel"]["request_router_config"]
-    # The CPUs are counted, not there: the replicas share what the machine has.
+    # The CPUs are logical: the replicas share the machine's cores.
     with local_cluster(config, num_cpus=8) as running, ray_job(running.ray_address):
         yield running.url
 
 
 async def measure(url: str, share: float) -> dict[str, Result]:
-    """So large a share of all loads, one after the other."""
+    """This share of all loads, one after the other."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         load = Load(client)
         await asyncio.gather(*(load.ask(about(picture(), "Warm up.")) for _ in range(8)))
@@ -113,7 +113,7 @@ class Load:
         self.hits: list[bool] = []
 
     async def ask(self, messages: Messages, *, tokens: int = 4, again: bool = False) -> str:
-        """One answer of so many tokens. `again` says that a cache could help, and counts whether it did."""
+        """One answer of this many tokens. `again` marks a request that a cache can help, and counts its hit."""
         async with self._turn:
             answer = await self._client.chat.completions.create(
                 model="builtin", messages=messages, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
@@ -130,7 +130,7 @@ class Load:
         return found
 
     async def run(self, requests: Awaitable[object]) -> Result:
-        """What the requests found and did."""
+        """Runs the requests; returns their hits, their work and the balance."""
         self.hits.clear()
         imbalance: list[float] = []
         over = asyncio.Event()
@@ -189,15 +189,15 @@ async def conversations(load: Load, count: int, turns: int = 4) -> None:
 
 async def distinct(load: Load, count: int) -> None:
     """Pictures that nobody has sent before, with answers of 8 to 48 tokens."""
-    draw = random.Random(0)
-    lengths = [draw.randint(8, 48) for _ in range(count)]
+    rng = random.Random(0)
+    lengths = [rng.randint(8, 48) for _ in range(count)]
     await asyncio.gather(*(load.ask(about(picture(), "What is this?"), tokens=length) for length in lengths))
 
 
 async def one_picture(load: Load, count: int) -> None:
     """Questions about one picture, with answers of 8 to 48 tokens."""
-    draw, hot = random.Random(0), picture()
-    lengths = [draw.randint(8, 48) for _ in range(count)]
+    rng, hot = random.Random(0), picture()
+    lengths = [rng.randint(8, 48) for _ in range(count)]
     await asyncio.gather(*(load.ask(about(hot, f"Question {n}?"), tokens=tokens) for n, tokens in enumerate(lengths)))
 
 

@@ -44,7 +44,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def application(url: str | None) -> Iterator[str]:
-    """The one at the URL, or one of our own."""
+    """The application at the URL, or a new one."""
     if url is not None:
         yield url
         return
@@ -53,7 +53,7 @@ def application(url: str | None) -> Iterator[str]:
 
 
 async def measure(url: str, options: argparse.Namespace) -> dict[str, object]:
-    """Rounds alternate between the numbers of clients, so that a slow minute of the machine hits all of them."""
+    """Rounds alternate between the numbers of clients, so that a slow minute of the machine affects all of them."""
     rates: dict[int, list[float]] = {clients: [] for clients in options.clients}
     first_chunks: dict[int, list[float]] = {clients: [] for clients in options.clients}
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:

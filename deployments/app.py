@@ -1,7 +1,7 @@
-"""The Serve application: three deployments, chained. Where and how often they run stands in `serve_config.yaml`."""
+"""The Serve application: three chained deployments. `serve_config.yaml` sets their replicas and resources."""
 
-# No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands, and a string would
-# quietly leave the arguments an unchecked dict.
+# No `from __future__ import annotations`: Serve reads the annotation of `build_app` itself; with a string it
+# would silently pass the arguments on as an unchecked dict.
 
 from ray import serve
 from ray.serve import Application
@@ -14,11 +14,11 @@ from .model import LlavaModel
 from .preprocessor import ImagePreprocessor
 
 DEPLOYMENTS = tuple(each.__name__ for each in (Ingress, ImagePreprocessor, LlavaModel))
-"""The names that a config may give replicas and resources to."""
+"""The names of the deployments in a config."""
 
 
 class AppArgs(ModelOptions):
-    """The application's `args` in `serve_config.yaml`: the model's options, and those of each part under its name.
+    """The application's `args` in `serve_config.yaml`: the model's options, and those of the other parts by name.
 
     Attributes:
         engine: limits of each model replica.
@@ -32,7 +32,7 @@ class AppArgs(ModelOptions):
 
     @property
     def model_options(self) -> ModelOptions:
-        """The part that is about the model alone."""
+        """The options of the model alone."""
         return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})
 
     @property
@@ -42,7 +42,7 @@ class AppArgs(ModelOptions):
 
 
 def build_app(args: AppArgs) -> Application:
-    """Chains the deployments: the ingress holds a handle to each of the other two."""
+    """Chains the deployments: the ingress has a handle to each of the other two."""
     preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images)
     model = serve.deployment(LlavaModel).bind(args.model_options, args.engine)
     ingress = serve.deployment(serve.ingress()(Ingress))

@@ -1,4 +1,4 @@
-"""Two handles that look like the library: what the ingress stands on."""
+"""The web app's `Backend` over handles to the other two deployments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingPar
 from .handle_calls import AbortSender, call, stream
 
 HEALTH_TIMEOUT_S = 5.0
-"""A call to a deployment without replicas waits; a health probe must not."""
+"""A call to a deployment without replicas waits; a health probe must not wait for long."""
 
 
 class HandleBackend:
@@ -51,13 +51,13 @@ class HandleBackend:
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
     ) -> AsyncGenerator[list[Chunk]]:
         """Streams the answer from the model tier. Closing the generator ends the work there."""
-        call_id = f"{request_id}-{uuid.uuid4().hex}"  # callers may choose request ids, and choose the same
+        call_id = f"{request_id}-{uuid.uuid4().hex}"  # clients may choose request ids, and two the same
         return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling, priority)
 
     async def check_health(self) -> None:
-        """Returns if a model replica says that an answer can be expected; raises `EngineDeadError` otherwise."""
+        """Returns if a model replica reports that it can answer; raises `EngineDeadError` otherwise."""
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S), call(self._health) as response:
                 await response
         except TimeoutError:
-            raise EngineDeadError("No replica of the model answers.") from None
+            raise EngineDeadError("No replica of the model responds.") from None

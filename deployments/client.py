@@ -1,4 +1,4 @@
-"""The application for other Ray jobs: from a driver, a task or an actor on the same cluster."""
+"""The client for other Ray jobs: for drivers, tasks and actors on the same cluster."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ Messages: TypeAlias = Sequence[ChatMessage]
 """`Message`s, or OpenAI's dicts; {"type": "image", "image": ...} holds an `Image`."""
 
 MAX_BYTES = 60 << 20
-"""Of the pictures of one request: the production profile's transport takes no more (production.env)."""
+"""Of the images of one request: the production profile's transport has this limit (production.env)."""
 
 
 class LlavaClient:
-    """Asks the running application, through its ingress: requests are admitted, bounded and drained as over HTTP.
+    """Asks the running application, through its ingress: admission, limits and draining are those of HTTP requests.
 
-    `generate`, `chat` and `stream` mean what they mean on `LLM`, `ask` is the short form. They are for code without an
-    event loop; the forms in `_async` are for code in one. All raise the library's own errors.
+    `generate`, `chat` and `stream` work as on `LLM`; `ask` is the short form. They are for code without an event loop;
+    the forms in `_async` are for code in one. All raise the library's own errors.
 
     Args:
         app: the application's name.
-        timeout: seconds that a request may take, where it says nothing; the application's `max_timeout_s` holds too.
-        image_options: what pictures are read.
-        images: the old name of `image_options`.
+        timeout: seconds that a request may take, unless it sets its own; `max_timeout_s` of the application applies.
+        image_options: limits of the pictures.
+        images: the deprecated name of `image_options`.
 
     Raises:
         UnknownModelError: no such application runs on this cluster.
@@ -75,7 +75,7 @@ class LlavaClient:
         """The answer to a question about a picture; greedy where `sampling` is None.
 
         Raises:
-            LlavaServeError: the class says what is wrong, as over HTTP the status does.
+            LlavaServeError: its class says what is wrong, as the status does over HTTP.
         """
         return _run(self.ask_async(image, question, sampling))
 
@@ -115,10 +115,10 @@ class LlavaClient:
         sampling: SamplingParams | None = None,
         **options: Unpack[CallOptions],
     ) -> Generator[Chunk]:
-        """The answer to a query or a conversation as it comes. Closing the iterator ends the work.
+        """Streams the answer to a query or a conversation. Closing the iterator ends the work.
 
         Args:
-            images: of a query; behind messages the sampling may stand here.
+            images: of a query; after messages, this argument may be the sampling.
 
         Raises:
             LlavaServeError: as `ask`.
@@ -157,7 +157,7 @@ class LlavaClient:
         sampling: SamplingParams | None = None,
         **options: Unpack[CallOptions],
     ) -> AsyncGenerator[Chunk]:
-        """As `stream`. Left early, it must be closed (`contextlib.aclosing`) for the work to end."""
+        """As `stream`. Close it (`contextlib.aclosing`) to end the work early."""
         _, answer = await self._begin(asked, images, sampling, options)
         async with aclosing(answer) as groups:
             async for group in groups:
@@ -174,14 +174,14 @@ class LlavaClient:
     async def _begin(
         self, asked: str | Messages, images: Any, sampling: SamplingParams | None, options: CallOptions
     ) -> tuple[PreparedPrompt, AsyncGenerator[list[Chunk]]]:
-        """The prompt, without its tiles, and the answer in groups. Files, links and references are read here, where
-        the caller is."""
+        """The prompt, without its tiles, and the answer in groups. Files, links and references are read here, in the
+        caller's process."""
         images, sampling = images_and_sampling(images, sampling)
         deadline = time.time() + (options.get("timeout") or self._timeout)
         async with deadline_scope(deadline):
             fetched = asked if isinstance(asked, str) else [await _fetched(message) for message in asked]
-            pictures = [await _value(image) for image in images]
-            read = await asyncio.to_thread(read_asked, fetched, pictures, self._read_source)
+            values = [await _value(image) for image in images]
+            read = await asyncio.to_thread(read_asked, fetched, values, self._read_source)
         check_image_bytes(read, MAX_BYTES)
         arguments = (read, sampling or SamplingParams(), options.get("conv_mode"), options.get("priority", 0))
         answer = stream(self._generate, self._aborts, uuid.uuid4().hex, deadline, *arguments)
@@ -193,7 +193,7 @@ class LlavaClient:
 
 
 async def _fetched(message: ChatMessage) -> ChatMessage:
-    """A message with its pictures in the place of references to them."""
+    """A message with images instead of Ray references to them."""
     if isinstance(message, Message) or not isinstance(message.get("content"), list | tuple):
         return message
     parts = [
@@ -209,14 +209,14 @@ async def _value(image: Any) -> Any:
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop behind all calls of this process that have none of their own."""
+    """The event loop for all calls from code without one."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="llava-client", daemon=True).start()
     return loop
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Waits for a result; whoever stops waiting ends the work."""
+    """Waits for a result; an interrupted wait cancels the work."""
     future = asyncio.run_coroutine_threadsafe(work, _loop())
     try:
         return future.result()

@@ -1,4 +1,4 @@
-"""Groups a stream: each message between replicas costs more than a token does."""
+"""Groups the chunks of a stream: a message between replicas costs more than a token."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from llava_serve.engine.output_processor import join_chunks
 from llava_serve.types import Chunk
 
 GATHER_S = 0.05
-"""Between two groups of one stream: twenty a second read smoothly, and cost a third less CPU than fifty."""
+"""Between two groups of one stream: twenty per second read smoothly, and cost a third less CPU than fifty."""
 
 
 async def coalesce(chunks: AsyncGenerator[Chunk], gather_s: float = GATHER_S) -> AsyncGenerator[list[Chunk]]:
-    """Yields what has come, one chunk per choice. The first chunk leaves at once, and so does the end of the stream.
+    """Yields the chunks that have arrived, joined to one per choice. The first and the last group are sent at once.
 
     Closing it closes `chunks`.
     """
     ready: list[Chunk] = []
-    news = asyncio.Event()
+    arrived = asyncio.Event()
 
     async def pump() -> None:
         async for chunk in chunks:
             ready.append(chunk)
-            news.set()
+            arrived.set()
 
     task = asyncio.create_task(pump())
-    task.add_done_callback(lambda _: news.set())
+    task.add_done_callback(lambda _: arrived.set())
     try:
         while ready or not task.done():
-            await news.wait()
-            news.clear()
+            await arrived.wait()
+            arrived.clear()
             if ready:
                 group = join_chunks(ready)
                 ready.clear()

@@ -1,7 +1,7 @@
-"""Calls to other deployments that end with their owner, and fail with the library's own errors.
+"""Calls to other deployments that end with their caller, and fail with the library's own errors.
 
-A call is cancelled by its owner; and because Serve now and then loses a cancel that comes before its call has begun,
-the call is aborted by its id as well.
+The caller cancels its call. Serve sometimes loses a cancel that arrives before the call starts, so the caller aborts
+the call by its id as well.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
 GATHER_S = 0.02
 TIMEOUT_S = 10.0
 REMEMBERED_S = 60.0
-"""How long a call may be on its way after its abort: it is then not begun."""
+"""How long an abort is remembered: a call that arrives within that time does not start."""
 
 REMEMBERED_CALLS = 100_000
-"""More than 1,600 disconnects a second for `REMEMBERED_S`. Beyond it the oldest abort is forgotten, whose call has most
-likely come already; if not, that call runs to its end or its deadline."""
+"""More than 1,600 disconnects per second for `REMEMBERED_S`. Beyond it the oldest abort is forgotten; its call has most
+likely arrived already. If not, that call runs to its end or its deadline."""
 
 
 @asynccontextmanager
 async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
-    """A call that its block reads to the end, or leaves by an exception: then nothing runs on at the replica.
+    """Makes a call, and cancels it at the replica if the block ends with an exception.
 
-    Serve's own cancelling of what a request started loses calls in a burst, so each call is cancelled by its owner.
+    Serve's own cancellation of a request's calls loses some in a burst, so the caller cancels each call.
     """
     response = method.remote(*args)
     try:
         with library_errors():
             yield response
     except BaseException:
-        with suppress(Exception):  # of a call that never reached a replica: what it failed with is on its way already
+        with suppress(Exception):  # of a call that never reached a replica: its own error is raised below
             response.cancel()
         raise
 
@@ -48,12 +48,12 @@ async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
 async def stream(
     method: DeploymentHandle, aborts: AbortSender, call_id: str, deadline: float, *args: object
 ) -> AsyncGenerator[Any]:
-    """What a streaming call yields. Closing the generator ends the work at the replica.
+    """Yields the items of a streaming call. Closing the generator ends the work at the replica.
 
     Args:
         method: takes `args`, then `call_id` and `deadline`.
         aborts: to the same deployment.
-        call_id: of this call alone.
+        call_id: unique to this call.
         deadline: seconds since the epoch.
     """
     ended = False
@@ -75,7 +75,7 @@ async def stream(
 
 @contextmanager
 def library_errors() -> Iterator[None]:
-    """Turns what Ray raises into the library's own error, where there is one."""
+    """Turns Ray's errors into the library's own, where there is one."""
     try:
         yield
     except RayTaskError as error:
@@ -83,7 +83,7 @@ def library_errors() -> Iterator[None]:
             raise error.cause from None
         raise
     except BackPressureError:
-        raise CapacityError("The server is full; try again later.") from None
+        raise CapacityError("The server is at capacity; try again later.") from None
     except (RayActorError, DeploymentUnavailableError):
         raise EngineDeadError("The replica that worked on the request was lost.") from None
     except (TaskCancelledError, RequestCancelledError):
@@ -91,10 +91,10 @@ def library_errors() -> Iterator[None]:
 
 
 class AbortSender:
-    """Aborts calls on all replicas of a deployment; the caller does not know which replica has them.
+    """Aborts calls on all replicas of a deployment, since the caller does not know which replica runs them.
 
     Args:
-        deployment: handle to one that has an `abort`.
+        deployment: handle to a deployment with an `abort`.
     """
 
     def __init__(self, deployment: DeploymentHandle) -> None:
@@ -103,7 +103,7 @@ class AbortSender:
         self._sending: set[asyncio.Task[None]] = set()
 
     def send(self, call_id: str) -> None:
-        """Returns at once. The ids of a burst go together: a broadcast costs a message per replica."""
+        """Returns at once. The ids of a burst are sent together: a broadcast costs a message per replica."""
         self._disconnected.append(call_id)
         if len(self._disconnected) == 1:
             task = asyncio.create_task(self._send())
@@ -113,16 +113,16 @@ class AbortSender:
     async def _send(self) -> None:
         try:
             await asyncio.sleep(GATHER_S)
-        finally:  # a loop that ends here must not leave ids behind: the next one would wait for this task
+        finally:  # clear the ids if the loop ends here: later ones would wait for this task
             disconnected, self._disconnected = self._disconnected, []
-        with suppress(DeploymentUnavailableError, TimeoutError):  # a replica that is gone works for nobody
+        with suppress(DeploymentUnavailableError, TimeoutError):  # a replica that is gone runs no call
             await self._deployment.broadcast("abort", disconnected).results_async(
                 timeout_s=TIMEOUT_S, return_exceptions=True
             )
 
 
 class AbortedCalls:
-    """The calls that a replica shall not work on, whether their abort came after them or before."""
+    """The ids of aborted calls, whether their abort arrives after or before the call."""
 
     def __init__(self) -> None:
         self._calls: TTLCache[str, None] = TTLCache(REMEMBERED_CALLS, REMEMBERED_S)

@@ -1,10 +1,10 @@
-"""What stands before Serve looks at a request, and after it has answered: in its HTTP proxy, or where HAProxy is the
-proxy, in the ingress replica.
+"""Middleware around Serve: in its HTTP proxy, or in the ingress replica if HAProxy is the proxy.
 
-Serve lets a client lift the server's time limit and switch off the notice of its own leaving by request headers. A
-client shall not have that power here, so the headers are taken off. And Serve adds the request's id to answers that say
-it already. Serve finds `middlewares` by the variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the process's
-environment (`controller_options` of `serve_config.yaml` give it to the proxy).
+By request headers, Serve lets a client change the server's time limit, switch the detection of its disconnect off and
+choose the replica. These headers are removed here, and so is a request id that the application would replace: Serve
+fails on one that is not UTF-8. Serve also adds the request's id to responses that have it already; only the first one
+is kept. Serve finds `middlewares` by the variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the process's
+environment (`controller_options` of `serve_config.yaml` set it for the proxy).
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava_serve.api.middleware import is_request_id
+
 REQUEST_ID = b"x-request-id"
 FORBIDDEN_HEADERS = frozenset(
     (
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
+        b"x-session-id",
         b"serve_multiplexed_model_id",
         b"serve-multiplexed-model-id",
     )
@@ -24,31 +27,36 @@ FORBIDDEN_HEADERS = frozenset(
 
 
 class HeaderFilterMiddleware:
-    """Takes the headers off that steer Serve itself, and the second id off the answer."""
+    """Removes the request headers that control Serve itself or disturb it, and a second id from the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            kept = [(name, value) for name, value in scope["headers"] if name.lower() not in FORBIDDEN_HEADERS]
+            kept = [(name, value) for name, value in scope["headers"] if is_allowed(name.lower(), value)]
             await self._app({**scope, "headers": kept}, receive, one_id(send))
             return
         await self._app(scope, receive, send)
 
 
+def is_allowed(name: bytes, value: bytes) -> bool:
+    """The request header reaches Serve."""
+    return name not in FORBIDDEN_HEADERS and (name != REQUEST_ID or is_request_id(value.decode("latin-1")))
+
+
 def one_id(send: Send) -> Send:
-    """Lets the first `X-Request-ID` through, the application's own: what Serve adds comes after it."""
+    """Keeps the first `X-Request-ID`, the application's own; Serve adds a second one after it."""
 
     async def send_with_one(message: Message) -> None:
         if message["type"] == "http.response.start":
-            seen = False
+            has_id = False
             kept = []
             for name, value in message.get("headers", ()):
                 is_id = name.lower() == REQUEST_ID
-                if not (is_id and seen):
+                if not (is_id and has_id):
                     kept.append((name, value))
-                seen |= is_id
+                has_id |= is_id
             message = {**message, "headers": kept}
         await send(message)
 
@@ -56,5 +64,5 @@ def one_id(send: Send) -> Send:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve puts around its proxy."""
+    """The middleware that Serve adds to its proxy."""
     return [Middleware(HeaderFilterMiddleware)]

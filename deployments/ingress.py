@@ -1,4 +1,4 @@
-"""The ingress: the library's own web app, and the same pipeline for other Ray jobs, over handles to the other tiers."""
+"""The ingress: the library's web app, and the same pipeline for other Ray jobs, over handles to the other tiers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .handle_calls import AbortedCalls
 
 
 class Ingress:
-    """Admission, access and the OpenAI API over HTTP; `generate` is for other Ray jobs.
+    """Admission, API keys and the OpenAI API over HTTP; `generate` is for other Ray jobs.
 
     Args:
         model_name: the name that requests use for the model.
@@ -55,21 +55,21 @@ class Ingress:
         call_id: str,
         deadline: float,
     ) -> AsyncGenerator[PreparedPrompt | list[Chunk]]:
-        """Yields the prompt without its tiles, then the answer in groups. `LlavaClient` is the caller's side of it.
+        """Yields the prompt without its tiles, then the answer in groups. `LlavaClient` is its caller.
 
-        Admission, the longest time and draining are those of HTTP requests; keys are not asked for, since whoever calls
-        has Ray's own token.
+        Admission, the longest timeout and draining are those of HTTP requests. No API key is required: callers have
+        Ray's own token.
 
         Args:
             asked: pictures as encoded bytes or `data:` URLs.
-            sampling: how the answer is drawn.
+            sampling: how the answer is sampled.
             conv_mode: overrides the checkpoint's template.
             priority: a smaller number is served earlier.
-            call_id: of this call alone; `abort` knows it by that.
+            call_id: unique to this call; `abort` takes it.
             deadline: seconds since the epoch.
 
         Raises:
-            LlavaServeError: the class says what is wrong; the root itself is a fault of ours, which is in the log.
+            LlavaServeError: its class says what is wrong; the root class itself is an internal error, which is logged.
         """
         try:
             with self._limiter.request() as hold:
@@ -86,7 +86,7 @@ class Ingress:
             raise LlavaServeError(reported(error, call_id)["error"]["message"]) from None
 
     async def _answer(self, request: GenerationRequest) -> AsyncGenerator[PreparedPrompt | list[Chunk]]:
-        """Ends at the next group once the call was aborted."""
+        """Ends at the next group once the call is aborted."""
         if request.request_id in self._aborted:
             return
         async with generation(self._backend, request) as answer:
@@ -99,9 +99,9 @@ class Ingress:
                 yield group
 
     async def abort(self, call_ids: Sequence[str]) -> None:
-        """Ends calls of `generate` whose caller has left, at their next step. Those of other replicas are no error."""
+        """Ends calls of `generate` whose caller has disconnected, at their next step. Unknown ids are ignored."""
         self._aborted.add(call_ids)
 
     async def drain(self) -> None:
-        """Refuses new requests from now on, and returns when the last one in flight has its answer."""
+        """Refuses new requests from now on, and returns once no request is in flight."""
         await self._limiter.drain()

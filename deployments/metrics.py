@@ -1,4 +1,4 @@
-"""Figures for Ray's own metrics endpoint; Serve adds the tags `application`, `deployment` and `replica`."""
+"""Metrics for Ray's own endpoint; Serve adds the tags `application`, `deployment` and `replica`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModelMetrics:
         )
 
     def produced(self, chunks: Sequence[Chunk]) -> None:
-        """Counts what one group of a stream brought."""
+        """Counts the tokens and the finished choices of one group of a stream."""
         if tokens := sum(len(chunk.token_ids) for chunk in chunks):
             self._tokens.inc(tokens)
         for chunk in chunks:
@@ -52,5 +52,5 @@ class ModelMetrics:
                 self._answers.inc(tags={"finish_reason": chunk.finish_reason})
 
     def first_chunk(self, seconds: float) -> None:
-        """Notes how long a request waited for its first chunk."""
+        """Records how long a request waited for its first chunk."""
         self._first.observe(seconds)

@@ -18,7 +18,7 @@ from .metrics import ModelMetrics
 
 
 class LlavaModel:
-    """Answers many prompts together.
+    """Answers prompts, batched by one engine.
 
     Args:
         model: which checkpoint, where and in which precision.
@@ -26,7 +26,7 @@ class LlavaModel:
     """
 
     def __init__(self, model: ModelOptions, engine: EngineOptions) -> None:
-        # Here, not above: the process that only builds the application shall not take the seconds to import torch.
+        # Not at the top: the process that builds the application does not need torch, which takes seconds to import.
         from llava_serve.async_llm import AsyncLLM
 
         self._llm = AsyncLLM(model, engine)
@@ -36,19 +36,19 @@ class LlavaModel:
     async def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, priority: int, call_id: str, deadline: float
     ) -> AsyncGenerator[list[Chunk]]:
-        """Streams the answer in lists: a message per token would cost more than the token.
+        """Streams the answer in groups of chunks: a message per token costs more than the token.
 
         Args:
             prepared: from `ImagePreprocessor`.
-            sampling: how the answer is drawn.
+            sampling: how the answer is sampled.
             priority: a smaller number is served earlier.
-            call_id: of this call alone; `abort` knows it by that.
+            call_id: unique to this call; `abort` takes it.
             deadline: seconds since the epoch.
 
         Raises:
             PromptTooLongError: the prompt and `max_new_tokens` do not fit.
             CapacityError: the engine's queue is full.
-            DeadlineExceededError: the time is up.
+            DeadlineExceededError: the deadline has passed.
             EngineDeadError: the engine's loop has ended.
         """
         check_deadline(deadline)
@@ -70,13 +70,13 @@ class LlavaModel:
                 yield group
 
     async def abort(self, call_ids: Sequence[str]) -> None:
-        """Ends calls whose caller has left. Those of other replicas, and those that are over, are no error."""
+        """Ends calls whose caller has disconnected. Unknown ids are ignored."""
         self._aborted.add(call_ids)
         for call_id in call_ids:
             self._llm.abort(call_id)
 
     async def health(self) -> None:
-        """Returns if an answer can be expected; raises `EngineDeadError` otherwise."""
+        """Returns if the model can answer; raises `EngineDeadError` otherwise."""
         self.check_health()
 
     def check_health(self) -> None:
@@ -85,7 +85,7 @@ class LlavaModel:
             raise EngineDeadError("The model's engine has stopped; its replica is being replaced.")
 
     async def stats(self) -> Mapping[str, object]:
-        """Where the engine stands: the fields of `EngineStats`."""
+        """The engine's statistics: the fields of `EngineStats`."""
         return dataclasses.asdict(self._llm.stats())
 
     def __del__(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import ray
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
@@ -18,19 +21,28 @@ class ImagePreprocessor:
 
     Args:
         model: which checkpoint's description to follow; its weights are not read.
-        images: what pictures are accepted.
+        images: limits of the images. They are decoded in child processes, which can be ended.
     """
 
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
-        # One request at a time: a replica is a core, and holds one decoded picture. The tier scales by replicas.
-        self._processor = ThreadedProcessor(Processor(spec, images), 1, PreprocessorMetrics().prepared)
+        # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
+        processor = Processor(spec, images.isolated)
+        self._processor = ThreadedProcessor(processor, _num_cpus(), PreprocessorMetrics().prepared)
 
     async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
         """One prompt as model input.
 
         Raises:
-            RequestError: the input is at fault; the class says how.
-            DeadlineExceededError: the time was up before the work was done.
+            RequestError: the input is invalid; the class says how.
+            DeadlineExceededError: the deadline passed before the work was done.
         """
         return await self._processor.prepare(lambda: asked, conv_mode=conv_mode, deadline=deadline)
+
+
+def _num_cpus() -> int:
+    """The cores that Serve has given to this replica; a part of one is one."""
+    if not ray.is_initialized():
+        return 1
+    cpus: float = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    return max(1, math.ceil(cpus))

@@ -1,7 +1,7 @@
-"""Which model replica answers: the one that has seen the picture or the conversation, unless it has much more to do.
+"""Cache-aware routing to the model replicas: prefers the one that has cached the image or the conversation.
 
-`serve_config.yaml` names it for `LlavaModel`. It runs in each process that calls the model tier, and knows what went
-through that process; several of them agree as far as they can, since they rank the replicas alike for each key.
+`serve_config.yaml` names the router for `LlavaModel`. It runs in each process that calls the model tier, and knows the
+calls of that process only; for new keys all processes agree, since they rank the replicas in the same order.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from llava_serve.config import RoutingOptions
 from llava_serve.types import PreparedPrompt
 
 LEADING_TOKENS = 128
-"""Of a conversation without pictures: beyond the template's system message, which all share. One that is shorter gets
-another key with its next turn, which costs no more than computing these few again."""
+"""That identify a conversation without images: more than the template's system message, which all share. A shorter one
+gets another key with its next turn, which costs no more than computing these few tokens again."""
 
 REMEMBERED_KEYS = 4096
-"""More pictures than the caches of many replicas hold."""
+"""More images than the caches of many replicas hold."""
 
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
-    """Serve's routing of calls to the model tier, by `Affinity`.
+    """Routes Serve's calls to the model tier, by `Affinity`.
 
-    Serve hands it on by value: the process that builds the application must have this module, and all that call the
-    model tier must have what it imports.
+    Serve pickles the class by value: the process that builds the application needs this module, and every process that
+    calls the model tier needs the modules that it imports.
     """
 
     queue_len_response_deadline_s = 1.0
-    """An engine at work answers late, and Serve's 0.1 s would send the request away from what it has seen."""
+    """A busy replica responds late; with Serve's 0.1 s the request would go to a replica that has nothing cached."""
 
     def initialize_state(self, **options: int) -> None:
         """Called by Serve with the config's `request_router_kwargs`: the fields of `RoutingOptions`."""
@@ -42,32 +42,32 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The chosen replica, then all others; Serve takes the least loaded of them if the chosen one is full."""
-        await asyncio.sleep(0)  # what was chosen just before is sent now, and so counts in the loads
+        """The chosen replica, then all others; Serve takes the least loaded of these if the chosen one is full."""
+        await asyncio.sleep(0)  # calls that were routed just before are sent now, and so count in the loads
         replicas = {each.replica_id.unique_id: each for each in candidate_replicas}
         if pending_request is None or not replicas:
             return [list(candidate_replicas)]
-        pending_request.routing_context.should_backoff = True  # if all are full: Serve does not wait by itself
+        pending_request.routing_context.should_backoff = True  # if all are at capacity: Serve does not wait by itself
         loads = {name: self.replica_queue_len_cache.get(each.replica_id) or 0 for name, each in replicas.items()}
         first = self._affinity.choose(key_of(pending_request), loads)
         return [[replicas.pop(first)], list(replicas.values())]
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: object) -> PendingRequest | None:
-        """The request that a choice was made for. Serve's own looks for its id, which all calls from one request to
+        """The request that the choice is for. Serve's own method looks for its id, which all calls from one request to
         another deployment share: of two at once, the second would never be sent."""
         waiting = (each for each in self._pending_requests_to_fulfill if each.metadata is request_metadata)
         return next((each for each in waiting if not each.future.done()), None)
 
 
 class Affinity:
-    """Remembers which replica was given what, and chooses. Knows nothing of Ray.
+    """Remembers which replicas have cached a key, and chooses one. It is independent of Ray.
 
-    A key that is new goes to one of two replicas, to the less loaded: the power of two choices, which is also Serve's
-    default, but that the key and not chance names the two. So new keys are spread as by default, and processes that
-    do not know of each other choose among the same two.
+    A new key goes to the less loaded of two replicas: the power of two choices, as in Serve's default, except that
+    the key selects the two, not chance. So new keys are spread as by default, and processes that do not communicate
+    choose among the same two.
 
     Args:
-        slack: requests that a replica may have above the least loaded one, and still get what it has seen.
+        slack: how many requests more than the least loaded replica one may have, and still get what it has cached.
     """
 
     def __init__(self, slack: int) -> None:
@@ -75,11 +75,11 @@ class Affinity:
         self._replicas: LRUCache[str, set[str]] = LRUCache(REMEMBERED_KEYS)
 
     def choose(self, key: str | None, loads: Mapping[str, int]) -> str:
-        """Returns the replica that is to work on the key, and remembers it.
+        """Chooses the replica for a key, and remembers it.
 
         Args:
-            key: what the caches would know the prompt by; None is a call that no cache helps.
-            loads: requests in each replica; of one at least.
+            key: identifies the prompt's beginning in the caches; None is a call without a prompt.
+            loads: requests of each replica; not empty.
         """
         if key is None:
             return min(random.sample(list(loads), min(2, len(loads))), key=loads.__getitem__)
@@ -94,9 +94,9 @@ class Affinity:
 
 
 def key_of(request: PendingRequest) -> str | None:
-    """Names what caches may have of a call's prompt: its first picture, or else how the conversation begins.
+    """The routing key of a call's prompt: the digest of its first image, or else of its first tokens.
 
-    The prompt is the call's own argument, which is in this process anyway. None where the call has none.
+    The prompt is an argument of the call, which this process has anyway. None if the call has no prompt.
     """
     for argument in request.args:
         if isinstance(argument, PreparedPrompt):
@@ -107,5 +107,5 @@ def key_of(request: PendingRequest) -> str | None:
 
 
 def score(key: str, replica: str) -> bytes:
-    """The lower, the more a key belongs to a replica (rendezvous hashing): independent of the other replicas."""
+    """The score of a replica for a key, lowest first (rendezvous hashing): independent of the other replicas."""
     return blake2b(f"{key} {replica}".encode(), digest_size=8).digest()

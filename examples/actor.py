@@ -11,9 +11,9 @@ PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
 QUESTIONS = ["What colour is the circle?", "How many shapes are there?", "Is there a star?"]
 
 
-@ray.remote(num_cpus=0)  # it only waits: the work is done in the application's own replicas
+@ray.remote(num_cpus=0)  # it only waits: the application's own replicas do the work
 class Describer:
-    """Its method is asynchronous, so that its calls run beside each other, and the engine answers them together."""
+    """Its method is asynchronous, so that its calls run concurrently, and the engine answers them in one batch."""
 
     def __init__(self, picture: bytes) -> None:
         self.picture = picture

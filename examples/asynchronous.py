@@ -23,7 +23,7 @@ async def main() -> None:
     for question, answer in zip(QUESTIONS, answers, strict=True):
         print(question, answer)
 
-    # `aclosing` ends the work if the block is left early.
+    # `aclosing` ends the work if the block ends early.
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What colour is the circle?"}]
     greedy = SamplingParams(temperature=0, max_new_tokens=32)
     async with aclosing(llava.stream_async([{"role": "user", "content": content}], greedy)) as chunks:

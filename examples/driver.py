@@ -18,7 +18,7 @@ llava = LlavaClient()
 # One question about one picture. It may be a path, a link, bytes, a PIL image, a numpy array, or a Ray reference.
 print(llava.ask(PICTURE, "What colour is the circle?"))
 
-# A conversation, in OpenAI's form, and all that is known of its answer.
+# A conversation in OpenAI's form, and the details of its answer.
 messages: list[dict[str, Any]] = [
     {
         "role": "user",
@@ -33,7 +33,7 @@ messages: list[dict[str, Any]] = [
 answer = llava.chat(messages, SamplingParams(temperature=0, max_new_tokens=32))
 print(answer.text, answer.finish_reason, answer.num_prompt_tokens)
 
-# What goes wrong is told by the library's own errors, as over HTTP by a status.
+# The library's own errors report what is wrong, as a status does over HTTP.
 try:
     llava.ask(b"not a picture", "What is this?")
 except InvalidImageError as error:

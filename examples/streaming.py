@@ -1,4 +1,4 @@
-"""Prints an answer as it comes, and leaves another one before its end."""
+"""Prints an answer as it is generated, and closes another stream before its end."""
 
 from contextlib import closing
 from pathlib import Path
@@ -24,8 +24,8 @@ for chunk in llava.stream(MESSAGES, SamplingParams(temperature=0, max_new_tokens
     print(chunk.text, end="", flush=True)
 print()
 
-# Whoever has heard enough closes the stream: the engine then stops working on it.
+# Closing a stream stops the engine's work on it.
 endless = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 with closing(llava.stream(MESSAGES, endless)) as chunks:
     next(chunks)
-print("Left.")
+print("Closed.")

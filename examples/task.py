@@ -1,4 +1,4 @@
-"""Asks the running application from Ray tasks; the picture crosses the cluster once, as a reference."""
+"""Asks the running application from Ray tasks; the picture is sent through the cluster once, as a reference."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
 QUESTIONS = ["What colour is the circle?", "How many shapes are there?"]
 
 
-@ray.remote(num_cpus=0)  # it only waits: the work is done in the application's own replicas
+@ray.remote(num_cpus=0)  # it only waits: the application's own replicas do the work
 def ask(picture: bytes, question: str) -> str:
     return LlavaClient().ask(picture, question)
 

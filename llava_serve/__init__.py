@@ -18,6 +18,7 @@ from llava_serve.errors import (
     PromptTooLongError,
     RequestError,
     UnknownModelError,
+    UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
 from llava_serve.types import Chunk, Completion, GenerationResult, Message, PreparedPrompt, SamplingParams
@@ -52,6 +53,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "UnknownModelError",
+    "UnsupportedMediaTypeError",
     "UnsupportedParameterError",
 ]
 

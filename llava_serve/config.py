@@ -1,19 +1,21 @@
 """Options of the parts, frozen. Each default is written here and nowhere else.
 
-Plain pydantic models, because they are the `args` of `serve_config.yaml`: a typo is refused by name.
+They are pydantic models, as the `args` of `serve_config.yaml`: a typo is refused by name.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Literal, TypedDict, Unpack
+from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated, Any, Literal, TypedDict, Unpack
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Transparency = Literal["white", "drop"]
 
 
 class Options(BaseModel):
@@ -61,11 +63,11 @@ def resolve_model_options(model: str | ModelOptions, **keywords: Unpack[ModelKey
 
 
 class EngineOptions(Options):
-    """RequestValidator of one engine.
+    """Limits of one engine.
 
     Attributes:
-        max_num_seqs: sequences that decode together.
-        max_waiting: sequences that may wait; beyond it `CapacityError`.
+        max_num_seqs: sequences that run in one batch.
+        max_waiting: sequences in the queue; one more raises `CapacityError`.
         max_batch_tokens: positions computed per step, prefill and decode together.
         max_batch_tiles: tiles through the vision tower per step.
         kv_cache_bytes: memory of the KV cache on a CPU.
@@ -74,7 +76,7 @@ class EngineOptions(Options):
         block_size: positions per block.
         prefix_caching: keep and reuse the KV of prompts.
         cuda_graphs: on CUDA, launch decode steps as graphs; takes some seconds at the start, and some memory.
-        compile: on a CPU, run the decoder through torch.compile; wants a C++ compiler, and some seconds at the start.
+        compile: on a CPU, run the decoder through torch.compile; needs a C++ compiler, and some seconds at the start.
         num_threads: of torch on a CPU; None takes all cores of the machine.
     """
 
@@ -92,26 +94,84 @@ class EngineOptions(Options):
     num_threads: int | None = Field(default=None, ge=1)
 
 
-class ImageOptions(Options):
-    """What pictures are accepted.
+class LinkHost(Options):
+    """A host that links in requests may name.
 
     Attributes:
-        max_bytes: of one encoded picture.
-        max_pixels: of one decoded picture.
-        max_per_request: pictures in one request.
-        cache_bytes: memory for the tiles of the pictures seen last.
+        host: a name or an address, with `:port` where the port is neither 80 nor 443.
+        networks: the private networks that the host may lie in; without them its addresses must be global.
+    """
+
+    host: str
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, given: str) -> str:
+        from httpx2 import URL, InvalidURL  # takes a while, and most configs open no links
+
+        try:
+            url = URL(f"//{given}")
+        except (InvalidURL, UnicodeError):
+            url = URL("")
+        if not url.raw_host or url.userinfo or str(url) != f"//{url.netloc.decode('ascii')}":
+            raise ValueError("a host is a name or an address, such as images.example.org or 10.0.0.5:9000")
+        return given
+
+
+def _as_links(given: Any) -> Any:
+    if given is False:  # what YAML makes of a plain off
+        return "off"
+    return (
+        [{"host": each} if isinstance(each, str) else each for each in given]
+        if isinstance(given, list | tuple)
+        else given
+    )
+
+
+class ImageOptions(Options):
+    """What images are accepted, and how they are seen.
+
+    Attributes:
+        max_bytes: of one encoded image.
+        max_pixels: of one decoded image; a JPEG of up to 200 megapixels is decoded at 1/2, 1/4 or 1/8 of its size
+            where only that is within.
+        max_per_request: images in one request.
+        max_total_bytes: of all encoded images of a request.
+        max_total_pixels: of all decoded images of a request.
+        transparency: `white` lays transparent images over white, as a person sees them; `drop` drops their alpha, so
+            that the colours hidden behind it are seen, as the original does.
+        cache_bytes: memory for the tiles of the images seen last.
+        isolate: decode in child processes, where the next two limits hold; on Linux. Servers do so whatever this says.
+        decode_timeout_s: of one image.
+        decode_memory_bytes: what a child process may allocate beyond what it has at its start. An image of 64 million
+            pixels takes up to 1.4 GiB: WebP with transparency.
+        links: which `http:` and `https:` links in requests are followed: `off`, none; `public`, those to global
+            addresses; or those to the hosts of a list, where a name alone is a `LinkHost` without networks.
     """
 
     max_bytes: int = Field(default=20 << 20, ge=1)
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_per_request: int = Field(default=16, ge=0)
+    max_total_bytes: int = Field(default=64 << 20, ge=1)
+    max_total_pixels: int = Field(default=256_000_000, ge=1)
+    transparency: Transparency = "white"
     cache_bytes: int = Field(default=64 << 20, ge=0)
+    links: Annotated[Literal["off", "public"] | tuple[LinkHost, ...], BeforeValidator(_as_links)] = "off"
+    isolate: bool = False
+    decode_timeout_s: float = Field(default=10, gt=0)
+    decode_memory_bytes: int = Field(default=1536 << 20, ge=1)
+
+    @property
+    def isolated(self) -> ImageOptions:
+        """The same for a server: pictures come from strangers."""
+        return self.model_copy(update={"isolate": True})
 
 
 def resolve_image_options(given: ImageOptions | None, images: ImageOptions | None) -> ImageOptions:
-    """The picture options of a constructor; `images` is their old name, which goes with the next version."""
+    """The image options of a constructor; `images` is their deprecated name, which the next version removes."""
     if images is not None:
-        warnings.warn("images= of a constructor is called image_options= now.", DeprecationWarning, stacklevel=3)
+        warnings.warn("images= of a constructor is deprecated; use image_options=.", DeprecationWarning, stacklevel=3)
     return given or images or ImageOptions()
 
 
@@ -119,7 +179,7 @@ class RoutingOptions(Options):
     """How calls choose a model replica.
 
     Attributes:
-        slack: requests that a replica may have above the least loaded one, and still get what it has seen.
+        slack: how many requests more than the least loaded replica one may have, and still get what it has cached.
     """
 
     slack: int = Field(default=8, ge=0)
@@ -129,17 +189,16 @@ class ApiOptions(Options):
     """The web app's own limits.
 
     Attributes:
-        model_name: the name in `/v1/models`; None makes it of `model` (see `llava_serve.checkpoints.model_name`).
-        api_keys: accepted bearer keys. Without any, and without a file of them, everyone is let in. Ray logs them;
-            a file's it does not.
+        model_name: the name in `/v1/models`; None derives it from `model` (see `llava_serve.checkpoints.model_name`).
+        api_keys: accepted bearer keys; empty, and without a file of keys, requires none. Ray logs them, not a file's.
         api_keys_file: a file of more keys, one a line, which each ingress replica reads when it starts.
         max_body_bytes: of a request.
-        max_in_flight: requests that are worked on at once, per ingress replica; beyond it 429. `max_queue` is its old
-            name, which goes with the next version.
-        max_in_flight_bytes: of the bodies of all of them; beyond it 429.
-        default_timeout_s: a request's time, where it names none.
-        max_timeout_s: the longest time that a request may name.
-        priority_range: the smallest and the largest priority that a request may name; a smaller one is served earlier.
+        max_in_flight: requests in flight per ingress replica; one more gets 429. `max_queue` is its deprecated name,
+            which the next version removes.
+        max_in_flight_bytes: of all their bodies; more gets 429.
+        default_timeout_s: the timeout of a request that sets none.
+        max_timeout_s: the longest timeout that a request may set.
+        priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
     """
 
     model_name: str | None = None
@@ -156,5 +215,5 @@ class ApiOptions(Options):
     @classmethod
     def _warn_of_old_names(cls, given: Any) -> Any:
         if isinstance(given, dict) and "max_queue" in given:
-            _log.warning("api.max_queue is called api.max_in_flight now; the old name goes with the next version.")
+            _log.warning("api.max_queue is deprecated; use api.max_in_flight. The next version removes the old name.")
         return given

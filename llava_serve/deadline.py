@@ -1,4 +1,4 @@
-"""Deadlines: seconds since the epoch (`time.time()`), so that they cross machines. Each stage looks before it works."""
+"""Deadlines: seconds since the epoch (`time.time()`), the same on all machines. Each stage checks before it works."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def check_deadline(deadline: float | None) -> None:
 
 @asynccontextmanager
 async def deadline_scope(deadline: float | None) -> AsyncIterator[None]:
-    """Cancels what runs inside at the deadline, and raises `DeadlineExceededError`.
+    """Cancels the block at the deadline, and raises `DeadlineExceededError`.
 
-    Every stage looks at the deadline by itself. This holds the promise if one hangs, or if a call waits for a tier
+    Every stage checks the deadline by itself. This is for a stage that hangs, and for a call that waits for a tier
     without replicas.
     """
     try:
@@ -33,5 +33,5 @@ async def deadline_scope(deadline: float | None) -> AsyncIterator[None]:
 
 
 def deadline_in(timeout: float | None) -> float | None:
-    """The deadline of what begins now and may take `timeout` seconds; None is no deadline."""
+    """The deadline `timeout` seconds from now; None is no deadline."""
     return None if timeout is None else time.time() + timeout

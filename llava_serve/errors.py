@@ -1,4 +1,4 @@
-"""Every error that a caller can meet.
+"""Every error that a caller can get.
 
 LlavaServeError
 ├── RequestError               the caller's fault
@@ -6,16 +6,17 @@ LlavaServeError
 │   ├── PromptTooLongError     says got and limit
 │   ├── UnsupportedParameterError
 │   ├── BodyTooLargeError
+│   ├── UnsupportedMediaTypeError
 │   └── UnknownModelError
-├── AccessError                no key, or a wrong one
-├── CapacityError              full: try again later
+├── AccessError                the API key is missing or invalid
+├── CapacityError              at capacity: try again later
 ├── DeadlineExceededError      the request's time was up
 ├── CheckpointError            at load only: names file and tensor
 ├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
 └── EngineDeadError            the engine's loop has ended
 
 A class carries no HTTP status: the web app has one table (`llava_serve.api.errors`). The message is a sentence for the
-caller: no path of the server, no library's text, no traceback. Every class survives pickling, since errors cross Ray.
+caller: no path of the server, no library's text, no traceback. Every class can be pickled, since Ray transports errors.
 """
 
 from __future__ import annotations
@@ -62,11 +63,15 @@ class PromptTooLongError(RequestError):
 
 
 class UnsupportedParameterError(RequestError):
-    """A field asks for something that this server does not do."""
+    """A field asks for something that this server does not support."""
 
 
 class BodyTooLargeError(RequestError):
     """The request body is over the server's limit."""
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """The request's body is not sent as JSON."""
 
 
 class UnknownModelError(RequestError):
@@ -74,11 +79,11 @@ class UnknownModelError(RequestError):
 
 
 class AccessError(LlavaServeError):
-    """The request carries no key, or a wrong one."""
+    """The API key of the request is missing or invalid."""
 
 
 class CapacityError(LlavaServeError):
-    """The server is full; the same request may succeed later.
+    """The server is at capacity; the same request may succeed later.
 
     Args:
         retry_after_s: seconds after which to try again.

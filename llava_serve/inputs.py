@@ -1,5 +1,5 @@
-"""What callers of `generate`, `chat` and `stream` write, brought to one form: a list of prompts, each with its images
-and its sampling."""
+"""The arguments of `generate`, `chat` and `stream` in one form: a list of prompts, each with its images and
+its sampling parameters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Images = ImageSource | Sequence[ImageSource] | None
 
 
 class CallOptions(TypedDict, total=False):
-    """What every call takes beside what is asked.
+    """The options of every call.
 
     Attributes:
         conv_mode: overrides the checkpoint's template.
         timeout: seconds that the answer may take; then `DeadlineExceededError`.
-        priority: a smaller number is served earlier, as in vLLM; 0 where nothing is said.
+        priority: a smaller number is served earlier, as in vLLM; 0 by default.
     """
 
     conv_mode: str | None
@@ -36,8 +36,8 @@ def as_images(images: Any) -> list[Any]:
 
 
 def images_and_sampling(images: Any, sampling: SamplingParams | None) -> tuple[list[Any], SamplingParams | None]:
-    """The two of one prompt. `stream(messages, sampling)` has no images: there the second argument is the sampling, as
-    that of `chat` is."""
+    """The images and the sampling of one prompt. In `stream(messages, sampling)`, as in `chat`, the second argument is
+    the sampling."""
     return ([], images) if isinstance(images, SamplingParams) else (as_images(images), sampling)
 
 
@@ -60,7 +60,7 @@ def images_of_each(images: Any, count: int) -> list[list[Any]]:
 
 
 def sampling_of_each(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """How each of `count` answers is drawn: one for all, or one each.
+    """The sampling parameters of each of `count` answers: one for all, or one each.
 
     Raises:
         RequestError: not one each.

@@ -39,13 +39,13 @@ from llava_serve.types import Chunk, GenerationResult, PreparedPrompt, SamplingP
 
 
 class LLM:
-    """A model and its engine, driven in a loop until the answers are there. Not for several threads.
+    """A model and its engine, stepped in the caller's thread until the answers are complete. Not thread-safe.
 
     Args:
         model: `builtin`, a folder, or a hub id in the local cache; or all options of a model.
         engine: limits of the engine; None takes the defaults.
-        image_options: what pictures are accepted; None takes the defaults.
-        images: the old name of `image_options`.
+        image_options: which images are accepted; None takes the defaults.
+        images: the deprecated name of `image_options`.
         keywords: the other fields of `ModelOptions`.
 
     Raises:
@@ -91,13 +91,13 @@ class LLM:
 
         Args:
             query: `<image-placeholder>` marks where an image goes; without it, each image stands before the text.
-            images: for one query a picture, a list of them, or None; for a list of queries one such entry each.
+            images: for one query an image, a list of them, or None; for a list of queries one such entry each.
             sampling: for a list of queries one for all, or one each.
             options: `conv_mode`, `timeout` in seconds and `priority`.
 
         Raises:
-            RequestError: an input is not acceptable; nothing has been generated.
-            DeadlineExceededError: the time was up before all answers were complete.
+            RequestError: an input is not valid; nothing has been generated.
+            DeadlineExceededError: the deadline passed before all answers were complete.
         """
         queries = [query] if isinstance(query, str) else list(query)
         each = [as_images(images)] if isinstance(query, str) else images_of_each(images, len(queries))
@@ -131,7 +131,7 @@ class LLM:
             options: as `generate`.
 
         Raises:
-            RequestError: a message is not acceptable; nothing has been generated.
+            RequestError: a message is not valid; nothing has been generated.
             DeadlineExceededError: as `generate`.
         """
         single = is_one_conversation(messages)
@@ -146,17 +146,18 @@ class LLM:
         sampling: SamplingParams | None = None,
         **options: Unpack[CallOptions],
     ) -> Generator[Chunk]:
-        """Answers a query or a conversation chunk by chunk; several streams may be open. Closing the iterator ends the
-        work.
+        """Answers a query or a conversation chunk by chunk; several streams may be open. Closing the iterator
+        aborts the request.
 
         Args:
-            asked: a query, or messages. A `PreparedPrompt` with its sampling is the old form of `generate_prepared`.
-            images: of a query, as `generate` takes them; behind messages the sampling may stand here.
+            asked: a query, or messages. A `PreparedPrompt` with its sampling is the deprecated form of
+                `generate_prepared`.
+            images: of a query, as in `generate`; after messages the sampling may be given here.
             options: as `generate`.
 
         Raises:
-            RequestError: an input is not acceptable; raised by the call itself.
-            DeadlineExceededError: the time was up before the answer was complete.
+            RequestError: an input is not valid; raised by the call itself.
+            DeadlineExceededError: the deadline passed before the answer was complete.
         """
         if isinstance(asked, PreparedPrompt):
             warnings.warn("stream(prepared, ...) is called generate_prepared now.", DeprecationWarning, stacklevel=2)
@@ -182,8 +183,8 @@ class LLM:
         request = self._accept(prepared, sampling or SamplingParams(), deadline, priority)
         answer = self._open(request)
         try:
-            while not answer.ended or answer.has_news:
-                while not answer.has_news:
+            while not answer.ended or answer.has_output:
+                while not answer.has_output:
                     self._step()
                 yield from answer.take()
         finally:
@@ -236,7 +237,7 @@ class LLM:
     def _accept(
         self, prompt: PreparedPrompt, sampling: SamplingParams, deadline: float | None, priority: int
     ) -> EngineRequest:
-        return self.engine.limits.accept(uuid.uuid4().hex, prompt, sampling, deadline=deadline, priority=priority)
+        return self.engine.validator.accept(uuid.uuid4().hex, prompt, sampling, deadline=deadline, priority=priority)
 
     def _open(self, request: EngineRequest) -> _Answer:
         self.engine.add(request)
@@ -249,14 +250,14 @@ class LLM:
         self._answers.pop(request.request_id, None)
 
     def _step(self) -> None:
-        """One step of the engine: new chunks go to whom they belong."""
+        """Steps the engine, and adds the new chunks to their answers."""
         for output in self.engine.step():
             answer = self._answers[output.request_id]
             if answer.error is not None or output.error is not None:
                 answer.error = answer.error or output.error
                 continue
             try:
-                chunk = answer.stream.push(output)
+                chunk = answer.processor.push(output)
             except LlavaServeError as error:
                 answer.error = error
                 self.engine.abort(output.request_id)
@@ -270,24 +271,24 @@ class LLM:
 
 @dataclass(slots=True)
 class _Answer:
-    """What has come of an answer and has not been taken yet; `error`: why nothing more does."""
+    """The chunks of an answer that have not been taken yet; `error`: why no more will come."""
 
-    stream: OutputProcessor
+    processor: OutputProcessor
     chunks: list[Chunk] = field(default_factory=list)
     error: LlavaServeError | None = None
 
     @property
     def ended(self) -> bool:
-        """Nothing more comes."""
-        return self.stream.done or self.error is not None
+        """No more chunks will come."""
+        return self.processor.done or self.error is not None
 
     @property
-    def has_news(self) -> bool:
-        """There is something to take."""
+    def has_output(self) -> bool:
+        """`take` has chunks to return, or an error to raise."""
         return bool(self.chunks) or self.error is not None
 
     def take(self) -> list[Chunk]:
-        """What has come. Raises the error that has ended it."""
+        """Returns the new chunks. Raises the error that ended the answer."""
         if self.error is not None:
             raise self.error
         taken, self.chunks = self.chunks, []

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from llava_serve.errors import RequestError, UnsupportedParameterError
+from llava_serve.errors import InvalidImageError, RequestError, UnsupportedParameterError
 from llava_serve.types import ImagePart, Message, Query, Role, TextPart
 from llava_serve.wire import Wire, as_request_error, one_of, refuse_extras
 
@@ -20,16 +20,16 @@ ChatMessage = Message | Mapping[str, Any]
 """A `Message`, or OpenAI's dict; {"type": "image", "image": ...} holds a path, URL, bytes, PIL image or array."""
 
 ReadSource = Callable[[Any], str | bytes]
-"""Turns what stands for a picture into what an `ImagePart` holds."""
+"""Reads a source of an image into the source of an `ImagePart`."""
 
 
 class ImageUrl(Wire):
     """Where a picture is.
 
     Attributes:
-        url: a `data:` URL with the picture in base64.
-        detail: OpenAI's hint at what to spend on the picture; accepted and not followed, as vLLM does, since a
-            checkpoint reads every picture in the one way that it was trained on.
+        url: a `data:` URL with the picture in base64; or a link, where `images.links` allows it.
+        detail: OpenAI's hint at the resolution; accepted and ignored, as in vLLM, since a checkpoint processes every
+            picture in the one way that it was trained on.
     """
 
     url: str
@@ -46,7 +46,7 @@ class Part(Wire):
     Attributes:
         type: which of the other fields is set.
         image_url: an object, or its `url` alone.
-        image: a picture; over HTTP a `data:` URL, in the library anything that stands for one.
+        image: a picture; over HTTP as `image_url`, in the library any source of one.
     """
 
     type: Literal["text", "image_url", "image"]
@@ -58,7 +58,7 @@ class Part(Wire):
 
 
 def _as_parts(content: Any) -> Any:
-    """Plain text is one part, so that all behind this knows lists only. A library's user may write a tuple."""
+    """Plain text becomes one part, so that later code handles lists only. A library's user may pass a tuple."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return list(content) if isinstance(content, tuple) else content
@@ -70,7 +70,7 @@ class WireMessage(Wire):
     Attributes:
         role: `developer` is OpenAI's newer name for `system`.
         content: a text, or parts in any order; pictures stand in the user's turns only.
-        name: of the speaker; accepted and not looked at, since no template has a place for it.
+        name: of the speaker; accepted and ignored, since no template has a place for it.
     """
 
     NEUTRAL = {"tool_calls": one_of([]), "annotations": one_of([])}  # noqa: RUF012 (declared as a ClassVar above)
@@ -84,7 +84,7 @@ class WireMessage(Wire):
 
 
 def from_wire(messages: Sequence[WireMessage]) -> tuple[Message, ...]:
-    """The conversation of a request. Sources of pictures pass through as they are.
+    """The conversation of a request. Sources of pictures are passed on unread.
 
     Raises:
         RequestError: a part does not hold what its type says.
@@ -93,14 +93,14 @@ def from_wire(messages: Sequence[WireMessage]) -> tuple[Message, ...]:
 
 
 def read_messages(messages: Sequence[ChatMessage], read_source: ReadSource) -> tuple[Message, ...]:
-    """The conversation that a library's user wrote.
+    """The conversation of a library's user.
 
     Args:
-        messages: `Message`s pass as they are.
-        read_source: reads a picture where the user is.
+        messages: a `Message` is returned unchanged.
+        read_source: reads a picture in the user's process.
 
     Raises:
-        RequestError: a role, a part or a field is not known; a picture cannot be read.
+        RequestError: a role, a part or a field is unknown; a picture cannot be read.
     """
     return tuple(_read(message, f"messages[{number}]", read_source) for number, message in enumerate(messages))
 
@@ -114,7 +114,7 @@ def read_asked(
         RequestError: as `read_messages`; images stand beside a conversation.
     """
     if isinstance(asked, str):
-        return Query(asked, tuple(ImagePart(read_source(image)) for image in images))
+        return Query(asked, tuple(_read_image(image, f"images[{i}]", read_source) for i, image in enumerate(images)))
     if images:
         raise RequestError("The images of a conversation stand in its messages; leave images out.", "images")
     return read_messages(asked, read_source)
@@ -147,7 +147,14 @@ def _part(part: Part, path: str, read_source: ReadSource) -> TextPart | ImagePar
         raise RequestError(f"{path} must hold '{part.type}', as its type says, and nothing else.", path)
     if part.text is not None:
         return TextPart(part.text)
-    return ImagePart(read_source(part.image if part.image_url is None else part.image_url.url))
+    return _read_image(part.image if part.image_url is None else part.image_url.url, path, read_source)
+
+
+def _read_image(source: Any, path: str, read_source: ReadSource) -> ImagePart:
+    try:
+        return ImagePart(read_source(source))
+    except InvalidImageError as error:
+        raise InvalidImageError(error.message, path) from error
 
 
 def _passed_on(source: Any) -> str:

@@ -1,8 +1,8 @@
-"""Messages and pictures to a `PreparedPrompt`: all that happens on a CPU before the model. Imports no torch."""
+"""Messages and images to a `PreparedPrompt`: all work on a CPU before the model. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -12,10 +12,10 @@ from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.files import read_json
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError, PromptTooLongError
-from llava_serve.images.decode import decode_image
+from llava_serve.images.decoder import Check, Decoder, InProcessDecoder
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
+from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles, TileCache
-from llava_serve.images.tiles import digest, make_tiles, num_features
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.prompts.chat_template import render_chat_template
 from llava_serve.prompts.conversation import (
@@ -34,7 +34,7 @@ from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt
 
 
 class Processor:
-    """Prepares prompts for one checkpoint. Of a call it keeps the last pictures alone; safe for several threads."""
+    """Prepares prompts for one checkpoint. It caches the tiles of the most recent images; safe for several threads."""
 
     def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
         self.spec = spec
@@ -42,29 +42,35 @@ class Processor:
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._special_tokens = _special_tokens(spec)
         self._tile_cache = TileCache(options.cache_bytes)
+        decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
+        self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
+        decoder = IsolatedDecoder if options.isolate else InProcessDecoder
+        self._decoder: Decoder = decoder(options, spec.image)
 
     def prepare(
         self,
         asked: Query | Sequence[Message],
         *,
         conv_mode: str | None = None,
-        check: Callable[[], None] | None = None,
+        check: Check | None = None,
     ) -> PreparedPrompt:
-        """Prepares a query or a conversation. The pictures are encoded bytes or `data:` URLs: nothing else is read.
+        """Prepares a query or a conversation. The images are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
             asked: of messages system (optional, first), then user and assistant; the last is the user's.
             conv_mode: overrides the checkpoint's template.
-            check: called before each picture; what it raises ends the work.
+            check: called before each image, and while a child process decodes one; what it raises ends the work.
 
         Raises:
-            RequestError: the conversation or a picture cannot be used; `PromptTooLongError` says got and limit.
+            RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
         """
         key = conv_mode or self.spec.conv_mode
         own_breaks = self._is_chat_template(key)  # the checkpoint's own template sets the line breaks around images
         if isinstance(asked, Query):
-            return self._prepare([query_message(asked.text, asked.images, line_breaks=not own_breaks)], key, check)
-        return self._prepare(asked if own_breaks else [chat_message(message) for message in asked], key, check)
+            messages: Sequence[Message] = [query_message(asked.text, asked.images, line_breaks=not own_breaks)]
+        else:
+            messages = asked if own_breaks else [chat_message(message) for message in asked]
+        return self._prepare(messages, _paths_of_images(asked), key, check)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -79,54 +85,70 @@ class Processor:
     def read(
         self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()
     ) -> Query | tuple[Message, ...]:
-        """What a library's user asks, with the pictures read where the user is.
+        """A question of a library's user, with the images read in the user's process.
 
         Args:
             asked: a query, or a conversation in OpenAI's form.
             images: of a query.
 
         Raises:
-            RequestError: a message or a picture cannot be read; images stand beside a conversation.
+            RequestError: a message or an image cannot be read; images stand beside a conversation.
         """
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
     def _prepare(
-        self, messages: Sequence[Message], key: str, check: Callable[[], None] | None = None
+        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Check | None = None
     ) -> PreparedPrompt:
         parts = self._check_counts(messages)
         system, turns = split_system(messages)
         spans = self._render(key, system, turns)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
-        pictures = []
-        for part in parts:
+        images: list[CachedTiles] = []
+        pixels = 0
+        for part, path in zip(parts, paths, strict=True):
             if check is not None:
                 check()
-            pictures.append(self._process_image(part, self.spec.context_length - length))
-            length += pictures[-1].count
+            try:
+                images.append(self._process_image(part, self.spec.context_length - length, check))
+            except InvalidImageError as error:
+                which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
+                raise InvalidImageError(which + error.message, path) from error
+            length += images[-1].count
+            pixels += images[-1].size[0] * images[-1].size[1]
+            if pixels > self.options.max_total_pixels:
+                raise InvalidImageError(
+                    f"The request's images have more than {self.options.max_total_pixels:,} pixels in all.", path
+                )
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
-        token_ids, image_spans = _expand(input_ids, [picture.count for picture in pictures])
+        token_ids, image_spans = _expand(input_ids, [image.count for image in images])
         stop_token_ids, stop = self._ends(key)
         return PreparedPrompt(
             token_ids=token_ids,
             image_spans=image_spans,
-            tiles=tuple(picture.tiles for picture in pictures),
-            image_sizes=tuple(picture.size for picture in pictures),
-            digests=tuple(picture.digest for picture in pictures),
+            tiles=tuple(image.tiles for image in images),
+            image_sizes=tuple(image.size for image in images),
+            digests=tuple(image.digest for image in images),
             prompt=prompt_text(spans),
             stop_token_ids=stop_token_ids,
             stop=stop,
         )
 
     def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
-        """The pictures of a conversation. Refuses too many, and a text that cannot fit: the work on both grows with
-        them."""
+        """The images of a conversation. Refuses too many or too large ones, and a text that cannot fit: the work on all
+        of them grows with them."""
         parts = [part for message in messages for part in message.parts]
         images = [part for part in parts if isinstance(part, ImagePart)]
         if len(images) > self.options.max_per_request:
             raise InvalidImageError(
-                f"The request has {len(images)} pictures; at most {self.options.max_per_request} are accepted.",
+                f"The request has {len(images)} images; at most {self.options.max_per_request} are accepted.",
+                "messages",
+            )
+        size = sum(len(part.source) if isinstance(part.source, bytes) else len(part.source) * 3 // 4 for part in images)
+        if size > self.options.max_total_bytes:
+            raise InvalidImageError(
+                f"The request's images take {size:,} bytes; at most {self.options.max_total_bytes:,} are accepted.",
                 "messages",
             )
         characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
@@ -139,22 +161,15 @@ class Processor:
             )
         return images
 
-    def _process_image(self, part: ImagePart, room: int) -> CachedTiles:
-        """A picture as model input, without its tiles if there is no room for those.
-
-        It is decoded only in here: a large one takes hundreds of megabytes.
-        """
+    def _process_image(self, part: ImagePart, room: int, check: Check | None) -> CachedTiles:
+        """An image as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
-        key = blake2b(data, digest_size=16).digest()
+        key = blake2b(data, digest_size=16, person=self._decoding).digest()
         if (known := self._tile_cache.get(key)) is not None:
             return known
-        image = decode_image(data, self.options, over_white=self.spec.image.layout == "transformers")
-        count = num_features(image.size, self.spec.image)
-        if count >= room:
-            return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
-        tiles = make_tiles(image, self.spec.image)
-        made = CachedTiles(image.size, count, tiles, digest(tiles, image.size, self.spec.image))
-        self._tile_cache.put(key, made)
+        made = self._decoder.tiles_of(data, room, check)
+        if made.count < room:
+            self._tile_cache.put(key, made)
         return made
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
@@ -164,7 +179,7 @@ class Processor:
         return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
 
     def _is_chat_template(self, key: str) -> bool:
-        """Whether the checkpoint's own template renders."""
+        """Whether the checkpoint's own template renders the prompt."""
         return key == "chat_template" and self.spec.chat_template is not None
 
     def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -189,6 +204,18 @@ def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np
             ids.append(token_id)
     assert len(spans) == len(counts)
     return np.asarray(ids, dtype=np.int32), tuple(spans)
+
+
+def _paths_of_images(asked: Query | Sequence[Message]) -> list[str]:
+    """Where each image stands, as a request names it."""
+    if isinstance(asked, Query):
+        return [f"images[{i}]" for i in range(len(asked.images))]
+    return [
+        f"messages[{i}].content[{j}]"
+        for i, message in enumerate(asked)
+        for j, part in enumerate(message.parts)
+        if isinstance(part, ImagePart)
+    ]
 
 
 def _special_tokens(spec: CheckpointSpec) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Prepares prompts in threads, for servers: the one way from an event loop to the `Processor`."""
+"""Prepares prompts in threads, for servers: the `Processor` behind an event loop."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import DeadlineExceededError
+from llava_serve.images.links import RequestLinks
 from llava_serve.processor import Processor
 from llava_serve.types import Message, PreparedPrompt, Query
 
 
 class ThreadedProcessor:
-    """A `Processor` with a thread pool of its own: pictures that wait for a core hold up nothing else.
+    """A `Processor` with a thread pool of its own: images that wait for a core delay nothing else. Links are
+    followed first, where the options allow it.
 
     Args:
         processor: does the work.
-        num_threads: prompts that are prepared at once; each holds one decoded picture at most.
-        observe: is told each prompt that was prepared, and the seconds that it took.
+        num_threads: prompts that are prepared at once; each holds one decoded image at most.
+        observe: called with each prepared prompt, and the seconds that it took.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class ThreadedProcessor:
     ) -> None:
         self.processor = processor
         self._observe = observe
+        self._links = None if processor.options.links in ("off", ()) else RequestLinks(processor.options)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
 
     async def prepare(
@@ -36,16 +39,17 @@ class ThreadedProcessor:
         conv_mode: str | None = None,
         deadline: float | None = None,
     ) -> PreparedPrompt:
-        """One prompt as model input. The work ends before its next picture once its caller has left.
+        """One prompt as model input. If its caller is cancelled, the work ends at its next image or read of a link.
 
         Args:
             read: gives what `Processor.prepare` takes; called in the thread, since it may read files.
             conv_mode: overrides the checkpoint's template.
-            deadline: seconds since the epoch; looked at before each picture.
+            deadline: seconds since the epoch; checked before each image, and in each step of a link.
 
         Raises:
-            RequestError: the input is at fault; the class says how.
-            DeadlineExceededError: the time was up before the work was done.
+            RequestError: the input is invalid; the class says how.
+            CapacityError: too many links lead to one host at this time.
+            DeadlineExceededError: the deadline passed before the work was done.
         """
         disconnected = False
 
@@ -54,7 +58,7 @@ class ThreadedProcessor:
             if disconnected:
                 raise DeadlineExceededError("The client has disconnected.")
 
-        def work() -> PreparedPrompt:
+        def work(read: Callable[[], Query | Sequence[Message]]) -> PreparedPrompt:
             check()
             began = time.perf_counter()
             prepared = self.processor.prepare(read(), conv_mode=conv_mode, check=check)
@@ -63,6 +67,10 @@ class ThreadedProcessor:
             return prepared
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            run = asyncio.get_running_loop().run_in_executor
+            if self._links is None:
+                return await run(self._threads, work, read)
+            async with self._links.fetched(await run(self._threads, read), check) as fetched:
+                return await run(self._threads, work, lambda: fetched)
         finally:
             disconnected = True

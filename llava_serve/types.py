@@ -1,4 +1,4 @@
-"""The values that travel: options, messages, the prepared prompt, and results. Plain values and numpy only."""
+"""Values that processes exchange: options, messages, the prepared prompt, results. Plain values and numpy only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llava_serve.errors import RequestError
 
 IMAGE_TOKEN_ID = -200
-"""Stands where an image goes. The original's value: never an id of a vocabulary."""
+"""The placeholder of an image. The original's value: never an id of a vocabulary."""
 
 PROMPT_VERSION = 2
 """Of `PreparedPrompt`'s layout. A change of its fields is a new version."""
@@ -43,23 +43,23 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an answer is drawn. The defaults are written here and nowhere else.
+    """How an answer is sampled. The defaults are written here and nowhere else.
 
     Attributes:
         temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus mass in (0, 1].
-        top_k: 0 looks at the whole vocabulary, and so does what is larger than it.
-        max_new_tokens: bound on the answer, the end token included; what the context does not hold is cut.
+        top_k: sample from this many likeliest tokens; 0, or more than the vocabulary has, is all.
+        max_new_tokens: the longest answer, the end token included; the context's end cuts it, too.
         stop: strings that end the answer; they are not part of it.
-        seed: of 64 bits with its sign; makes the draw a function of (seed, choice, position).
+        seed: a signed number of 64 bits; makes sampling a function of (seed, choice, position).
         n: answers per prompt.
-        num_beams: above 1 is beam search, sent only at its end.
+        num_beams: above 1 is beam search, whose answer is sent only at its end.
         logprobs: None, or how many alternatives to report beside each token (0 to 20).
         presence_penalty: OpenAI's, in [-2, 2].
         frequency_penalty: OpenAI's, in [-2, 2].
         repetition_penalty: in [0.01, 10]; 1 is none.
-        ignore_eos: go on to `max_new_tokens` whatever end token is drawn.
-        max_tokens: another name for `max_new_tokens`, as OpenAI and vLLM have it; not kept.
+        ignore_eos: go on to `max_new_tokens` even after an end token.
+        max_tokens: another name for `max_new_tokens`, as in OpenAI's API and vLLM.
 
     Raises:
         RequestError: a value is outside its range; `param` names it.
@@ -105,7 +105,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text as its author typed it: no mark-up in it is obeyed."""
+    """Text as its author typed it: markup in it has no effect."""
 
     text: str
 
@@ -136,7 +136,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt as model input, made without torch; crosses from the CPU tier to the GPU tier.
+    """A prompt as model input, made without torch; sent from the CPU tier to the GPU tier.
 
     Attributes:
         token_ids: int32 [num_tokens]. An image takes as many positions as it has features, each `IMAGE_TOKEN_ID`, so
@@ -148,7 +148,7 @@ class PreparedPrompt:
         prompt: the rendered text, `<image>` where an image goes.
         stop_token_ids: end tokens of the template, beside the checkpoint's own.
         stop: stop strings of the template, beside the request's own.
-        version: of this layout, since it crosses rolling upgrades. The engine refuses another one by name.
+        version: of this layout, since rolling upgrades mix releases. The engine refuses another one by name.
     """
 
     token_ids: NDArray[np.int32]
@@ -190,7 +190,7 @@ class PreparedPrompt:
 class TokenLogprob:
     """A produced token, its natural log-probability, and the best alternatives, best first, as (id, text, logprob).
 
-    `token_bytes` and `top_bytes` are what the tokens stand for: a token can be a part of a character.
+    `token_bytes` and `top_bytes` are the tokens in UTF-8: a token can be a part of a character.
     """
 
     token_id: int
@@ -214,11 +214,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """What a prompt gave: `outputs` holds all `n` answers; the short names are those of the first.
+    """The answers to a prompt: `outputs` holds all `n`; the short names are those of the first.
 
     Attributes:
         num_prompt_tokens: positions, images merged in.
-        num_cached_tokens: those of them that were not computed again.
+        num_cached_tokens: those of them that came from a cache.
     """
 
     prompt: str
@@ -250,8 +250,8 @@ class Chunk:
 
     Attributes:
         index: of the choice.
-        text: new text; may be empty while a character or stop string is not yet decided.
-        token_ids: new ids; one or more, but for a last chunk that only ends.
+        text: new text; may be empty while a character or a stop string is incomplete.
+        token_ids: new ids; one or more, except in a last chunk that has only the finish reason.
         finish_reason: set on the choice's last chunk, and only there.
     """
 

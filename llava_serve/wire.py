@@ -1,4 +1,4 @@
-"""What all models of a request have in common: strict types, and fields that nobody declared refused by name."""
+"""The base of all models of a request: strict types, and unknown fields refused by name."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ _RULES = {
 
 
 class Wire(BaseModel):
-    """Base: JSON types are taken as they are (no "5" for 5), and null is the same as absent.
+    """Base: JSON types are strict (no "5" for 5), and null is the same as absent.
 
-    A field that is not declared is kept as an extra, so that `refuse_extras` can tell "asks for nothing" from "asks for
-    something that this server does not do".
+    An undeclared field is kept as an extra, so that `refuse_extras` can accept values that ask for nothing, and refuse
+    those that ask for something that this server does not support.
 
     Attributes:
-        NEUTRAL: by the name of a field that is not declared, which of its values ask for nothing. Null asks for
-            nothing anywhere.
+        NEUTRAL: by the name of an undeclared field, which of its values ask for nothing. Null always asks for nothing.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
@@ -63,8 +62,8 @@ def refuse_extras(model: Wire, path: str = "") -> None:
     """Raises `UnsupportedParameterError` for the first field that asks for something unknown.
 
     Args:
-        model: what was read, with all that is below it.
-        path: where it stands in the request, with the dot behind it.
+        model: the parsed model; those in it are checked, too.
+        path: of the model in the request, with a final dot.
     """
     for name in _asking(model, path):
         raise UnsupportedParameterError(f"This server does not support '{name}' as given; leave it out.", name)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from support.paths import CONFIG
+from support.picture_server import PICTURE, PictureServer, picture_server, response
 from support.tiny_hf import MODELS, write_model
 from support.variants import copy
 
@@ -60,7 +61,7 @@ def ray_job(served: Any) -> Iterator[None]:
 
 @pytest.fixture
 def engine_stats(ray_job: None) -> Callable[[], dict[str, Any]]:
-    """Asks the model replica where its engine stands."""
+    """Reads the engine's statistics from the model replica."""
     from ray import serve
 
     handle = serve.get_deployment_handle("LlavaModel", "llava")
@@ -69,7 +70,7 @@ def engine_stats(ray_job: None) -> Callable[[], dict[str, Any]]:
 
 @pytest.fixture
 def client(served: Any) -> Iterator[Any]:
-    """The official client; without retries, so that nothing is glossed over."""
+    """The official client; without retries, so that no error is hidden."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as openai:
@@ -77,13 +78,20 @@ def client(served: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def server() -> Iterator[PictureServer]:
+    """An HTTP server that has one picture, and calls it something else."""
+    with picture_server({"/a.png": response(PICTURE, "Content-Type: text/html")}) as running:
+        yield running
+
+
+@pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    """Waits for something that must come, with a bound that only a fault reaches."""
+    """Waits for a condition that must hold soon, with a timeout that only a fault reaches."""
 
     def wait(holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not holds():
-            assert time.monotonic() < deadline, "it did not come"
+            assert time.monotonic() < deadline, "the condition did not hold in time"
             time.sleep(0.02)
 
     return wait

@@ -14,6 +14,7 @@ from support.paths import ROOT
 COMMANDS = [
     "client_hop",
     "compare",
+    "decode_hop",
     "engine_costs bookkeeping",
     "engine_costs gaps",
     "engine_costs memory",
@@ -27,7 +28,7 @@ COMMANDS = [
     "serve_clients --url {url}",
 ]
 PARTS = {"__init__", "counted", "make_checkpoint", "options", "paced", "plot", "ray_job", "workload"}
-"""What benchmarks are made of."""
+"""Modules that the benchmarks share."""
 
 
 @pytest.mark.extended

@@ -1,4 +1,4 @@
-"""Every error has an answer on the wire, and crosses from process to process."""
+"""Every error has an HTTP response, and can be sent between processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_class_made_elsewhere_is_looked_up_by_its_parent() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError("/srv/secret"), CheckpointError("/srv/secret is broken")])
-def test_an_internal_error_tells_the_id_and_no_more(error: Exception) -> None:
+def test_an_internal_error_reports_the_id_and_no_more(error: Exception) -> None:
     body = error_body(error, "abc")["error"]
     assert body == {
         "message": "The server failed on this request. The request's id is abc.",

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NEED_TORCH = ("accelerate", "torch", "transformers")
 FOR_TESTS = ("httpx", "jsonschema", "openai", "psutil", "pytest", "pytest-asyncio", "pytest-timeout")
 TESTS = (
-    "tests/api/test_api_doors.py",
+    "tests/api/test_api_endpoints.py",
     "tests/api/test_api_flow.py",
     "tests/api/test_api_limits.py",
     "tests/api/test_api_requests.py",

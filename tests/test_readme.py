@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands."""
+"""The README's commands and code run unchanged."""
 
 from __future__ import annotations
 

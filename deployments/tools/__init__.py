@@ -1,1 +1,1 @@
-"""What starts, checks and ends the application on one machine."""
+"""Tools that check, start and end the application on one machine."""

@@ -1,7 +1,7 @@
 """The strict check of a Serve config: `python -m deployments.tools.check_config serve_config.yaml`.
 
-Ray drops keys that it does not know, to be forward compatible, so that a typo quietly becomes a default. Here every key
-must be one that Ray or the application knows, and every deployment must fit the CPUs that the file is meant for.
+Ray drops unknown keys, to be forward compatible, so that a typo silently becomes a default. Here Ray or the application
+must know every key, and all replicas must fit the CPUs that the file is meant for.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ROUTERS = tuple(f"{name}.router:AffinityRouter" for name in NAMES)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints what is wrong, one line each; the exit status is 1 if anything is."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.check_config", description="Checks a Serve config.")
+    """Prints each fault on one line; the exit status is 1 if there is one."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.check_config", description="Check a Serve config.")
     parser.add_argument("config", type=Path)
-    parser.add_argument("--cpus", type=float, help="also refuse what does not fit a Ray of so many CPUs")
+    parser.add_argument("--cpus", type=float, help="also check that all replicas fit this many CPUs")
     options = parser.parse_args(argv)
     try:
         config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
@@ -45,18 +45,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(config: object, *, cpus: float | None = None) -> list[str]:
-    """Returns a sentence per fault: where it is, and what was probably meant.
+    """Returns a sentence per fault: its place, and the name that was probably meant.
 
     Args:
         config: the parsed YAML.
-        cpus: the CPUs that all replicas together must fit, counted at their most; None does not look.
+        cpus: the CPUs that all replicas must fit at the maximum of autoscaling; None does not check.
     """
     if faults := list(unknown_keys(config, ServeDeploySchema, "")) or wrong_values(config, ServeDeploySchema, ""):
         return faults
     assert isinstance(config, Mapping)
     for number, application in enumerate(config["applications"]):
-        for place, deployment in enumerate(deployments_of(application)):
-            faults += check_values(deployment, f"applications[{number}].deployments[{place}].")
+        for index, deployment in enumerate(deployments_of(application)):
+            faults += check_values(deployment, f"applications[{number}].deployments[{index}].")
         if application["import_path"] in IMPORT_PATHS:
             faults += check_application(application, f"applications[{number}].")
     if cpus is not None and not faults:
@@ -64,12 +64,12 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
             cpus_at_most(each) for application in config["applications"] for each in deployments_of(application)
         )
         if needed > cpus:
-            faults.append(f"the replicas take up to {needed:g} CPUs, and there are {cpus:g}")
+            faults.append(f"the replicas need up to {needed:g} CPUs, and there are {cpus:g}")
     return faults
 
 
 def check_application(application: Mapping[str, Any], path: str) -> Iterator[str]:
-    """What Ray cannot know: the application's arguments and the names of its deployments."""
+    """Checks what Ray cannot: the application's arguments and the names of its deployments."""
     arguments = application.get("args", {})
     yield from list(unknown_keys(arguments, AppArgs, f"{path}args.")) or wrong_values(
         arguments, AppArgs, f"{path}args."
@@ -81,11 +81,11 @@ def check_application(application: Mapping[str, Any], path: str) -> Iterator[str
         yield from check_routing(deployments_of(application)[number], f"{path}deployments[{number}].")
     for name in DEPLOYMENTS:
         if name not in named:
-            yield f"{path}deployments: {name} is missing; Serve would give it one whole CPU"
+            yield f"{path}deployments: {name} is missing; Serve would reserve a whole CPU for it"
 
 
 def check_values(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
-    """What Serve's schema takes unseen: any dict where it says `Dict | Model`."""
+    """Checks what Serve's schema does not: where it says `Dict | Model`, it accepts any dict."""
     for name, value in deployment.items():
         if isinstance(value, Mapping):
             for model in models_of(DeploymentSchema.model_fields[name].annotation):
@@ -93,7 +93,7 @@ def check_values(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
 
 
 def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
-    """What Serve would find out in the replicas, where every call then waits for ever."""
+    """Checks what Serve would find only in the replicas, where every call then waits for ever."""
     routing = deployment.get("request_router_config") or {}
     if routing.get("request_router_class") in ROUTERS:
         arguments = routing.get("request_router_kwargs") or {}
@@ -102,8 +102,8 @@ def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
 
 
 def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
-    """Walks a value beside the type that it should have, and names the keys that no model in the type has."""
-    # Not pydantic's extra="forbid": that passes any key where the schema says `Dict | Model`, and knows no near names.
+    """Walks a value and its type, and reports the keys that no model in the type has."""
+    # Not pydantic's extra="forbid": that accepts any key where the schema says `Dict | Model`, and suggests no names.
     models = list(models_of(schema))
     if isinstance(value, Mapping) and models:
         for key, below in value.items():
@@ -118,7 +118,7 @@ def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
 
 
 def models_of(schema: object) -> Iterator[type[BaseModel]]:
-    """The models in a type: `Optional[list[Model]]` and the like hold one."""
+    """The models in a type, such as the one in `Optional[list[Model]]`."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         yield schema
     for part in typing.get_args(schema):
@@ -126,13 +126,13 @@ def models_of(schema: object) -> Iterator[type[BaseModel]]:
 
 
 def unknown(where: str, got: str, known: Iterable[str]) -> str:
-    """The sentence for a name that nobody knows."""
+    """The sentence for an unknown name."""
     near = difflib.get_close_matches(got, list(known), n=1)
     return f"{where}: unknown" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
-    """A sentence per value that the model refuses."""
+    """A sentence per value that the model rejects."""
     try:
         model.model_validate(value)
     except ValidationError as error:
@@ -141,17 +141,17 @@ def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
 
 
 def deployments_of(application: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The deployments that the config names in an application."""
+    """The deployments of an application in the config."""
     return application.get("deployments") or []
 
 
 def cpus_at_most(deployment: Mapping[str, Any]) -> float:
-    """The CPUs of all replicas that a deployment may come to have."""
+    """The CPUs of a deployment at its largest number of replicas."""
     replicas = deployment.get("num_replicas", 1)
     if scaling := deployment.get("autoscaling_config"):
         replicas = scaling.get("max_replicas", 1)
     elif replicas == "auto":
-        replicas = 100  # Serve's own bound
+        replicas = 100  # Serve's own maximum
     return float(replicas) * float((deployment.get("ray_actor_options") or {}).get("num_cpus", 1))
 
 

@@ -1,4 +1,4 @@
-"""`make demo`: asks the application of a config one question about a picture, over HTTP, and looks at the answer."""
+"""`make demo`: asks the application of a config one question about a picture, over HTTP, and checks the answer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status is 0 only if the answer is the right one."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.demo", description=__doc__)
     parser.add_argument("--config", type=Path, help="the packaged one by default")
-    parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
+    parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
     parser.add_argument("--image", type=Path, default=IMAGE)
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--answer", default=ANSWER, help="what the answer must contain")
+    parser.add_argument("--answer", default=ANSWER, help="text that the answer must contain")
     options = parser.parse_args(argv)
     try:
         config = read_config(options.config, port=free_port(), model=options.model)
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def ask(url: str, image: Path, question: str) -> str:
-    """Sends a picture and a question through the official client, and prints what came of it."""
-    picture = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+    """Sends a picture and a question through the official client, and prints the answer and its speed."""
+    data_url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
     with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         model = client.models.list().data[0].id
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def ask(url: str, image: Path, question: str) -> str:
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": picture}},
+                        {"type": "image_url", "image_url": {"url": data_url}},
                         {"type": "text", "text": question},
                     ],
                 }

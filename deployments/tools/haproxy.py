@@ -1,10 +1,10 @@
-"""The HAProxy that Ray ships, started so that it notices every client that leaves.
+"""The HAProxy that Ray ships, started so that it detects every disconnect.
 
     python -m deployments.tools.haproxy PATH    # writes the program that starts it
 
-Ray configures it with `option splice-request`. With that, a client that leaves while it waits for an unstreamed answer
-is often not noticed: HAProxy 2.8 spins on its connection, and the answer is made to its end for nobody. Ray has no
-setting for it, but takes the path of a program; the one written here adds `-dS`, which leaves splicing out.
+Ray configures it with `option splice-request`. With that, HAProxy 2.8 often misses a client that disconnects while it
+waits for an unstreamed answer: it spins on the connection, and the answer is generated to its end. Ray has no setting
+for it, but takes the path of a program; the one written here adds `-dS`, which switches splicing off.
 """
 
 from __future__ import annotations

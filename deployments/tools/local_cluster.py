@@ -1,4 +1,4 @@
-"""The application on a Ray of its own, on this machine: started, waited for, and ended without a trace."""
+"""Runs the application on a Ray cluster of its own on this machine, and removes it completely at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .serve_env import own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
-"""Of a run that has nothing to drain."""
+"""Of an application that has not started: there is nothing to drain."""
 
 
 class LocalClusterError(Exception):
@@ -38,9 +38,9 @@ class LocalCluster:
     """A running application.
 
     Attributes:
-        url: of its HTTP door, without a path.
+        url: of its HTTP endpoint, without a path.
         ray_address: for other Ray jobs on this machine that have the token.
-        log: what Ray and the replicas print.
+        log: the output of Ray and the replicas.
     """
 
     url: str
@@ -49,7 +49,7 @@ class LocalCluster:
     process: subprocess.Popen[bytes]
 
     def wait(self) -> None:
-        """Returns never: raises `LocalClusterError` when the application has ended by itself."""
+        """Never returns: raises `LocalClusterError` when the application has ended by itself."""
         self.process.wait()
         raise LocalClusterError(f"The application has ended by itself.\nLog: {self.log}")
 
@@ -60,12 +60,12 @@ def local_cluster(
 ) -> Iterator[LocalCluster]:
     """Runs an application while the block runs; then it drains and ends.
 
-    It neither joins nor ends another Ray on the machine, and lets in only who has its token: the environment's
-    `RAY_AUTH_TOKEN`, or else a new one that nobody knows.
+    It neither joins nor ends another Ray cluster on the machine. Other jobs need its token: the environment's
+    `RAY_AUTH_TOKEN`, or else a new random one.
 
     Args:
         config: a Serve config with one application; its port must be free.
-        num_cpus: what Ray may count on; None takes the machine's cores, and two where there is one.
+        num_cpus: logical CPUs of Ray; None takes the machine's cores, two at least.
         profile: variables that choose Serve's proxy and transport (`read_serve_env`); None takes Serve's own defaults.
 
     Raises:
@@ -88,20 +88,20 @@ def local_cluster(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(token) | settings,
-            start_new_session=True,  # Ctrl-C in the terminal is for us: we drain first
+            start_new_session=True,  # Ctrl-C in the terminal ends only this process, which drains first
         )
     keep_log = ready = False
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        running = LocalCluster(url, wait_until_ready(process, url, report, log), log, process)
+        running = LocalCluster(url, wait_for_ready(process, url, report, log), log, process)
         ready = True
         yield running
     except Exception:
         keep_log = True
         raise
     finally:
-        end(process, patience_s=None if ready else STOP_TIMEOUT_S)
+        end(process, timeout_s=None if ready else STOP_TIMEOUT_S)
         if not keep_log:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,7 +112,7 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, each another one."""
+    """Different ports that nothing listens on."""
     with ExitStack() as open_probes:
         probes = [open_probes.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -121,7 +121,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(token: str) -> dict[str, str]:
-    """For a Ray that stands alone: without what points to another one, and with a token of its own."""
+    """The environment of a separate Ray cluster: no variable of another one, and its own token."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {
         "RAY_AUTH_MODE": "token",
@@ -131,18 +131,18 @@ def environment(token: str) -> dict[str, str]:
     }
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, report: Path, log: Path) -> str:
-    """Returns Ray's address when all replicas run and the door answers; `LocalClusterError` if that will not be."""
+def wait_for_ready(process: subprocess.Popen[bytes], url: str, report: Path, log: Path) -> str:
+    """Returns Ray's address once all replicas run and `/health` responds; raises `LocalClusterError` if they cannot."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        ended = process.poll() is not None  # before the report is looked for, which it may have left
+        ended = process.poll() is not None  # checked before the report, which the process may have written at its end
         if report.exists():
-            said = json.loads(report.read_text(encoding="utf-8"))
-            if said["failure"] is not None:
-                raise cannot_start(said["failure"], log)
+            reported = json.loads(report.read_text(encoding="utf-8"))
+            if reported["failure"] is not None:
+                raise cannot_start(reported["failure"], log)
             with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                return str(said["ray_address"])
+                return str(reported["ray_address"])
         elif ended:
             raise cannot_start(log.read_text(encoding="utf-8", errors="replace"), log)
         time.sleep(0.1)
@@ -150,18 +150,18 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, report: Path, l
 
 
 def cannot_start(text: str, log: Path) -> LocalClusterError:
-    """The last line of a traceback says what it is about."""
+    """The error with the last line of the text, which in a traceback is the message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return LocalClusterError(f"The application cannot start: {lines[-1] if lines else 'no reason given'}\nLog: {log}")
 
 
-def end(process: subprocess.Popen[bytes], *, patience_s: float | None) -> None:
-    """Lets the application drain and end; a second interrupt ends it at once. Its own process group, nobody else's."""
+def end(process: subprocess.Popen[bytes], *, timeout_s: float | None) -> None:
+    """Lets the application drain and end; a second interrupt ends it at once. Only its own process group is killed."""
     assert process.stdin is not None
     process.stdin.close()
     try:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
+            process.wait(timeout_s)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Runs a Serve config on a Ray of its own until standard input ends, then drains. `local_cluster` is its parent.
+"""Runs a Serve config on a Ray cluster of its own until standard input ends, then drains. `local_cluster` starts it.
 
-The end of standard input is the signal, because it also comes when the parent dies: nothing is left behind.
+The end of standard input is the signal, because it also comes if the parent dies: no process remains.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from ray.serve.scripts import run as serve_run
 
 APPLICATION = "llava"
 OBJECT_STORE_BYTES = 256 << 20
-"""Prepared prompts of a few megabytes pass through it; Ray's default is a third of the machine's memory."""
+"""For prepared prompts of a few megabytes; Ray's default is a third of the machine's memory."""
 
 
 def main() -> int:
-    """The exit status is 0 if the application ran and ended in order."""
+    """The exit status is 0 if the application ran and ended normally."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.local_worker", description=__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--ray-dir", type=Path, required=True, help="for Ray's files, short: sockets lie in it")
-    parser.add_argument("--report", type=Path, required=True, help="gets Ray's address, or why there is none, as JSON")
+    parser.add_argument(
+        "--ray-dir", type=Path, required=True, help="folder of Ray's files; a short path, since it holds sockets"
+    )
+    parser.add_argument("--report", type=Path, required=True, help="file for Ray's address or the failure, as JSON")
     parser.add_argument("--num-cpus", type=int, required=True)
     options = parser.parse_args()
 
@@ -42,11 +44,11 @@ def main() -> int:
     )
     try:
         serve_run.main(["--non-blocking", str(options.config)], standalone_mode=False)
-        failure = _wait_until_running(stop)
+        failure = _wait_for_running(stop)
         _report(options.report, ray_address=ray.get_runtime_context().gcs_address, failure=failure)
         if failure is None:
             stop.wait()
-            print("Draining: no new request is let in, and those inside are finished.", flush=True)
+            print("Draining: new requests are refused, and requests in flight are finished.", flush=True)
             serve.get_app_handle(APPLICATION).broadcast("drain").results()
     finally:
         serve.shutdown()
@@ -55,13 +57,13 @@ def main() -> int:
 
 
 def _wait_for_end_of_input(stop: threading.Event) -> None:
-    while os.read(0, 1024):  # not `sys.stdin`: a thread inside its lock breaks the interpreter's exit
+    while os.read(0, 1024):  # not `sys.stdin`: a thread that holds its lock breaks the interpreter's exit
         pass
     stop.set()
 
 
-def _wait_until_running(stop: threading.Event) -> str | None:
-    """Returns None when all replicas run, else why they do not."""
+def _wait_for_running(stop: threading.Event) -> str | None:
+    """Returns None once all replicas run, or else the failure."""
     while not stop.wait(0.2):
         application = serve.status().applications.get(APPLICATION)
         if application is not None and application.status == ApplicationStatus.RUNNING:
@@ -70,14 +72,14 @@ def _wait_until_running(stop: threading.Event) -> str | None:
             failed = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
             causes = [each.message for each in application.deployments.values() if each.status in failed]
             return "\n".join([application.message, *causes])
-    return "It was told to stop before it ran."
+    return "It was stopped before it ran."
 
 
 def _report(path: Path, **report: str | None) -> None:
-    """Appears whole or not at all."""
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps(report), encoding="utf-8")
-    half.rename(path)
+    """Writes the report atomically."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(report), encoding="utf-8")
+    partial.rename(path)
 
 
 if __name__ == "__main__":

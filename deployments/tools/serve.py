@@ -14,25 +14,23 @@ from .serve_env import ServeEnvError, read_serve_env
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status is 0 if the application ran and was stopped in order.
+    """The exit status is 0 if the application ran and was stopped normally.
 
     It is 2 for a usage error, 130 if it was stopped before it ran or while it drained, and 1 otherwise.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.serve", description=__doc__)
     parser.add_argument("--config", type=Path, help="the packaged one by default")
-    parser.add_argument("--host", help="instead of the config's")
-    parser.add_argument("--port", type=int, help="instead of the config's; 0 takes a free one")
-    parser.add_argument("--model", help="instead of the config's: a folder, or a hub id in the local cache")
+    parser.add_argument("--host", help="address, instead of the config's")
+    parser.add_argument("--port", type=int, help="port, instead of the config's; 0 takes a free one")
+    parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
     parser.add_argument("--api-key-file", metavar="FILE", help="accept the keys in it, one a line")
-    parser.add_argument(
-        "--profile", type=Path, help="a file of settings for Serve's proxy and transport; or: production"
-    )
+    parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: a file, or: production")
     parser.add_argument("--print-config", action="store_true", help="print the packaged config, and end")
     options = parser.parse_args(argv)
     if options.print_config:
         print(packaged(CONFIG), end="")
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores the first for what it starts in the background
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
         config = parse_config(
@@ -53,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)
                 running.wait()
             except KeyboardInterrupt:
-                print("\nDraining: answers on their way are finished. Ctrl-C again ends at once.", flush=True)
+                print("\nDraining: requests in flight are finished. Ctrl-C again ends at once.", flush=True)
     except (ConfigError, LocalClusterError, ServeEnvError) as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, LocalClusterError) else 2

@@ -15,7 +15,7 @@ from .haproxy import write_launcher
 
 
 class ServeEnvError(Exception):
-    """The file cannot be read, or holds what is no setting of Serve; the message is for the terminal."""
+    """The file cannot be read, or a line is no setting of Serve; the message is for the terminal."""
 
 
 def read_serve_env(path: Path) -> dict[str, str]:
@@ -25,7 +25,7 @@ def read_serve_env(path: Path) -> dict[str, str]:
         path: of the file; `production` takes the one that ships.
 
     Raises:
-        ServeEnvError: the file is not there, or names what is no setting of Serve.
+        ServeEnvError: the file does not exist, or a line is no setting of Serve.
     """
     if path != Path("production") and not path.is_file():
         raise ServeEnvError(f"There is no profile {path}; the one that ships is called production.")
@@ -39,11 +39,11 @@ def read_serve_env(path: Path) -> dict[str, str]:
 
 
 def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
-    """Where HAProxy has its files and side doors, so that two applications on one machine do not share them.
+    """HAProxy's files and extra ports, so that two applications on one machine do not share them.
 
     Args:
-        folder: of this application alone; short, since sockets lie in it.
-        ports: three free ones.
+        folder: of this application alone; a short path, since it holds sockets.
+        ports: three free ports.
     """
     stats, metrics, fallback = ports
     launcher = folder / "haproxy"
@@ -58,7 +58,7 @@ def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        # The application is drained before it is ended, so nothing waits for a load balancer to take notice.
+        # The application is drained before its end, so there is no wait for a load balancer.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
     }

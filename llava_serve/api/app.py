@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
-from llava_serve.api.errors import openai_error
+from llava_serve.api.errors import log_refusal, openai_error
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
@@ -27,7 +27,7 @@ from llava_serve.errors import DeadlineExceededError, UnknownModelError
 from llava_serve.openai_messages import from_wire
 
 LARGE_BODY_BYTES = 64 << 10
-"""Takes about a millisecond to read."""
+"""Takes about a millisecond to parse."""
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_POLICY = (
@@ -49,7 +49,8 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     Args:
         backend: what prepares prompts and generates chunks.
         options: access and limits.
-        limiter: where requests that come another way are counted too; None is the app's own.
+        limiter: shared with requests that arrive another way; None makes one for this app.
+
 
     Raises:
         RequestError: the file of API keys cannot be used.
@@ -61,14 +62,16 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
 
     def check_model(name: str) -> None:
         if name not in names:
-            raise UnknownModelError(f"There is no model '{name[:100]}' here; this server has '{model.id}'.", "model")
+            raise UnknownModelError(
+                f"The model '{name[:100]}' does not exist here; this server has '{model.id}'.", "model"
+            )
 
     async def read(request: Request) -> ChatRequest:
         return await _parsed(await _body(request, options.default_timeout_s))
 
     chat = APIRouter(route_class=route_reading_by(read))
 
-    @chat.post("/v1/chat/completions", summary="Answer a conversation about pictures", responses=CHAT_RESPONSES)
+    @chat.post("/v1/chat/completions", summary="Create a chat completion about pictures", responses=CHAT_RESPONSES)
     async def chat_completions(request: Request, wire: ChatRequest) -> Response:
         check_model(wire.model)
         priority = wire.priority or 0
@@ -84,16 +87,16 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         )
         return ChatAnswer(backend, wire, work, request.state.request_id)
 
-    @app.get("/v1/models", summary="The models that can be asked")
+    @app.get("/v1/models", summary="List the models")
     async def models() -> ModelList:
         return ModelList(object="list", data=[model])
 
-    @app.get("/v1/models/{name:path}", summary="One of them")
+    @app.get("/v1/models/{name:path}", summary="Describe a model")
     async def one_model(name: str) -> Model:
         check_model(name)
         return model
 
-    @app.get("/health", summary="Whether an answer can be expected")
+    @app.get("/health", summary="Report whether the model can answer")
     async def health() -> Health:
         await backend.check_health()
         return Health(status="ok", model=model.id)
@@ -104,7 +107,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
 
     app.include_router(chat)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    # The last one added is the first one met.
+    # The middleware that is added last runs first.
     app.add_middleware(
         AdmissionMiddleware,
         limiter=limiter or ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes),
@@ -117,7 +120,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
 
 
 async def _body(request: Request, timeout_s: float) -> bytes:
-    """A client that trickles its body must not keep its place for ever."""
+    """Reads the body within a time limit: a slow client must not stay in flight for ever."""
     try:
         async with asyncio.timeout(timeout_s):
             return await request.body()
@@ -126,17 +129,19 @@ async def _body(request: Request, timeout_s: float) -> bytes:
 
 
 async def _parsed(body: bytes) -> ChatRequest:
-    """A large body is read in a thread, beside the streams of others."""
+    """Parses a large body in a thread, so that the streams of other requests go on."""
     return parse_request(body) if len(body) < LARGE_BODY_BYTES else await asyncio.to_thread(parse_request, body)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What the router says (no such path, no such method) in OpenAI's shape."""
+    """Answers the router's own errors (unknown path, wrong method) in OpenAI's shape."""
     assert isinstance(error, HTTPException)
+    method, path = request.method[:100], request.url.path[:100]
     message = {
-        404: f"There is nothing at {request.method} {request.url.path[:200]}.",
-        405: f"{request.method} is not possible at {request.url.path[:200]}.",
+        404: f"There is no endpoint {method} {path}.",
+        405: f"{method} is not allowed at {path}.",
     }.get(error.status_code, "The request cannot be served.")
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    log_refusal(request.state.request_id, error.status_code, code)
     body = openai_error(message, "invalid_request_error", code)
     return JSONResponse(body, error.status_code, error.headers)

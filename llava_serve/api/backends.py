@@ -25,10 +25,9 @@ class Backend(Protocol):
     def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
     ) -> AsyncGenerator[list[Chunk]]:
-        """Streams the answer, in groups of chunks that come together. Closing the generator ends the work in the
-        engine."""
+        """Streams the answer in groups of chunks. Closing the generator ends the work in the engine."""
         ...
 
     async def check_health(self) -> None:
-        """Returns if an answer can be expected; raises `EngineDeadError` otherwise."""
+        """Returns if the model can answer; raises `EngineDeadError` otherwise."""
         ...

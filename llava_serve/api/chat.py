@@ -1,4 +1,4 @@
-"""The answer to one chat request over HTTP: wait for the first chunk, then answer, streamed or whole."""
+"""The answer to one chat request over HTTP: wait for the first chunk, then answer, streamed or at once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llava_serve.deadline import deadline_scope
 
 
 class ChatAnswer(Response):
-    """The response to one request: it does the work when it is sent, so that one task owns the work from end to end.
+    """The response to one request: it does the work while it is sent, so that one task owns the work from start to end.
 
-    Errors before the first byte are raised; later ones become an event of the stream. The first byte of a stream is the
-    model's, or after `KEEP_ALIVE_S` of silence a comment's.
+    Errors before the first byte are raised; later ones become an event of the stream. A stream starts with
+    the first chunk, or with a comment after `KEEP_ALIVE_S` of silence.
 
     Args:
         backend: what prepares and generates.
         wire: the request as it was sent.
-        request: the same as the library works on it; its id is that of the completion.
+        request: the same in the library's form; its id is that of the completion.
         log_id: names the request in the log and in internal errors.
     """
 
@@ -68,9 +68,9 @@ class ChatAnswer(Response):
         include_usage = bool(options is not None and options.include_usage)
         events = StreamEvents(self._request.request_id, self._backend.model_name, include_usage)
         async for group in answer:
-            said = [event(each.json_bytes()) for chunk in group if (each := events.event(chunk)) is not None]
-            if said:
-                await sender.write(b"".join(said))
+            lines = [event(each.json_bytes()) for chunk in group if (each := events.event(chunk)) is not None]
+            if lines:
+                await sender.write(b"".join(lines))
         if (last := events.last(answer.counter)) is not None:
             await sender.write(event(last.json_bytes()))
         await sender.write(DONE)

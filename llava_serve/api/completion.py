@@ -1,4 +1,4 @@
-"""From the library's chunks to OpenAI's objects: the events of a stream, or the one answer that they add up to."""
+"""From the library's chunks to OpenAI's objects: the events of a stream, or one completion."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
 
 
 def new_completion_id() -> str:
-    """Unique, which an id that a client chose is not."""
+    """A unique id; one that a client chooses may not be."""
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
 class UsageCounter:
-    """Counts what an answer costs, chunk by chunk, and which choices have come to their end.
+    """Counts the tokens of an answer, chunk by chunk, and the choices that are not finished.
 
     Args:
         prepared: the prompt.
-        choices: how many there are to be.
+        choices: how many are expected.
     """
 
     def __init__(self, prepared: PreparedPrompt, choices: int) -> None:
@@ -52,10 +52,10 @@ class UsageCounter:
             self._open.discard(chunk.index)
 
     def check_complete(self) -> None:
-        """A stream that just ends was aborted behind: half an answer is not passed off as a whole one.
+        """Refuses a stream that ended without its finish reasons: it was aborted, and the answer is incomplete.
 
         Raises:
-            EngineDeadError: a choice has not said why it ended.
+            EngineDeadError: a choice has no finish reason.
         """
         if self._open:
             raise EngineDeadError("The model ended the request before its answer was complete.")
@@ -87,7 +87,7 @@ class StreamEvents:
         self._begun: set[int] = set()
 
     def event(self, chunk: Chunk) -> ChatCompletionChunk | None:
-        """None for a chunk that says nothing yet: its token is not a whole character, or may begin a stop string."""
+        """None for a chunk without text yet: its token is not a whole character, or may begin a stop string."""
         first = chunk.index not in self._begun
         if not (first or chunk.text or chunk.finish_reason or chunk.logprobs):
             return None
@@ -102,11 +102,11 @@ class StreamEvents:
         return self._chunk([choice], None)
 
     def last(self, counter: UsageCounter) -> ChatCompletionChunk | None:
-        """The event with the usage, where it is asked for."""
+        """The event with the usage, if the request asks for it."""
         return self._chunk([], counter.usage()) if self._include_usage else None
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
-        reported = {"usage": usage} if self._include_usage else {}  # a field that is set is sent, null or not
+        reported = {"usage": usage} if self._include_usage else {}  # a field that is set is sent, even if it is null
         return ChatCompletionChunk(
             id=self._id,
             object="chat.completion.chunk",
@@ -128,7 +128,7 @@ class CompletionBuilder:
         self._chunks.append(chunk)
 
     def completion(self, completion_id: str, model: str, counter: UsageCounter) -> ChatCompletion:
-        """The answer, its choices in order. All of them must have ended."""
+        """The answer, its choices in order. All of them must be finished."""
         choices = sorted(join_chunks(self._chunks), key=lambda choice: choice.index)
         return ChatCompletion(
             id=completion_id,

@@ -1,4 +1,4 @@
-"""The one table from an error's class to what the wire says: OpenAI's error body and a status."""
+"""The one table from an error's class to its HTTP status and OpenAI's error body."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from llava_serve.errors import (
     PromptTooLongError,
     RequestError,
     UnknownModelError,
+    UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WireError:
-    """How a class of errors looks to a client: the HTTP status, and OpenAI's `type` and `code`."""
+    """A class of errors over HTTP: the status, and OpenAI's `type` and `code`."""
 
     status: int
     type: str
@@ -44,25 +45,26 @@ WIRE_ERRORS: dict[type[BaseException], WireError] = {
     PromptTooLongError: WireError(400, "invalid_request_error", "context_length_exceeded"),
     UnsupportedParameterError: WireError(400, "invalid_request_error", "unsupported_parameter"),
     BodyTooLargeError: WireError(413, "invalid_request_error", "request_too_large"),
+    UnsupportedMediaTypeError: WireError(415, "invalid_request_error", "unsupported_media_type"),
     UnknownModelError: WireError(404, "invalid_request_error", "model_not_found"),
     AccessError: WireError(401, "invalid_request_error", "invalid_api_key"),
     CapacityError: WireError(429, "rate_limit_error", "rate_limit_exceeded"),
     DeadlineExceededError: WireError(504, "timeout_error", "deadline_exceeded"),
     NumericalError: WireError(500, "server_error", "numerical_error"),
     EngineDeadError: WireError(503, "server_error", "service_unavailable"),
-    # Raised while a model loads, for its operator: the message names files, so no client sees it.
+    # Raised while a model loads, for the operator: the message names files, so no client gets it.
     CheckpointError: INTERNAL,
     LlavaServeError: INTERNAL,
 }
 
 
 def wire_error(error: BaseException) -> WireError:
-    """The entry of the error's own class or of its nearest parent; whatever nobody foresaw is internal."""
+    """The entry of the error's class or of its nearest parent; an unexpected error is internal."""
     return next((WIRE_ERRORS[cls] for cls in type(error).__mro__ if cls in WIRE_ERRORS), INTERNAL)
 
 
 def error_body(error: BaseException, request_id: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object. An internal error tells the request's id and no more."""
+    """OpenAI's error object. An internal error reports the request's id and no more."""
     wire = wire_error(error)
     if wire is not INTERNAL and isinstance(error, LlavaServeError):
         return openai_error(error.message, wire.type, wire.code, error.param)
@@ -70,15 +72,23 @@ def error_body(error: BaseException, request_id: str | None = None) -> dict[str,
     return openai_error(f"The server failed on this request.{about}", wire.type, wire.code)
 
 
-def log_if_internal(error: BaseException, request_id: str) -> None:
-    """Logs with its traceback what nobody foresaw; every other error is the client's to read."""
-    if wire_error(error) is INTERNAL:
+def log_error(error: BaseException, request_id: str) -> None:
+    """Logs an internal error with its traceback; every other one as a line, since its client is told about it."""
+    wire = wire_error(error)
+    if wire is INTERNAL:
         logger.error("Request %s failed.", request_id, exc_info=error)
+    else:
+        log_refusal(request_id, wire.status, wire.code)
+
+
+def log_refusal(request_id: str, status: int, code: str) -> None:
+    """One line: a client's mistake is no warning, and what the server could not do is one."""
+    logger.log(logging.WARNING if status >= 500 else logging.INFO, "Request %s: %d %s.", request_id, status, code)
 
 
 def reported(error: Exception, request_id: str) -> dict[str, Any]:
-    """Logs an error that is ours to mend, and gives the error object that its caller sees."""
-    log_if_internal(error, request_id)
+    """Logs an error, and returns the error object for the caller."""
+    log_error(error, request_id)
     return error_body(error, request_id)
 
 
@@ -98,6 +108,6 @@ def _headers(error: BaseException) -> dict[str, str]:
     if isinstance(error, AccessError):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, DeadlineExceededError | NumericalError):
-        # The official client would retry. But the caller has waited as long as it wanted to, or would get the same.
+        # The official client would retry; but the caller's time is over, or it would get the same error.
         return {"x-should-retry": "false"}
     return {}

@@ -20,6 +20,7 @@ class InProcessBackend:
 
     def __init__(self, llm: AsyncLLM, model_name: str | None = None) -> None:
         self._llm = llm
+        self._processor = llm.processor  # made now: the first request finds a process that decodes
         self._model_name = model_name or llm.model_name
 
     @property
@@ -31,7 +32,7 @@ class InProcessBackend:
         self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes in a thread."""
-        return await self._llm.processor.prepare(lambda: asked, conv_mode=conv_mode, deadline=deadline)
+        return await self._processor.prepare(lambda: asked, conv_mode=conv_mode, deadline=deadline)
 
     async def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int

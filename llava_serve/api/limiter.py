@@ -1,4 +1,4 @@
-"""How many requests are in flight in this process, whichever way they came; and the end of that, a drain."""
+"""Limits the requests in flight in this process, over HTTP and over Ray handles, and drains them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from llava_serve.errors import CapacityError
 
 
 class ConcurrencyLimiter:
-    """Counts the requests in flight, bounds them, and waits for their end.
+    """Counts the requests in flight, limits them, and waits until they end.
 
-    Ray Serve's own shutdown ends its HTTP proxy first, and with it every answer on its way: so it drains before that.
+    Ray Serve's own shutdown ends its HTTP proxy first, and with it every request in flight: so the drain comes before.
 
     Args:
-        max_in_flight: requests that may be worked on at once.
-        max_in_flight_bytes: of the bodies of all of them.
+        max_in_flight: the most requests at once.
+        max_in_flight_bytes: the most bytes of all their bodies.
     """
 
     def __init__(self, max_in_flight: int, max_in_flight_bytes: int) -> None:
@@ -31,13 +31,13 @@ class ConcurrencyLimiter:
 
     @contextmanager
     def request(self, *, works: bool = True) -> Iterator[Callable[[int], None]]:
-        """A request, from its arrival to the end of its answer.
+        """Counts a request from its arrival to the end of its answer.
 
         Args:
-            works: it costs work, so that it counts for the bound. A drain waits for others, too.
+            works: it counts for `max_in_flight`. A drain waits for the others, too.
 
         Yields:
-            What is to be told each number of bytes that the request holds from now on; it raises `CapacityError` too.
+            A function that adds bytes to those that the request holds; it raises `CapacityError`, too.
 
         Raises:
             CapacityError: at capacity, or draining.
@@ -68,6 +68,6 @@ class ConcurrencyLimiter:
                 self._idle.set()
 
     async def drain(self) -> None:
-        """Refuses new requests from now on, and returns when none is in flight."""
+        """Refuses new requests from now on, and returns once none is in flight."""
         self._draining = True
         await self._idle.wait()

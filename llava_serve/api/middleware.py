@@ -1,4 +1,4 @@
-"""What a request meets before the app: an id and an answer whatever happens, the key, admission."""
+"""Middleware around the app: the request's id and errors, the API key, admission."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_serve.api.errors import error_response, log_if_internal
+from llava_serve.api.errors import error_response, log_error
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.errors import AccessError, BodyTooLargeError
 from llava_serve.types import ImagePart, Query
@@ -22,10 +22,10 @@ from llava_serve.types import Message as Turn
 
 REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499
-"""Nobody reads it; access logs and metrics do."""
+"""For access logs and metrics: the client is gone."""
 
 OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
-"""Probes have no key, and the page has to be there before a key can be typed into it."""
+"""Probes have no key, and the page has the field where users type theirs."""
 
 _ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
@@ -34,7 +34,7 @@ class RequestContextMiddleware:
     """Sets `state.request_id` and `state.arrived` (seconds since the epoch), and returns the id in `X-Request-ID`.
 
     Args:
-        app: whatever it raises before its first byte is answered here.
+        app: an error that it raises before its first byte is answered here.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -46,6 +46,8 @@ class RequestContextMiddleware:
             return
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
         scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time())
+        if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
+            scope = {**scope, "method": "GET"}
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -61,7 +63,7 @@ class RequestContextMiddleware:
             if not started:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_id)
         except Exception as error:
-            log_if_internal(error, request_id)
+            log_error(error, request_id)
             if started:
                 raise
             await error_response(error, request_id)(scope, receive, send_with_id)
@@ -71,7 +73,7 @@ class APIKeyMiddleware:
     """Requires a bearer key for every path that is not in `OPEN_PATHS`. Keys are compared in constant time.
 
     Args:
-        app: what lies behind.
+        app: the wrapped app.
         keys: accepted keys, one or more.
     """
 
@@ -88,21 +90,21 @@ class APIKeyMiddleware:
         scheme, _, given = authorization.partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise AccessError("API key required: send it as 'Authorization: Bearer KEY'.")
-        sent = given.strip().encode("latin-1")  # the bytes as they came
-        # All keys are compared, whichever matches: the time tells nothing.
+        sent = given.strip().encode("latin-1")  # the bytes of the header
+        # All keys are compared, whichever matches: the time gives nothing away.
         matches = [hmac.compare_digest(sent, key) for key in self._keys]
         if not any(matches):
-            raise AccessError("The API key is not one that this server accepts.")
+            raise AccessError("This API key is not valid on this server.")
 
 
 class AdmissionMiddleware:
-    """Holds a place for each request from its arrival to the last byte of its answer, and bounds its body. Both are
-    decided before any picture is looked at.
+    """Counts each request as in flight, from its arrival to the last byte of its answer, and limits its body. Both
+    happen before any picture is read.
 
     Args:
-        app: what lies behind.
-        limiter: one request too many raises `CapacityError`.
-        max_body_bytes: of a request; more raises `BodyTooLargeError`, whatever its header has declared.
+        app: the wrapped app.
+        limiter: raises `CapacityError` at capacity.
+        max_body_bytes: of a request; more raises `BodyTooLargeError`, whatever its header declares.
     """
 
     def __init__(self, app: ASGIApp, limiter: ConcurrencyLimiter, max_body_bytes: int) -> None:
@@ -130,7 +132,7 @@ class AdmissionMiddleware:
 
 
 def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
-    """The bytes of the pictures of what is asked. Raises `BodyTooLargeError` if they are more than `limit`."""
+    """The bytes of all images of a request. Raises `BodyTooLargeError` if they are more than `limit`."""
     if isinstance(asked, Query):
         images = list(asked.images)
     else:
@@ -142,16 +144,19 @@ def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
 
 
 def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(
-        f"The request is larger than {limit / (1 << 20):.3g} MiB, which is the most this server takes."
-    )
+    return BodyTooLargeError(f"The request is larger than this server's limit of {limit / (1 << 20):.3g} MiB.")
 
 
 def _path(scope: Scope) -> str:
-    """Below the prefix that the app is mounted at."""
+    """The path without the prefix that the app is mounted at."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
 
+def is_request_id(given: str) -> bool:
+    """A client may choose this id: a short word of letters, digits and a few marks, so that no log is disturbed."""
+    return _ACCEPTABLE_ID.fullmatch(given) is not None
+
+
 def _request_id(given: str | None) -> str:
-    return given if given and _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if given is not None and is_request_id(given) else uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""The way of a request behind the web app and behind Ray handles: prepare, generate, count, complete."""
+"""The steps of a request over HTTP and over Ray handles: prepare, generate, count, complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingPar
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What is asked, and how it is to be answered.
+    """A question, and how to answer it.
 
     Attributes:
         request_id: unique in the engine; a caller's own id may not be.
@@ -34,7 +34,7 @@ class Generation:
 
     Attributes:
         prepared: the prompt.
-        counter: what the answer has cost so far.
+        counter: the usage so far.
     """
 
     def __init__(self, prepared: PreparedPrompt, choices: int, groups: AsyncGenerator[list[Chunk]]) -> None:
@@ -52,10 +52,10 @@ class Generation:
 
 @asynccontextmanager
 async def generation(backend: Backend, request: GenerationRequest) -> AsyncIterator[Generation]:
-    """Prepares a request; leaving the block ends the work on its answer, which begins with the iteration.
+    """Prepares a request. Generation starts with the iteration, and the end of the block ends it.
 
     Raises:
-        LlavaServeError: from the block's start if the input is at fault, from the iteration for all that comes later.
+        LlavaServeError: at the block's start if the input is invalid, in the iteration for later errors:
             `EngineDeadError` if the answer ends before it is complete.
     """
     prepared = await backend.prepare(request.asked, conv_mode=request.conv_mode, deadline=request.deadline)

@@ -1,4 +1,4 @@
-"""What stands on the wire: OpenAI's chat completion, our own fields beside it, and what goes back."""
+"""The wire format: OpenAI's chat completion with our own fields beside it, and the responses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llava_serve.types import FinishReason
 from llava_serve.wire import Wire, anything, one_of
 
 MAX_STOPS = 16
-"""OpenAI takes 4; each is looked for at every token, so there is a bound."""
+"""OpenAI allows 4; each is searched for at every token, so their number is limited."""
 
 
 class StreamOptions(Wire):
     """How a stream ends.
 
     Attributes:
-        include_usage: one more event before `[DONE]` tells the usage.
+        include_usage: one more event before `[DONE]` has the usage.
     """
 
     NEUTRAL = {"include_obfuscation": one_of(False)}  # noqa: RUF012 (a ClassVar of the base)
@@ -34,29 +34,29 @@ Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MA
 
 
 class ChatRequest(Wire):
-    """A question. Defaults and ranges that are not written here are those of `SamplingParams`.
+    """A chat completion request. Defaults and ranges that are not written here are those of `SamplingParams`.
 
     Attributes:
         model: a name from `/v1/models`.
         messages: the conversation, oldest turn first; the last one is the user's.
-        max_tokens, max_completion_tokens: two names for the bound on the answer.
+        max_tokens, max_completion_tokens: two names for the longest answer in tokens.
         temperature: 0 takes the likeliest token each time.
-        top_p: draws from the smallest set of tokens that has this mass.
+        top_p: sample from the smallest set of tokens with this total probability.
         stop: strings that end the answer.
         seed: the same seed and request give the same answer.
-        n: answers to this question.
-        logprobs: tell the log-probability of each token.
-        top_logprobs: and that of so many alternatives.
+        n: number of answers.
+        logprobs: return the log-probability of each token.
+        top_logprobs: return the log-probabilities of this many alternatives, too.
         presence_penalty, frequency_penalty: as OpenAI defines them.
-        stream: send the answer as it comes, as server-sent events.
+        stream: send the answer as it is generated, as server-sent events.
         stream_options: of the stream.
-        user: an opaque name of the asker; accepted and not looked at.
-        top_k: draws from the so many likeliest tokens; 0 from all. Ours.
+        user: a label of the end user; accepted and ignored.
+        top_k: sample from this many likeliest tokens; 0 is all. Ours.
         num_beams: beam search above 1. Ours.
-        repetition_penalty: above 1 makes what was said less likely. Ours.
-        conv_mode: the prompt template, where the model's own shall not be used. Ours.
-        ignore_eos: go on to `max_tokens` whatever the model says. Ours.
-        timeout: seconds that the answer may take, from the arrival of the request. Ours.
+        repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. Ours.
+        conv_mode: the prompt template, instead of the model's own. Ours.
+        ignore_eos: go on to `max_tokens` even after an end token. Ours.
+        timeout: seconds that the answer may take from the request's arrival. Ours.
         priority: a smaller number is served earlier, as in vLLM; 0 by default. Ours.
     """
 
@@ -106,7 +106,7 @@ class ChatRequest(Wire):
 
 
 class Answer(BaseModel):
-    """Base: made by us, so never checked for surplus."""
+    """Base of the responses: made here, so not validated for unknown fields."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -116,7 +116,7 @@ class Answer(BaseModel):
 
 
 class Alternative(Answer):
-    """A token that might have been, in UTF-8 beside its text, since a token can be a part of a character."""
+    """An alternative token: its text and its UTF-8 bytes, since a token can be a part of a character."""
 
     token: str
     bytes: list[int]
@@ -136,7 +136,7 @@ class ChoiceLogprobs(Answer):
 
 
 class AssistantMessage(Answer):
-    """A whole answer."""
+    """A complete answer."""
 
     role: Literal["assistant"]
     content: str
@@ -153,14 +153,14 @@ class Choice(Answer):
 
 
 class Delta(Answer):
-    """What is new; the first one of a choice has the role."""
+    """New text; the first one of a choice has the role."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChunkChoice(Answer):
-    """What is new in one of the `n` answers."""
+    """New text of one of the `n` answers."""
 
     index: int
     delta: Delta
@@ -169,14 +169,14 @@ class ChunkChoice(Answer):
 
 
 class PromptTokensDetails(Answer):
-    """Parts of the prompt: pictures, and positions that were computed before."""
+    """Parts of the prompt: images, and positions that were in the cache."""
 
     cached_tokens: int
     image_tokens: int
 
 
 class Usage(Answer):
-    """Positions in the model; a picture takes as many as it has features."""
+    """Tokens, as positions in the model: an image takes as many as it has features."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -223,7 +223,7 @@ class ModelList(Answer):
 
 
 class ErrorDetail(Answer):
-    """What is wrong: OpenAI's error object."""
+    """OpenAI's error object."""
 
     message: str
     type: str
@@ -232,6 +232,6 @@ class ErrorDetail(Answer):
 
 
 class ErrorBody(Answer):
-    """The body of every refusal."""
+    """The body of every error response."""
 
     error: ErrorDetail

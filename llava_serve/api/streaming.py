@@ -1,6 +1,6 @@
-"""Server-sent events over ASGI, and the notice of a client that disconnects.
+"""Server-sent events over ASGI, and how a disconnect is noticed.
 
-Not sse-starlette: it sends status 200 at once; here the first chunk chooses it, unless a comment comes before that.
+Not sse-starlette: it sends status 200 at once; here the first chunk decides the status, unless a comment comes first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from starlette.types import Receive, Send
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_S = 15.0
-"""Silence after which a comment is sent: proxies end connections that say nothing, often after 30 or 60 s."""
+"""Silence after which a comment is sent: proxies close idle connections, often after 30 or 60 s."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+    (b"x-accel-buffering", b"no"),  # nginx would buffer events
 ]
 
 
@@ -30,10 +30,10 @@ def event(data: bytes) -> bytes:
 
 
 class EventSender:
-    """Writes an event stream to a client, with comments where it falls silent.
+    """Writes an event stream to a client, with comments in pauses.
 
     Attributes:
-        started: the status is 200; before the first bytes another one may still be chosen.
+        started: the status 200 is sent; before that, an error may still choose another one.
 
     Args:
         send: of the ASGI request.
@@ -46,7 +46,7 @@ class EventSender:
         self._writing = asyncio.Lock()
 
     async def write(self, data: bytes) -> None:
-        """Sends bytes that are one or more whole events, or a comment; the first ones settle the status."""
+        """Sends one or more whole events, or a comment; the first call sends the status."""
         async with self._writing:
             self._last = asyncio.get_running_loop().time()
             if not self.started:
@@ -55,17 +55,17 @@ class EventSender:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
-        """Nothing comes after it."""
+        """Ends the stream."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[None]:
-        """Sends comments on silence while the block runs, before the first event too."""
+        """Sends comments in pauses while the block runs, before the first event too."""
         beat = asyncio.create_task(self._beat())
         try:
             yield
         finally:
-            async with self._writing:  # no comment is cut in two
+            async with self._writing:  # a comment is sent whole
                 beat.cancel()
 
     async def _beat(self) -> None:
@@ -79,9 +79,9 @@ class EventSender:
 
 @asynccontextmanager
 async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancels what runs inside when the client disconnects, and raises `ClientDisconnect`. The body is read before.
+    """Cancels the block when the client disconnects, and raises `ClientDisconnect`. The body must be read before.
 
-    The work stays in the caller's task, as with `asyncio.timeout`: generators inside see one task from first to last.
+    The work stays in the caller's task, as with `asyncio.timeout`: generators inside run in one task.
     """
     task = asyncio.current_task()
     assert task is not None

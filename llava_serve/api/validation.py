@@ -1,4 +1,4 @@
-"""From bytes to what the library works on: a checked request, and its sampling."""
+"""From bytes to a validated request and its sampling parameters."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _SAME_NAME = (
 
 
 MAX_VALUES = 100_000
-"""JSON values of a body, counted by the commas and brackets in it, those in texts too. Reading takes time and memory by
-their number, some hundred bytes each, and a conversation of a hundred thousand tokens has fewer."""
+"""JSON values of a body, counted by its commas and brackets, those in texts too. Parsing takes time and some hundred
+bytes of memory for each, and a conversation of a hundred thousand tokens has fewer."""
 
 _STRUCTURE = (b",", b"[", b"{")
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """Reads a request. Its work is linear in the body's length, and the first fault ends it.
+    """Parses a request. The work is linear in the body's length, and the first fault ends it.
 
     Raises:
         RequestError: it is not JSON, or a field is missing or wrong; the sentence names the field.
-        UnsupportedParameterError: a field asks for what this server does not do.
+        UnsupportedParameterError: a field asks for something that this server does not support.
     """
     if sum(map(body.count, _STRUCTURE)) > MAX_VALUES:
         raise RequestError(f"The request's body has more than {MAX_VALUES:,} values.")
@@ -48,7 +48,7 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 def sampling_of(request: ChatRequest) -> SamplingParams:
-    """How the answer is drawn: what the request says, and the library's defaults for the rest.
+    """The sampling parameters: the request's, and the library's defaults for the rest.
 
     Raises:
         RequestError: two fields contradict each other, or a value is outside its range.
@@ -69,7 +69,7 @@ def sampling_of(request: ChatRequest) -> SamplingParams:
 
 
 def check_priority(priority: int, allowed: tuple[int, int]) -> None:
-    """Raises `RequestError` for a priority that callers may not name."""
+    """Raises `RequestError` for a priority outside the range for clients."""
     smallest, largest = allowed
     if not smallest <= priority <= largest:
         raise RequestError(f"priority must be between {smallest} and {largest} on this server.", "priority")

@@ -1,4 +1,4 @@
-"""One description out of every checkpoint format. Reading it needs no torch; the tensors are `weights` and `lora`."""
+"""One description for every checkpoint format. Reading it needs no torch; `weights` and `lora` read the tensors."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ def open_checkpoint(
     *,
     weights: bool = True,
 ) -> CheckpointSpec:
-    """Says what a checkpoint is, by what its files say.
+    """Describes a checkpoint by its files.
 
     Args:
         model: `builtin`, a folder, or a hub id.
         model_base: the base of a LoRA or projector-only checkpoint.
         vision_tower: overrides the checkpoint's own.
         conv_mode: overrides the detected template.
-        weights: demand that they are there too, and fetch them where the hub has the checkpoint. Without them a
-            checkpoint is an adapter if a base is named: what its files say is left to who loads them.
+        weights: require the weights too, and download them where the hub has the checkpoint. Without them a
+            checkpoint is an adapter if a base is named: the process that loads its weights checks them.
 
     Raises:
-        CheckpointError: not a checkpoint that can be served; the message says why and what to do.
+        CheckpointError: the checkpoint cannot be served; the message says why and what to do.
     """
     folder = find_folder(model, "model", weights=weights)
     config = read_json(folder, "config.json")
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"config.json in {folder} has a quantization_config: the weights are quantized already. Take the original "
-            "ones; quantization is done while loading."
+            f"config.json in {folder} has a quantization_config: the weights are quantized already. Use the original "
+            "ones; they are quantized while they load."
         )
     reader = read_original if is_original(config) else read_hf
     try:
         spec = reader(model_name(model), folder, config, model_base, vision_tower, weights=weights)
     except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
         raise CheckpointError(
-            f"config.json in {folder}, or another .json file of the checkpoint, holds a value that makes no sense "
+            f"config.json in {folder}, or another .json file of the checkpoint, holds an invalid value "
             f"({error}); compare it with the published one."
         ) from error
     if conv_mode is not None:
@@ -59,6 +59,6 @@ def open_checkpoint(
             raise CheckpointError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.")
         if conv_mode != spec.conv_mode:
             _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
-        spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was asked for")
+        spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec

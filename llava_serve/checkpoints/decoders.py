@@ -1,4 +1,4 @@
-"""What is asked of a language model's config, whichever layout it stands in."""
+"""Checks of a language model's config, the same for both layouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROTARY = ("default", "linear")
 
 
 def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
-    """Refuses language models that nobody has checked here: a wrong answer would look like a right one.
+    """Refuses language models that are not tested here: a wrong answer would look like a right one.
 
     Args:
         text: its config, with `model_type`.

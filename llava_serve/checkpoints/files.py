@@ -18,13 +18,13 @@ def find_folder(name: str, what: str, *parents: Path, weights: bool = True) -> P
     """The folder that `name` means: `builtin`, a folder, or a hub id.
 
     Args:
-        name: what someone wrote.
+        name: as the user wrote it.
         what: it is for, in the message of an error.
-        parents: where a relative name may begin, first match wins; none is the working directory alone.
-        weights: fetch them too, where the folder comes from the hub.
+        parents: folders that a relative name is looked up in, first match wins; none is the working directory.
+        weights: download the weights, too, if the folder comes from the hub.
 
     Raises:
-        CheckpointError: there is none, and the hub neither has all of it in its cache nor can be reached.
+        CheckpointError: there is none, the hub's cache does not hold all of it, and the hub does not give it.
     """
     if name == "builtin":
         return BUILTIN
@@ -53,7 +53,7 @@ def _from_hub(name: str, what: str, *, weights: bool) -> Path:
         partial = None if begun is None else Path(begun)
     except (HFValidationError, OSError) as error:
         raise _absent(name, what, None) from error
-    # A revision that was begun is completed: the tiers shall not serve two.
+    # A partial revision is completed, so that all tiers serve the same one.
     revision = None if partial is None else partial.name
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
@@ -65,8 +65,8 @@ def _from_hub(name: str, what: str, *, weights: bool) -> Path:
 
 
 def _lacks(folder: Path, *, weights: bool) -> bool:
-    """Whether a snapshot has a gap that shows. The hub's client sees them all, but only where it keeps the listing of
-    the repository, which older ones did not."""
+    """Whether a snapshot lacks a necessary file. The hub's client finds every missing file, but only if it keeps the
+    listing of the repository, which older ones did not."""
     if not (folder / "config.json").is_file():
         return True
     if not weights:
@@ -80,11 +80,11 @@ def _lacks(folder: Path, *, weights: bool) -> bool:
 def _absent(name: str, what: str, partial: Path | None) -> CheckpointError:
     if partial is not None:
         return CheckpointError(
-            f"The {what} {name!r} is only partly in the local hub cache ({partial}), and the hub cannot give the rest. "
-            "Download it again, or name a folder."
+            f"The {what} {name!r} is only partly in the local hub cache ({partial}), and the rest cannot be "
+            "downloaded. Download it again, or name a folder."
         )
     return CheckpointError(
-        f"The {what} {name!r} is neither a folder nor in the local hub cache, and the hub cannot give it. "
+        f"The {what} {name!r} is neither a folder nor in the local hub cache, and it cannot be downloaded. "
         "Download it first, or name a folder."
     )
 
@@ -103,9 +103,9 @@ def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, A
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing in {folder}; copy it there.") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} in {folder} is damaged, it is not JSON; download it again.") from error
+        raise CheckpointError(f"{name} in {folder} is damaged: it is not JSON. Download it again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} in {folder} is damaged, it holds no object; download it again.")
+        raise CheckpointError(f"{name} in {folder} is damaged: it is no JSON object. Download it again.")
     return value
 
 
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
             index = read_json(folder, f"{stem}.index.json").get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise CheckpointError(
-                    f"{stem}.index.json in {folder} is damaged, it has no weight_map; download it again."
+                    f"{stem}.index.json in {folder} is damaged: it has no weight_map. Download it again."
                 )
             paths = [folder / name for name in sorted(set(index.values()))]
             for path in paths:
@@ -135,5 +135,5 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def first_file(folder: Path, *names: str) -> Path | None:
-    """The first of some files that is there."""
+    """The first of some files that exists."""
     return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -17,7 +17,7 @@ from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import choose_template
 
 _SUPPORTED = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}
-_RELATIVES = {
+_OTHER_MODELS = {
     "llava_onevision": "LLaVA-OneVision",
     "llava_next_video": "LLaVA-NeXT-Video",
     "video_llava": "Video-LLaVA",
@@ -38,7 +38,7 @@ def read_hf(
 ) -> CheckpointSpec:
     """Reads it; arguments and errors as `read_original`."""
     kind = str(config.get("model_type"))
-    _refuse_relatives(kind, folder)
+    _refuse_other_models(kind, folder)
     if base is not None or tower is not None:
         raise CheckpointError(
             f"{name} is in transformers' layout, which holds the whole model; leave model_base and vision_tower out."
@@ -55,7 +55,7 @@ def read_hf(
         name_for_templates(name), text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
     )
     if chat_template:
-        conv_mode, reason = "chat_template", "the checkpoint carries a chat template"
+        conv_mode, reason = "chat_template", "the checkpoint has a chat template"
     generation = read_json(folder, "generation_config.json", optional=True)
     keeps_class_token = config.get("vision_feature_select_strategy", "default") == "full"
     return CheckpointSpec(
@@ -85,9 +85,9 @@ def read_hf(
     )
 
 
-def _refuse_relatives(kind: str, folder: Path) -> None:
+def _refuse_other_models(kind: str, folder: Path) -> None:
     if kind not in _SUPPORTED:
-        named = f"a {_RELATIVES[kind]} model" if kind in _RELATIVES else f"a model of type {kind!r}"
+        named = f"a {_OTHER_MODELS[kind]} model" if kind in _OTHER_MODELS else f"a model of type {kind!r}"
         raise CheckpointError(
             f"config.json in {folder} describes {named}, which is not supported; of transformers' models "
             f"{' and '.join(_SUPPORTED.values())} are."
@@ -97,9 +97,9 @@ def _refuse_relatives(kind: str, folder: Path) -> None:
 def _text_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
     text = {"model_type": "llama", "vocab_size": 32000, **(config.get("text_config") or {})}
     if text["model_type"] == "mpt":
-        raise CheckpointError(f"config.json: a {_SUPPORTED[kind]} on MPT is known in the original's layout only.")
+        raise CheckpointError(f"config.json: a {_SUPPORTED[kind]} on MPT is supported in the original's layout only.")
     refuse_unsupported_text(text, _SUPPORTED[kind])
-    # transformers ties the head to the embeddings by the outer config; LLaVA-1.5's takes the inner one's word over.
+    # transformers ties the head to the embeddings by the outer config; LLaVA-1.5's copies the inner one's value.
     inner = kind == "llava" and bool(text.get("tie_word_embeddings"))
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) or inner
     return {key: value for key, value in text.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
@@ -167,7 +167,7 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
     if found != wanted:
         raise CheckpointError(
             f"tokenizer.json in {folder} has {image_token} as {'no token' if found is None else f'token {found}'}, "
-            f"config.json as {wanted} (image_token_index): take the tokenizer that belongs to the model."
+            f"config.json as {wanted} (image_token_index): use the tokenizer that belongs to the model."
         )
     return read_tokenizer(folder, [], image_token)
 

@@ -1,6 +1,6 @@
-"""Reads a PEFT LoRA adapter as additions to weights, so that it is merged tensor by tensor while they are placed.
+"""Reads a PEFT LoRA adapter as additions to weights, so that it is merged tensor by tensor while they are loaded.
 
-PEFT itself would merge in a model that is wholly in memory, hence never before quantizing.
+PEFT itself merges into a model that is in memory as a whole, hence never before quantizing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava_serve.errors import CheckpointError
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
-_NOT_PLAIN = (
+_UNSUPPORTED_KEYS = (
     *("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"),
     *("layer_replication", "target_parameters", "trainable_token_indices"),
 )
@@ -62,7 +62,7 @@ def read_deltas(folder: Path, file: Path, stored: Mapping[str, Stored]) -> dict[
         By the module's name in the original's layout.
 
     Raises:
-        CheckpointError: no plain LoRA, or a factor without its other half.
+        CheckpointError: the adapter is no plain LoRA, or one of two factors is missing.
     """
     config = read_json(folder, "adapter_config.json")
     _refuse_unsupported(config)
@@ -77,7 +77,7 @@ def read_deltas(folder: Path, file: Path, stored: Mapping[str, Stored]) -> dict[
 
 def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: Path) -> Delta:
     if sides.keys() != {"A", "B"}:
-        raise CheckpointError(f"{file.name} holds only one factor of {module}.")
+        raise CheckpointError(f"{file.name} holds only one of the two factors of {module}.")
     (shape_a, a), (shape_b, b) = sides["A"], sides["B"]
     rank = int(config["r"])
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
@@ -89,7 +89,7 @@ def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"adapter_config.json is of type {config['peft_type']}; only LORA is supported.")
-    for key in _NOT_PLAIN:
+    for key in _UNSUPPORTED_KEYS:
         if config.get(key):
             raise CheckpointError(
                 f"adapter_config.json sets {key}, which is not supported; merge the adapter with PEFT and load the "
@@ -98,8 +98,8 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
         raise CheckpointError(
             f"adapter_config.json sets init_lora_weights to {config['init_lora_weights']!r}: the adapter adds to a "
-            "base that was changed at its start. Merge it with PEFT and load the result."
+            "base that its initialization changed. Merge it with PEFT and load the result."
         )
     for key in ("r", "lora_alpha"):
         if key not in config:
-            raise CheckpointError(f"adapter_config.json lacks {key}; take the file that PEFT saved.")
+            raise CheckpointError(f"adapter_config.json lacks {key}; use the file that PEFT saved.")

@@ -1,4 +1,4 @@
-"""The one name of a model, made of what its user wrote: for `/v1/models`, `inspect` and the choice of a template."""
+"""The one name of a model, derived from `--model`: for `/v1/models`, `inspect` and the choice of a template."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def is_hub_id(model: str) -> bool:
 
 
 def model_name(model: str) -> str:
-    """The name that stands in `/v1/models`.
+    """The name in `/v1/models`.
 
     Args:
         model: `builtin`, a folder, or a hub id, as `open_checkpoint` takes it.
 
     Returns:
-        A hub id whole, also where a folder of the hub's cache is named; `run/checkpoint-N` for a folder of a training
-        run; of any other folder the last segment. Links are not followed: the name is the one that was written.
+        A hub id unchanged, also for its folder in the hub's cache; `run/checkpoint-N` for a folder of a training run;
+        the last segment of any other folder. Links are not followed: the name is the one that the user wrote.
     """
     folder = Path(model).expanduser()
     if model == "builtin" or (is_hub_id(model) and not folder.is_dir()):
@@ -35,11 +35,11 @@ def model_name(model: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The last segment of a model's name. Requests may use it for the whole name."""
+    """The last segment of a model's name. Requests may use it, too."""
     return name.rsplit("/", 1)[-1]
 
 
 def name_for_templates(name: str) -> str:
-    """The part of a model's name that tells its template: the last segment, or the run's of a `run/checkpoint-N`."""
+    """The part of a model's name that decides its template: the last segment, or the run's of a `run/checkpoint-N`."""
     parent, _, last = name.rpartition("/")
     return parent if parent and _TRAINING_STEP.fullmatch(last) else last

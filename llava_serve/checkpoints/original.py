@@ -91,7 +91,7 @@ def read_original(
 
 
 def _adapter(folder: Path) -> Adapter | None:
-    # Released v1.5 checkpoints ship an mm_projector.bin beside full weights: full weights decide.
+    # Released v1.5 checkpoints have an mm_projector.bin beside full weights: full weights take precedence.
     if weight_files(folder):
         return None
     if (folder / "adapter_config.json").is_file():
@@ -132,17 +132,17 @@ def _base_folder(name: str, folder: Path, adapter: Adapter | None, base: str | N
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     if config.get("s2"):
         raise CheckpointError(
-            "config.json sets `s2`: multi-scale (S2) vision towers are not supported; take a checkpoint without it."
+            "config.json sets `s2`: multi-scale (S2) vision towers are not supported; use a checkpoint without it."
         )
     projector = config.get("mm_projector_type", "linear")
     if not _PROJECTOR.fullmatch(str(projector)):
         raise CheckpointError(
-            f"config.json sets mm_projector_type to {projector!r}; linear, identity and mlpNx_gelu are known."
+            f"config.json sets mm_projector_type to {projector!r}; linear, identity and mlpNx_gelu are supported."
         )
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):
         raise CheckpointError(
-            f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are known."
+            f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are supported."
         )
     if "mm_vision_select_layer" not in config:
         raise CheckpointError("config.json lacks mm_vision_select_layer; add it, -2 in all released checkpoints.")
@@ -174,15 +174,17 @@ def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any
     aspect: Aspect = config.get("image_aspect_ratio") or "square"
     merge: Merge = config.get("mm_patch_merge_type") or "flat"
     if aspect not in get_args(Aspect):
-        raise CheckpointError(f"config.json sets image_aspect_ratio to {aspect!r}; square, pad and anyres are known.")
+        raise CheckpointError(
+            f"config.json sets image_aspect_ratio to {aspect!r}; square, pad and anyres are supported."
+        )
     if merge not in get_args(Merge):
         raise CheckpointError(
-            f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are known."
+            f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are supported."
         )
     keeps_class_token = config.get("mm_vision_select_feature") == "cls_patch"
     if aspect == "anyres" and merge != "flat" and keeps_class_token:
         raise CheckpointError(
-            "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token: it cannot."
+            "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token; only one is possible."
         )
     pinpoints = _grid_pinpoints(config) if aspect == "anyres" else ()
     return image_processing(

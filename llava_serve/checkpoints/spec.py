@@ -17,8 +17,8 @@ class ImageProcessing:
     """How a picture becomes tiles, and how many features it takes.
 
     Attributes:
-        layout: whose rounding and tie rules hold: the original's and transformers' differ for some sizes.
-        aspect: `square` crops the centre, `pad` pads to a square, `anyres` cuts a grid of tiles beside an overview.
+        layout: whose rules of rounding and of ties apply: the original's and transformers' differ for some sizes.
+        aspect: `square` crops the centre, `pad` pads to a square, `anyres` makes an overview and a grid of tiles.
         grid_pinpoints: anyres canvases as (width, height).
         merge: how the features of several tiles are laid out.
         crop_size: (height, width) of a tile.
@@ -80,7 +80,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSpec:
-    """What a checkpoint is. Every reader of a format ends here.
+    """What a checkpoint is. The reader of each format returns one.
 
     Attributes:
         name: of the model, as `model_name` makes it.
@@ -89,8 +89,8 @@ class CheckpointSpec:
         adapter: `lora` or `projector` if the folder is only an addition to `base`.
         base: folder of the base.
         tower: folder of the vision tower; None where the checkpoint describes it itself.
-        tower_in_checkpoint: the checkpoint's own tower tensors count, else they are passed over for the tower's folder
-            (the original's rule on `unfreeze_mm_vision_tower`).
+        tower_in_checkpoint: the tower's weights are those in the checkpoint, else those in the tower's folder (the
+            original's rule on `unfreeze_mm_vision_tower`).
         text_config: keyword arguments of the language model's transformers config, with its `model_type`.
         vision_config: those of the vision tower's.
         projector_type: `linear`, `mlpNx_gelu`, `identity`.
@@ -101,7 +101,7 @@ class CheckpointSpec:
         context_length: positions that the model has.
         eos_token_ids: end tokens of the generation config.
         conv_mode, conv_reason: the template and why it was chosen.
-        chat_template: transformers' Jinja text, where the checkpoint carries one.
+        chat_template: transformers' Jinja text, if the checkpoint has one.
         torch_dtype: the precision that the files declare.
     """
 

@@ -1,4 +1,4 @@
-"""The tokenizer's description: which file is it, and which tokens stand behind its vocabulary."""
+"""The tokenizer's description: which file it is, and which tokens follow its vocabulary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_tokenizer(folder: Path, extra: list[str], image_token: str | None = Non
 
     Args:
         folder: that holds `tokenizer.model` or `tokenizer.json`.
-        extra: tokens that are appended where the vocabulary lacks them, in this order.
+        extra: tokens that are appended in this order, if the vocabulary lacks them.
         image_token: as `TokenizerSpec` has it; with one, `tokenizer.json` comes first.
     """
     prefer_json = image_token is not None and (folder / "tokenizer.json").is_file()
@@ -86,7 +86,7 @@ def _behind_vocabulary(folder: Path) -> list[str]:
     behind = sorted((token_id, token) for token, token_id in added.items() if token_id >= size)
     if [token_id for token_id, _ in behind] != list(range(size, size + len(behind))):
         raise CheckpointError(
-            f"added_tokens.json or tokenizer_config.json in {folder} leaves gaps behind the vocabulary of {size}; "
-            "take the tokenizer files that belong together."
+            f"added_tokens.json or tokenizer_config.json in {folder} leaves gaps after the vocabulary of {size}; "
+            "use tokenizer files of one checkpoint."
         )
     return [token for _, token in behind]

@@ -11,18 +11,18 @@ import re
 from llava_serve.checkpoints.spec import CheckpointSpec, Layout
 
 Rules = tuple[tuple[re.Pattern[str], str | None], ...]
-"""The first pattern that matches the start of a name decides what replaces the match; None passes the tensor over."""
+"""The first pattern that matches the start of a name decides what replaces the match; None skips the tensor."""
 
 
 def _rules(*pairs: tuple[str, str | None]) -> Rules:
     return tuple((re.compile(pattern), name) for pattern, name in pairs)
 
 
-_PASSED_OVER = (r".*\.(inv_freq|position_ids)$", None)  # tables that older releases of transformers stored
+_SKIPPED = (r".*\.(inv_freq|position_ids)$", None)  # tables that older releases of transformers stored
 
 LAYOUTS: dict[Layout, Rules] = {
     "original": _rules(
-        _PASSED_OVER,
+        _SKIPPED,
         (r"((model|transformer)\.)?mm_projector\.(?=\d)", "projector."),
         (r"((model|transformer)\.)?mm_projector\.", "projector.0."),
         (r"(model|transformer)\.image_newline$", "image_newline"),
@@ -30,7 +30,7 @@ LAYOUTS: dict[Layout, Rules] = {
         (r"", "language_model."),
     ),
     "transformers": _rules(
-        _PASSED_OVER,
+        _SKIPPED,
         (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),
         (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.2."),
         (r"(model\.)?image_newline$", "image_newline"),
@@ -40,12 +40,12 @@ LAYOUTS: dict[Layout, Rules] = {
     ),
 }
 TOWER: Rules = _rules(
-    _PASSED_OVER,
+    _SKIPPED,
     (r"(text_model\.|text_projection|visual_projection|logit_scale)", None),  # CLIP's other half
     (r"(vision_model\.)?", "vision_tower."),
 )
 
-_SPELLED: dict[Layout, tuple[tuple[str, str], ...]] = {
+_STORED_NAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "original": (
         ("projector.", "model.mm_projector."),
         ("image_newline", "model.image_newline"),
@@ -62,7 +62,7 @@ _SPELLED: dict[Layout, tuple[tuple[str, str], ...]] = {
 
 
 def our_name(stored: str, rules: Rules) -> str | None:
-    """Our name of a stored tensor; its own where no rule knows it, None where it is passed over."""
+    """Our name of a stored tensor; the stored one if no rule matches, None if it is skipped."""
     stored = stored.removeprefix("base_model.model.")  # PEFT's
     for pattern, replacement in rules:
         match = pattern.match(stored)
@@ -72,13 +72,13 @@ def our_name(stored: str, rules: Rules) -> str | None:
 
 
 def stored_name(ours: str, spec: CheckpointSpec) -> str:
-    """How a checkpoint's files would spell a tensor that is not in them, for messages."""
+    """The name that a missing tensor would have in the checkpoint's files, for messages."""
     if spec.tower is not None and not spec.tower_in_checkpoint and ours.startswith("vision_tower."):
         return "vision_model." + ours.removeprefix("vision_tower.")
     name = ours
-    for start, spelled in _SPELLED[spec.layout]:
+    for start, stored in _STORED_NAMES[spec.layout]:
         if ours.startswith(start):
-            name = spelled + ours.removeprefix(start)
+            name = stored + ours.removeprefix(start)
             break
     if spec.projector_type == "linear":
         name = name.replace("mm_projector.0.", "mm_projector.")

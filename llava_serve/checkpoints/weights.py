@@ -39,11 +39,11 @@ class StoredTensor:
     delta: Delta | None = None
 
     def value(self) -> Tensor:
-        """The tensor as it counts, in its stored precision: a LoRA's addition is in it."""
+        """The tensor in its stored precision, with a LoRA's addition."""
         return self.read() if self.delta is None else self.delta.add_to(self.read())
 
     def first_rows(self, count: int) -> StoredTensor:
-        """The same without the rows behind the first ones."""
+        """The first rows of the tensor."""
         return replace(self, shape=(count, *self.shape[1:]), read=lambda: self.value()[:count], delta=None)
 
 
@@ -51,7 +51,7 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, its base and its tower, by our names; the adapter's over the base's.
 
     Raises:
-        CheckpointError: a file is missing, cut off, or holds more than tensors; an adapter does not fit its base.
+        CheckpointError: a file is missing, damaged, or holds more than tensors; an adapter does not fit its base.
     """
     rules = LAYOUTS[spec.layout]
     tensors = _renamed(weight_files(spec.base or spec.path), rules)
@@ -118,8 +118,8 @@ def _renamed(files: Iterable[Path], rules: Rules) -> dict[str, StoredTensor]:
                 continue
             if ours in tensors:
                 raise CheckpointError(
-                    f"{tensor.name} in {file.name} is {tensors[ours].name} in {tensors[ours].file.name} once more; "
-                    "remove the file that is left over."
+                    f"{tensor.name} in {file.name} is also {tensors[ours].name} in {tensors[ours].file.name}; "
+                    "remove the wrong file."
                 )
             tensors[ours] = tensor
     return tensors
@@ -129,7 +129,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
-        CheckpointError: cut off, no weights file, or a pickle with code in it (nothing of which is run).
+        CheckpointError: damaged, no weights file, or a pickle with code (which does not run).
     """
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
@@ -158,5 +158,5 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch's older format cannot be mapped
     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path.name} in {path.parent} holds no table of tensors; it is no weights file.")
+        raise CheckpointError(f"{path.name} in {path.parent} holds no dictionary of tensors: it is no weights file.")
     return {name: StoredTensor(path, name, tuple(value.shape), value.detach) for name, value in tensors.items()}

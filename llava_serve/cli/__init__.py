@@ -1,4 +1,4 @@
-"""The command line. Importing it is quick: torch and the web server are imported by the commands that need them."""
+"""The command line. It imports quickly: the commands that need torch or the web server import them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llava_serve.cli import ask, chat, inspect, serve
 from llava_serve.errors import CheckpointError, LlavaServeError, RequestError
 
 USAGE_ERROR = 2
-"""The exit status that argparse has for a wrong flag, too."""
+"""The exit status of a usage error, as argparse has it for a wrong flag."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0; 2 if the user can mend it, 1 otherwise: then one sentence stands on standard error.
+        0; 2 for a usage error, 1 for any other: both print one sentence on standard error.
     """
-    parser = argparse.ArgumentParser(prog="llava-serve", description="LLaVA answers questions about pictures.")
+    parser = argparse.ArgumentParser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of llava-serve, torch and ray")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (ask, chat, serve, inspect):
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the answer has seen enough; the interpreter would complain once more when it flushes.
+        # The reader has closed the pipe; the interpreter would fail once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`llava-serve ask`: one question, one answer, printed as it comes."""
+"""`llava-serve ask`: one question, one answer, printed as it is generated."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 def add_to(commands: flags.Commands) -> None:
     """Declares the command."""
-    parser = commands.add_parser("ask", help="answer one question", description="Answers one question about pictures.")
-    parser.add_argument("question", nargs="?", help="<image-placeholder> in it marks where a picture goes")
+    parser = commands.add_parser("ask", help="answer one question", description="Answer one question about pictures.")
+    parser.add_argument("question", nargs="?", help="the question; <image-placeholder> marks where a picture goes")
     parser.add_argument("--query", help="another way to give the question")
     flags.add_image_flags(parser)
     flags.add_model_flags(parser)
     flags.add_sampling_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print the whole result as JSON, at the end")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON when it is complete")
     parser.set_defaults(run=run)
 
 
@@ -30,12 +30,12 @@ def run(options: argparse.Namespace) -> int:
     if (options.question is None) == (options.query is None):
         raise RequestError("Give one question, as 'llava-serve ask --image FILE \"What is this?\"'.")
     question = options.question if options.query is None else options.query
-    sampling, pictures = flags.sampling(options), flags.pictures(options)
+    sampling, images = flags.sampling(options), flags.images(options)
     llm = flags.load_llm(options)
     if options.json:
-        print(_as_json(llm.spec.name, llm.generate(question, pictures, sampling)))
+        print(_as_json(llm.spec.name, llm.generate(question, images, sampling)))
         return 0
-    for chunk in llm.stream(question, pictures, sampling):
+    for chunk in llm.stream(question, images, sampling):
         print(chunk.text, end="", flush=True)
     print()
     return 0

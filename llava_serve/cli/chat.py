@@ -1,4 +1,4 @@
-"""`llava-serve chat`: a conversation about the pictures given."""
+"""`llava-serve chat`: a conversation about pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_to(commands: flags.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
-        "chat", help="talk about pictures", description="Talks about pictures. An empty line or Ctrl-D ends it."
+        "chat", help="chat about pictures", description="Chat about pictures. An empty line or Ctrl-D ends the chat."
     )
     flags.add_image_flags(parser)
     flags.add_model_flags(parser)
@@ -32,12 +32,12 @@ def run(options: argparse.Namespace) -> int:
     from llava_serve.types import ImagePart, Message, TextPart
 
     sampling = flags.sampling(options)
-    pictures = [ImagePart(picture) for picture in flags.pictures(options)]
+    images = [ImagePart(image) for image in flags.images(options)]
     llm = flags.load_llm(options)
     history: tuple[Message, ...] = ()
     for question in _questions():
-        # The pictures belong to the first turn; the template repeats them with the history.
-        parts = (*(pictures if not history else ()), TextPart(question))
+        # The images belong to the first turn; the template repeats them with the history.
+        parts = (*(images if not history else ()), TextPart(question))
         asked = (*history, Message("user", parts))
         try:
             answer = _answer(llm, asked, sampling)
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _questions() -> Iterator[str]:
     with suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` its line editing)
+        import readline  # noqa: F401  (adds line editing to `input`)
     try:
         while question := input("> ").strip():
             yield question
@@ -59,7 +59,7 @@ def _questions() -> Iterator[str]:
 
 
 def _answer(llm: LLM, messages: tuple[Message, ...], sampling: SamplingParams) -> str:
-    """Prints the answer as it comes; Ctrl-C cuts it short, and the conversation goes on with what was said."""
+    """Prints the answer as it is generated; Ctrl-C stops it, and the conversation goes on with the text so far."""
     texts: list[str] = []
     chunks = llm.stream(messages, sampling)
     with suppress(KeyboardInterrupt):

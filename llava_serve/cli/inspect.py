@@ -1,4 +1,4 @@
-"""`llava-serve inspect`: what a checkpoint is, by what its files say. No weights are read."""
+"""`llava-serve inspect`: describes a checkpoint by its files. No weights are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llava_serve.checkpoints import CheckpointSpec, ImageProcessing
 
 _EXAMPLES = ((640, 480), (480, 640), (1000, 1000), (1920, 1080))
-"""Pictures (width, height) whose price in tokens is told."""
+"""Sizes of pictures (width, height) whose number of tokens is printed."""
 
 _RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "Hamming"}
 
@@ -20,11 +20,11 @@ _RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 def add_to(commands: flags.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
-        "inspect", help="tell what a checkpoint is", description="Tells what a checkpoint is without loading it."
+        "inspect", help="describe a checkpoint", description="Describe a checkpoint without loading it."
     )
     parser.add_argument("path", nargs="?", default="builtin", help="builtin (the default), a folder, or a hub id")
     parser.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
-    parser.add_argument("--vision-tower", metavar="PATH", help="instead of the checkpoint's own")
+    parser.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
     parser.add_argument("--conv-mode", help="prompt template, instead of the detected one")
     parser.set_defaults(run=run)
 
@@ -57,7 +57,8 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     kept = "without" if spec.select_feature == "patch" else "with"
     yield "features", f"of layer {spec.select_layer}, {kept} the class token"
     yield "projector", f"{spec.projector_type} ({vision['hidden_size']} to {text.width})"
-    yield "pictures", _pictures(spec.image)
+    yield "pictures", _images(spec.image)
+    yield from _differences()
     yield "tokens", _tokens(spec.image)
     yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
 
@@ -80,7 +81,7 @@ def _tower_weights(spec: CheckpointSpec) -> str:
     return f"from {spec.tower}"
 
 
-def _pictures(image: ImageProcessing) -> str:
+def _images(image: ImageProcessing) -> str:
     height, width = image.crop_size
     how = {
         "square": f"the centre, {width} x {height}",
@@ -89,6 +90,17 @@ def _pictures(image: ImageProcessing) -> str:
     }[image.aspect]
     canvases = ", ".join(f"{width} x {height}" for width, height in image.grid_pinpoints)
     return f"{how} ({_RESAMPLE[image.resample]})" + (f"; grids of {canvases}" if canvases else "")
+
+
+def _differences() -> Iterator[tuple[str, str]]:
+    """What is seen otherwise than the original sees it."""
+    from llava_serve.config import ImageOptions
+
+    options = ImageOptions()
+    yield "", "upright as EXIF says; deep samples are scaled to 8 bits by their range"
+    yield "", f"JPEGs over {options.max_pixels:,} pixels are decoded at 1/2, 1/4 or 1/8 of their size"
+    transparency = {"white": "over white; images.transparency: drop is the original's way", "drop": "dropped"}
+    yield "transparency", transparency[options.transparency]
 
 
 def _tokens(image: ImageProcessing) -> str:

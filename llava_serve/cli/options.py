@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what the library takes for them."""
+"""Flags that several commands share, and their values in the library's form."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ Commands = Any
 
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 _TEMPERATURE = 0.2
-"""The original's; beam search goes without."""
+"""The original's default; beam search has temperature 0."""
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs. A flag that is not given is None, so that the library's default holds."""
+    """Adds the flags of the model and its device. An absent flag is None, so that the library's default holds."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", "--model-path", help="builtin (the default), a folder, or a hub id in the local cache"
     )
     group.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
-    group.add_argument("--vision-tower", metavar="PATH", help="instead of the checkpoint's own")
+    group.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
     group.add_argument("--conv-mode", help="prompt template, instead of the detected one")
     bits = group.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit")
-    bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit")
+    bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights")
+    bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights")
     group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
-    group.add_argument("--dtype", choices=_DTYPES, help="auto is float32 on a CPU, else the checkpoint's own")
+    group.add_argument(
+        "--dtype", choices=_DTYPES, help="auto (the default) is float32 on a CPU, else the checkpoint's own"
+    )
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    """Which pictures."""
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a file or URL; repeatable")
-    parser.add_argument("--image-file", metavar="FILES", help="files or URLs with --sep between them")
-    parser.add_argument("--sep", default=",", help="between the names in --image-file")
+    """Adds the flags of the pictures."""
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture, as a file or URL; repeatable"
+    )
+    parser.add_argument("--image-file", metavar="FILES", help="several pictures, separated by --sep")
+    parser.add_argument("--sep", default=",", help="separator in --image-file; a comma by default")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How the answer is drawn. The spellings with underscores are the original's."""
+    """Adds the sampling flags. The spellings with underscores are the original's."""
     group = parser.add_argument_group("answer")
     group.add_argument("--temperature", type=float, help=f"0 is greedy; {_TEMPERATURE} by default")
-    group.add_argument("--top-p", "--top_p", type=float)
-    group.add_argument("--num-beams", "--num_beams", type=int, help="above 1 is beam search, at temperature 0")
-    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int)
-    group.add_argument("--seed", type=int)
+    group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1")
+    group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1, at temperature 0")
+    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help="longest answer, in tokens")
+    group.add_argument("--seed", type=int, help="makes sampling repeatable")
 
 
 def model_options(options: argparse.Namespace) -> ModelOptions:
     """The library's form of the model flags.
 
     Raises:
-        CheckpointError: there is no such checkpoint. Said here, before torch takes its seconds to import.
+        CheckpointError: there is no such checkpoint. Checked here, before torch takes seconds to import.
     """
     from llava_serve.checkpoints import open_checkpoint
     from llava_serve.config import ModelOptions
@@ -74,8 +78,8 @@ def load_llm(options: argparse.Namespace) -> LLM:
     return LLM(**model.model_dump())
 
 
-def pictures(options: argparse.Namespace) -> list[bytes]:
-    """The pictures, in the flags' order. To be read before a model is loaded, so that a wrong name costs nothing.
+def images(options: argparse.Namespace) -> list[bytes]:
+    """The pictures, in the flags' order. Read them before the model is loaded, so that a wrong name fails at once.
 
     Raises:
         InvalidImageError: one cannot be read or fetched.

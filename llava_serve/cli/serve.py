@@ -1,4 +1,4 @@
-"""`llava-serve serve`: the Serve application on Ray, or the web app alone in this one."""
+"""`llava-serve serve`: the Serve application on Ray, or the web app alone in this process."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def add_to(commands: flags.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
         "serve",
-        help="answer over HTTP",
-        description="Starts the application of a Serve config on Ray, or with --in-process the web app alone.",
+        help="serve a model over HTTP",
+        description="Start the application of a Serve config on Ray, or with --in-process the web app alone.",
     )
     parser.add_argument(
         "what",
@@ -43,25 +43,25 @@ def add_to(commands: flags.Commands) -> None:
         metavar="MODEL_OR_CONFIG",
         help="a model, or a Serve config (*.yaml) instead of the packaged one",
     )
-    parser.add_argument("--in-process", action="store_true", help="without Ray: one model, in this process")
+    parser.add_argument("--in-process", action="store_true", help="serve one model in this process, without Ray")
     flags.add_model_flags(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
         default=None,
-        help="on a CPU, through torch.compile: starts later, runs faster",
+        help="run the decoder through torch.compile on a CPU: slower start, faster answers",
     )
-    parser.add_argument("--host", help="127.0.0.1 by default; 0.0.0.0 opens it to the network")
-    parser.add_argument("--port", type=int, help="8000 by default; 0 takes a free one")
-    parser.add_argument("--api-key", action="append", metavar="KEY", help="demand this key; repeatable")
-    parser.add_argument("--api-key-file", metavar="FILE", help="demand one of the keys in a file, one a line")
-    parser.add_argument("--profile", type=Path, help="of Ray Serve's proxy and transport: production, or a file")
-    parser.add_argument("--print-config", action="store_true", help="print the packaged config, to begin one's own")
+    parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default, 0.0.0.0 for the network")
+    parser.add_argument("--port", type=int, help="port to listen on; 8000 by default, 0 for a free one")
+    parser.add_argument("--api-key", action="append", metavar="KEY", help="require this API key; repeatable")
+    parser.add_argument("--api-key-file", metavar="FILE", help="require one of the API keys in a file, one a line")
+    parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: production, or a file")
+    parser.add_argument("--print-config", action="store_true", help="print the packaged config, to start your own")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serves until it is told to stop."""
+    """Serves until a signal ends it."""
     config = options.what if options.what and options.what.endswith((".yaml", ".yml")) else None
     if options.what != config:
         if options.model is not None:
@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> int:
         options.model = options.what
     if options.in_process:
         if config or options.profile or options.print_config:
-            raise RequestError("--in-process takes no config and no profile: the flags say it all.")
+            raise RequestError("--in-process takes no config and no profile; use flags instead.")
         return _serve_in_process(options)
     for name in _IN_PROCESS_ONLY:
         if getattr(options, name) is not None:
             flag = "--load-" + options.quantization if name == "quantization" else "--" + name.replace("_", "-")
-            raise RequestError(f"{flag} goes with --in-process; for Ray it stands in the config.")
+            raise RequestError(f"{flag} goes with --in-process; with Ray, set it in the config.")
     if config and not Path(config).is_file():
         raise RequestError(f"There is no config {config}.")
     return _serve_on_ray(options, config)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 def _serve_on_ray(options: argparse.Namespace, config: str | None) -> NoReturn:
     """Becomes the process that serves, so that signals and the exit status are its own; it checks all else first.
 
-    Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the answers on their way.
+    Not Ray's `serve run`: on Ctrl-C that ends the proxy first, and with it the requests in flight.
     """
     try:
         command = [sys.executable, "-m", f"{application_package()}.tools.serve"]
@@ -97,30 +97,29 @@ def _serve_on_ray(options: argparse.Namespace, config: str | None) -> NoReturn:
 
 
 def _serve_in_process(options: argparse.Namespace) -> int:
-    """Takes the port first: a model is not loaded in vain."""
-    with bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as bound:
+    """Binds the port first, so that a port in use fails before a model is loaded."""
+    with bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as listener:
         model = flags.model_options(options)
         from llava_serve.api.keys import accepted_keys
-        from llava_serve.config import ApiOptions, EngineOptions
+        from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
 
         api = ApiOptions(api_keys=tuple(options.api_key or ()), api_keys_file=options.api_key_file)
         accepted_keys(api)  # a file that cannot be used is told here
-        import uvicorn
-
         from llava_serve.api.app import create_app
+        from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.async_llm import AsyncLLM
 
-        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)))
+        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)), image_options=ImageOptions().isolated)
         backend = InProcessBackend(llm)
         app = create_app(backend, api)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        host, port = bound.getsockname()[:2]
-        bound.listen()  # who reads the next line can connect
+        server = server_of(app)
+        host, port = listener.getsockname()[:2]
+        listener.listen()  # whoever reads the next line can connect
         print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
         # uvicorn drains on a signal and then raises it again, when there is nothing left to end.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)
-        server.run(sockets=[bound])
+        server.run(sockets=[listener])
         llm.close()
     return 0

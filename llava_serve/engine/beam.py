@@ -1,15 +1,15 @@
-"""Beam search over the rows of one group, as transformers does it with length penalty 1 and no early stopping."""
+"""Beam search over the sequences of one group, as transformers does it with length penalty 1 and no early stopping."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_serve.engine.sequence import Group
+from llava_serve.engine.sequence import SequenceGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A finished answer. `score` is the sum of its log-probabilities over its length; `ended` by an end token."""
+    """A finished beam. `score` is the sum of its log-probabilities over its length; `ended`: by an end token."""
 
     score: float
     token_ids: tuple[int, ...]
@@ -18,16 +18,16 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """Row `row` becomes what row `parent` was, continued by `token`."""
+    """Beam `beam` becomes what beam `parent` was, extended by `token`."""
 
-    row: int
+    beam: int
     parent: int
     token: int
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Row `parent` could go on with `token`; `total` is the sum of the log-probabilities then."""
+    """Beam `parent` extended by `token`; `total` is the sum of its log-probabilities then."""
 
     parent: int
     token: int
@@ -35,14 +35,14 @@ class Candidate:
 
 
 class BeamSearch:
-    """The search of one group: its open rows' sums, and the best hypotheses so far. No tensors.
+    """The search of one group: the scores of its open beams, and the best hypotheses so far. No tensors.
 
     Attributes:
-        group: whose search it is.
-        totals: sums of the log-probabilities of the active rows.
+        group: its sequences are the beams.
+        totals: sums of the log-probabilities of the active beams.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: SequenceGroup) -> None:
         self.group = group
         self._width = group.request.sampling.num_beams
         self.totals = [0.0]
@@ -50,25 +50,25 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many of the best continuations are wanted: enough that `num_beams` of them are no end tokens."""
+        """How many of the best candidates a step needs: enough that `num_beams` of them are no end tokens."""
         return max(2, 1 + len(self.group.request.stop_token_ids)) * self._width
 
     def advance(self, candidates: list[Candidate]) -> list[Extension] | Hypothesis:
         """One step of the search.
 
         Args:
-            candidates: the best continuations of all active rows, best first.
+            candidates: the best extensions of all active beams, best first.
 
         Returns:
-            What the `num_beams` rows become, or the best hypothesis where the search has ended.
+            What the `num_beams` beams become, or the best hypothesis where the search has ended.
         """
         request = self.group.request
-        length = self.group.rows[0].num_output + 1
+        length = self.group.sequences[0].num_output + 1
         open_: list[Candidate] = []
-        for rank, candidate in enumerate(candidates):
+        for place, candidate in enumerate(candidates):
             if candidate.token not in request.stop_token_ids:
                 open_.append(candidate)
-            elif rank < self._width:
+            elif place < self._width:
                 self._finish(candidate, length, ended=True)
             if len(open_) == self._width:
                 break
@@ -77,27 +77,27 @@ class BeamSearch:
                 self._finish(candidate, length, ended=False)
             return self._finished[0]
         if len(self._finished) == self._width and self._finished[-1].score >= candidates[0].total / length:
-            return self._finished[0]  # transformers' rule: no row that is still open can be expected to win
-        return self._place(open_)
+            return self._finished[0]  # transformers' rule: no open beam is expected to score higher
+        return self._assign(open_)
 
-    def _place(self, candidates: list[Candidate]) -> list[Extension]:
-        """Chooses which row holds which candidate, so that as few as possible are copied."""
+    def _assign(self, candidates: list[Candidate]) -> list[Extension]:
+        """Assigns the candidates to beams, so that as few as possible are copied."""
         parents = {candidate.parent for candidate in candidates}
-        spare = [row for row in range(self._width) if row not in parents]
+        unused = [beam for beam in range(self._width) if beam not in parents]
         extensions: list[Extension] = []
         totals = [0.0] * self._width
         for candidate in candidates:
-            row = candidate.parent if candidate.parent in parents else spare.pop()
-            parents.discard(row)
-            totals[row] = candidate.total
-            extensions.append(Extension(row, candidate.parent, candidate.token))
+            beam = candidate.parent if candidate.parent in parents else unused.pop()
+            parents.discard(beam)
+            totals[beam] = candidate.total
+            extensions.append(Extension(beam, candidate.parent, candidate.token))
         self.totals = totals
         return extensions
 
     def _finish(self, candidate: Candidate, length: int, *, ended: bool) -> None:
-        """Enters a hypothesis, if it is among the `num_beams` best."""
-        row = self.group.rows[candidate.parent]
-        answer = (*row.token_ids[row.num_prompt :], candidate.token)
-        self._finished.append(Hypothesis(candidate.total / length, answer, ended))
+        """Keeps a hypothesis, if it is among the `num_beams` best."""
+        parent = self.group.sequences[candidate.parent]
+        token_ids = (*parent.token_ids[parent.num_prompt :], candidate.token)
+        self._finished.append(Hypothesis(candidate.total / length, token_ids, ended))
         self._finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self._finished[self._width :]

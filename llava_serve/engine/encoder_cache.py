@@ -1,6 +1,6 @@
-"""Which pictures' tower features are kept. Bookkeeping only: the runner holds the tensors.
+"""Which images' vision tower features are cached. Bookkeeping only: the model runner holds the tensors.
 
-Features are those before the projector, under the picture's digest: the tower is the same for the engine's life.
+Features are those before the projector, by the image's digest: an engine has one tower.
 """
 
 from __future__ import annotations
@@ -10,75 +10,75 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class _Picture:
-    """`kept`: its features stay when nobody needs them."""
+class _CachedImage:
+    """`keep`: its features stay in the cache when no request needs them."""
 
     tiles: int
     encoded: int = 0
     users: int = 0
-    kept: bool = True
+    keep: bool = True
 
 
 class EncoderCacheManager:
-    """Progress, users and age of every picture that has features, or is waiting for them.
+    """Progress, users and age of every image that has features, or waits for them.
 
     Args:
-        capacity: tiles that are kept beyond what the running requests need.
+        capacity: tiles that are kept beyond those that running requests need.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._pictures: dict[str, _Picture] = {}
+        self._images: dict[str, _CachedImage] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # without users, least recently used first
         self._idle_tiles = 0
         self._evicted: list[str] = []
 
     def pin(self, digest: str, tiles: int) -> None:
-        """A request needs the picture: its features are kept until `unpin`."""
-        picture = self._pictures.setdefault(digest, _Picture(tiles))
-        picture.users += 1
+        """A request needs the image: its features are kept until `unpin`."""
+        image = self._images.setdefault(digest, _CachedImage(tiles))
+        image.users += 1
         if digest in self._idle:
             del self._idle[digest]
-            self._idle_tiles -= picture.encoded
+            self._idle_tiles -= image.encoded
 
     def unpin(self, digest: str) -> None:
-        """The request needs it no more. The least recently used pictures beyond the capacity are forgotten."""
-        picture = self._pictures[digest]
-        picture.users -= 1
-        if picture.users:
+        """The request needs the image no more. The least recently used images beyond the capacity are evicted."""
+        image = self._images[digest]
+        image.users -= 1
+        if image.users:
             return
         self._idle[digest] = None
-        self._idle_tiles += picture.encoded
-        if not picture.kept:
+        self._idle_tiles += image.encoded
+        if not image.keep:
             self._evict(digest)
         while self._idle_tiles > self._capacity:
             self._evict(next(iter(self._idle)))
 
     def discard(self, digest: str) -> None:
-        """Forgets a picture, now or when its last user needs it no more. Unknown ones are ignored."""
-        if digest in self._pictures:
-            self._pictures[digest].kept = False
+        """Evicts an image, now or when its last user unpins it. Unknown ones are ignored."""
+        if digest in self._images:
+            self._images[digest].keep = False
         if digest in self._idle:
             self._evict(digest)
 
     def missing(self, digest: str) -> int:
-        """Tiles of a pinned picture that are not encoded yet."""
-        picture = self._pictures[digest]
-        return picture.tiles - picture.encoded
+        """Tiles of a pinned image that are not encoded yet."""
+        image = self._images[digest]
+        return image.tiles - image.encoded
 
     def encode(self, digest: str, count: int) -> range:
-        """Marks the next `count` missing tiles as encoded in this step, and returns which they are."""
-        picture = self._pictures[digest]
-        tiles = range(picture.encoded, picture.encoded + count)
-        picture.encoded = tiles.stop
+        """Marks the next `count` missing tiles as encoded in this step, and returns their indices."""
+        image = self._images[digest]
+        tiles = range(image.encoded, image.encoded + count)
+        image.encoded = tiles.stop
         return tiles
 
     def take_evicted(self) -> tuple[str, ...]:
-        """Pictures whose features are to be dropped; they are handed out once."""
+        """Digests of the images whose features are to be dropped. Each is returned once."""
         evicted, self._evicted = tuple(self._evicted), []
         return evicted
 
     def _evict(self, digest: str) -> None:
         del self._idle[digest]
-        self._idle_tiles -= self._pictures.pop(digest).encoded
+        self._idle_tiles -= self._images.pop(digest).encoded
         self._evicted.append(digest)

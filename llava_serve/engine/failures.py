@@ -1,4 +1,4 @@
-"""What a failure of one sequence becomes: the error of its request, and of no other."""
+"""A failure of one sequence fails its request, and no other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _logger = logging.getLogger(__name__)
 
 
 def request_failure(request_id: str, error: Exception) -> LlavaServeError:
-    """The error that a request's caller meets. One that nobody foresaw is logged, and tells the caller nothing."""
+    """The error that the caller of a request gets. An unexpected one is logged; its text does not reach the caller."""
     if isinstance(error, LlavaServeError):
         return error
     _logger.error("Request %s has failed; the others go on.", request_id, exc_info=error)

@@ -1,4 +1,4 @@
-"""The free runs of a line of blocks."""
+"""The free runs among numbered blocks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 
 class FreeList:
-    """Disjoint runs [start, start + size), sorted, neighbours always merged.
+    """Disjoint runs [start, start + size), sorted; adjacent ones are always merged.
 
     Args:
-        size: blocks of the whole line, all free at first.
+        size: number of blocks, all free at first.
     """
 
     def __init__(self, size: int) -> None:
@@ -19,11 +19,11 @@ class FreeList:
         self.total = size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields (start, size) from left to right."""
+        """Yields (start, size) in rising order."""
         return ((start, self._sizes[start]) for start in self._starts)
 
     def add(self, start: int, size: int) -> None:
-        """Frees a run of which no block is free."""
+        """Frees a run; none of its blocks may be free."""
         self.total += size
         at = bisect_left(self._starts, start)
         if at < len(self._starts) and self._starts[at] == start + size:
@@ -35,16 +35,16 @@ class FreeList:
         self._sizes[start] = size
 
     def remove(self, start: int, size: int) -> None:
-        """Takes a run of which every block is free."""
+        """Allocates a run; all of its blocks must be free."""
         self.total -= size
         at = bisect_right(self._starts, start) - 1
-        hole = self._starts[at]
-        left, right = start - hole, hole + self._sizes[hole] - (start + size)
-        assert min(left, right) >= 0, "the run is not free"
-        if right:
+        first = self._starts[at]
+        preceding, after = start - first, first + self._sizes[first] - (start + size)
+        assert min(preceding, after) >= 0, "the run is not free"
+        if after:
             self._starts.insert(at + 1, start + size)
-            self._sizes[start + size] = right
-        if left:
-            self._sizes[hole] = left
+            self._sizes[start + size] = after
+        if preceding:
+            self._sizes[first] = preceding
         else:
-            del self._sizes[hole], self._starts[at]
+            del self._sizes[first], self._starts[at]

@@ -1,4 +1,4 @@
-"""From the engine's ids to chunks of text: the one piece that `LLM` and `AsyncLLM` share."""
+"""Turns the engine's token ids into chunks of text, for `LLM` and `AsyncLLM`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPromp
 
 
 class OutputProcessor:
-    """Text of all choices of one request.
+    """Detokenizes all choices of one request, and cuts them at stop strings.
 
-    The template's stop strings count as ends of turn, so that `ignore_eos` turns them off; the request's own stay.
+    `ignore_eos` turns the template's stop strings off, as it does the end tokens; the request's own stay.
     """
 
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:
@@ -31,12 +31,12 @@ class OutputProcessor:
         return not self._open
 
     def push(self, output: Output) -> Chunk | None:
-        """The chunk of an output; None if its choice has ended before.
+        """The chunk of an output; None if its choice has ended already.
 
-        A chunk that ends where its output does not has met a stop string: the engine is to abort that choice.
+        A chunk with a finish reason where the output has none has met a stop string: the caller aborts that choice.
 
         Raises:
-            LlavaServeError: the request has failed, in the engine or here; nothing more comes of it.
+            LlavaServeError: the request has failed, in the engine or here.
         """
         if output.error is not None:
             raise output.error
@@ -76,7 +76,7 @@ class OutputProcessor:
 
 
 def join_chunks(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """One chunk per choice, in the order in which the choices appear; it says all that its parts say."""
+    """Joins chunks to one per choice, in the order in which the choices appear."""
     by_choice: dict[int, list[Chunk]] = {}
     for chunk in chunks:
         by_choice.setdefault(chunk.index, []).append(chunk)
@@ -94,7 +94,7 @@ def _join(parts: Sequence[Chunk]) -> Chunk:
 
 
 def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult:
-    """The whole answer from all chunks of all choices."""
+    """The result of a prompt from all chunks of all its choices."""
     choices = sorted(join_chunks(chunks), key=lambda choice: choice.index)
     return GenerationResult(
         prompt=prompt.prompt,
@@ -106,5 +106,5 @@ def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult
 
 
 def _completion(choice: Chunk) -> Completion:
-    assert choice.finish_reason is not None, "a choice's last chunk says why"
+    assert choice.finish_reason is not None, "a choice's last chunk has a finish reason"
     return Completion(choice.index, choice.text, choice.token_ids, choice.finish_reason, choice.logprobs)

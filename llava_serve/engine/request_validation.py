@@ -1,4 +1,4 @@
-"""What an engine can take: how long, how wide, how many."""
+"""Which requests an engine accepts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt, Sa
 
 
 class RequestValidator:
-    """Checks requests before they can hurt others. Frozen after its making: any thread may ask.
+    """Checks requests before they reach the scheduler. Immutable: any thread may call it.
 
     Args:
-        vocabulary: rows of the model's embedding.
+        vocabulary: size of the model's embedding table.
         num_blocks: of the KV cache.
     """
 
@@ -37,7 +37,7 @@ class RequestValidator:
         deadline: float | None = None,
         priority: int = 0,
     ) -> EngineRequest:
-        """Makes a request of what a caller asks, its answer cut to what fits behind the prompt.
+        """Validates a call and makes it a request. `max_new_tokens` is cut to what fits behind the prompt.
 
         Args:
             deadline: seconds since the epoch.
@@ -45,8 +45,8 @@ class RequestValidator:
 
         Raises:
             PromptTooLongError: the prompt alone does not fit the context or the cache.
-            RequestError: it asks for more rows than there are, or was not prepared for this model.
-            LlavaServeError: it was prepared by another release.
+            RequestError: it needs more beams than `max_num_seqs`, or its prompt was not prepared for this model.
+            LlavaServeError: the prompt was prepared by another release.
         """
         if prompt.version != PROMPT_VERSION:
             raise LlavaServeError(
@@ -61,8 +61,8 @@ class RequestValidator:
         limit = min(self._spec.context_length, memory)
         if prompt.num_tokens >= limit:
             raise PromptTooLongError(prompt.num_tokens, limit - 1)
-        self._check_form(prompt)
-        ends = {*self._spec.eos_token_ids, *prompt.stop_token_ids}
+        self._check_prompt(prompt)
+        end_tokens = {*self._spec.eos_token_ids, *prompt.stop_token_ids}
         return EngineRequest(
             request_id=request_id,
             prompt=prompt,
@@ -71,25 +71,25 @@ class RequestValidator:
             priority=priority,
             seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_new_tokens=min(sampling.max_new_tokens, limit - prompt.num_tokens),
-            stop_token_ids=frozenset() if sampling.ignore_eos else frozenset(ends),
+            stop_token_ids=frozenset() if sampling.ignore_eos else frozenset(end_tokens),
         )
 
-    def _check_form(self, prompt: PreparedPrompt) -> None:
-        """Refuses what another model's processor has made: it would end the engine for all."""
+    def _check_prompt(self, prompt: PreparedPrompt) -> None:
+        """Refuses a prompt that another model's processor made: it would fail the engine for all requests."""
         ids = prompt.token_ids
-        pictures = len(prompt.image_spans)
+        num_images = len(prompt.image_spans)
         tile = (*self._spec.image.crop_size, 3)
         in_spans = np.zeros(len(ids), dtype=bool)
         for start, end in prompt.image_spans:
             in_spans[start:end] = True
-        good = (
+        valid = (
             len(ids) > 0
-            and pictures == len(prompt.tiles) == len(prompt.image_sizes) == len(prompt.digests)
+            and num_images == len(prompt.tiles) == len(prompt.image_sizes) == len(prompt.digests)
             and bool((in_spans == (ids == IMAGE_TOKEN_ID)).all())
             and bool(((ids >= 0) | in_spans).all())
             and int(ids.max()) < self._vocabulary
             and all(0 <= start < end <= len(ids) for start, end in prompt.image_spans)
             and all(tiles.shape[1:] == tile and tiles.dtype == np.uint8 for tiles in prompt.tiles)
         )
-        if not good:
+        if not valid:
             raise RequestError("The prompt was prepared for another model.")

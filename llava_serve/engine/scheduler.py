@@ -1,4 +1,4 @@
-"""What each step computes: who is admitted, who goes on, who must give way. No tensors."""
+"""What each step computes: which groups are admitted, advanced and preempted. No tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.prefill_budget import Budget
-from llava_serve.engine.sequence import Copy, Group, Sequence
+from llava_serve.engine.prefill_budget import StepBudget
+from llava_serve.engine.sequence import Copy, Sequence, SequenceGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +19,20 @@ class Segment:
     """Positions [start, end) of a sequence, computed in this step.
 
     Attributes:
-        draws: its next token is drawn from them.
-        filled: blocks of the sequence that are full then, and are to enter the prefix cache.
+        needs_sampling: the sequence's next token is sampled from them.
+        new_full_blocks: indices of the sequence's blocks that the step fills, for the prefix cache.
     """
 
     sequence: Sequence
     start: int
     end: int
-    draws: bool
-    filled: range
+    needs_sampling: bool
+    new_full_blocks: range
 
 
 @dataclass(frozen=True, slots=True)
 class TileJob:
-    """Tiles of a picture for the tower: uint8 [tiles, height, width, 3], beginning with the picture's tile `first`."""
+    """Tiles of an image for the tower: uint8 [tiles, height, width, 3], the image's tiles from `first`."""
 
     digest: str
     first: int
@@ -42,12 +42,12 @@ class TileJob:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step's work, in the order in which it is done.
+    """The work of one step, in the order in which it is done.
 
     Attributes:
-        evicted: pictures whose features are dropped first.
+        evicted: digests of the images whose features are dropped first.
         tile_jobs: one batch for the tower.
-        copies: within the KV memory, before anything is written.
+        copies: within the KV cache, before anything is written.
         segments: one forward pass over all of them.
     """
 
@@ -68,174 +68,183 @@ class Schedule:
 
 
 class Scheduler:
-    """First come, first served among equals of priority; every live sequence advances before any prompt does.
+    """First come, first served within a priority. Decoding sequences advance before any prompt does.
 
     Args:
-        max_num_seqs: rows that are in the cache together.
+        max_num_seqs: the most sequences in the KV cache.
     """
 
-    def __init__(self, kv: KVCache, features: EncoderCacheManager, max_num_seqs: int) -> None:
+    def __init__(self, kv: KVCache, encoder_cache: EncoderCacheManager, max_num_seqs: int) -> None:
         self._kv = kv
-        self._features = features
+        self._encoder_cache = encoder_cache
         self._max_num_seqs = max_num_seqs
-        self.waiting: list[Group] = []
-        self.running: list[Group] = []
+        self.waiting: list[SequenceGroup] = []
+        self.running: list[SequenceGroup] = []
 
     @property
     def num_decoding(self) -> int:
-        """Rows that have one position to compute."""
-        return sum(row.num_pending == 1 for group in self.running for row in group.active)
+        """Sequences that have one position to compute."""
+        return sum(sequence.num_pending == 1 for group in self.running for sequence in group.active)
 
     @property
     def num_running(self) -> int:
-        """Rows in the cache."""
-        return sum(len(group.rows) for group in self.running)
+        """Sequences in the KV cache."""
+        return sum(len(group.sequences) for group in self.running)
 
-    def add(self, group: Group) -> None:
-        """Queues a group, behind those of its rank."""
+    def add(self, group: SequenceGroup) -> None:
+        """Queues a group by its rank."""
         insort(self.waiting, group, key=lambda other: other.rank)
 
-    def remove(self, group: Group) -> None:
-        """Ends a group wherever it is, and gives back what it holds."""
+    def remove(self, group: SequenceGroup) -> None:
+        """Removes a running or waiting group and frees what it holds."""
         (self.running if group in self.running else self.waiting).remove(group)
         self._release(group)
 
-    def schedule(self, budget: Budget) -> Schedule:
-        """Plans a step within the budget and moves groups between waiting and running accordingly.
+    def schedule(self, budget: StepBudget) -> Schedule:
+        """Plans a step within the budget, and admits and preempts groups accordingly.
 
-        Decoding rows come first in the segments; each row's extent covers all its tokens.
+        Decoding sequences come first in the segments. The extent of each sequence covers all its tokens.
         """
         jobs: list[TileJob] = []
-        segments, preempted = self._advance(budget)
+        segments, preempted = self._schedule_decode(budget)
         for group in self.running:
-            if group.pins or any(row.num_pending > 1 for row in group.active):
-                segments += self._prefill(group, budget, jobs)
+            if group.pins or any(sequence.num_pending > 1 for sequence in group.active):
+                segments += self._schedule_prefill(group, budget, jobs)
         if not preempted:
-            segments += self._admit(budget, jobs)
-        return Schedule(self._features.take_evicted(), tuple(jobs), self._kv.take_copies(), tuple(segments))
+            segments += self._admit_waiting(budget, jobs)
+        return Schedule(self._encoder_cache.take_evicted(), tuple(jobs), self._kv.take_copies(), tuple(segments))
 
-    def prefilled(self, group: Group) -> None:
-        """Tells that a group has passed its prompt: its pictures are needed no more."""
+    def unpin_images(self, group: SequenceGroup) -> None:
+        """Lets the features of a group's images be evicted: its prefill does not need them any more."""
         for digest in group.pins:
-            self._features.unpin(digest)
+            self._encoder_cache.unpin(digest)
         group.pins = ()
 
-    def discard_pictures(self, group: Group) -> None:
-        """Lets the features of a group's pictures go as soon as nobody needs them: they may not be finite."""
+    def discard_images(self, group: SequenceGroup) -> None:
+        """Discards the features of a group's images, which may not be finite, as soon as no group has pinned them."""
         for digest in group.request.prompt.digests:
-            self._features.discard(digest)
+            self._encoder_cache.discard(digest)
 
-    def _advance(self, budget: Budget) -> tuple[list[Segment], bool]:
-        """One position for every row that has just one to compute. Whoever ranks last gives way where room is short."""
+    def _schedule_decode(self, budget: StepBudget) -> tuple[list[Segment], bool]:
+        """One position for every decoding sequence. Where blocks run out, the group of the last rank is preempted.
+
+        Returns:
+            The segments, and whether a group was preempted.
+        """
         segments: list[Segment] = []
         preempted = False
         for group in list(self.running):
             if preempted and group not in self.running:
                 continue
-            if any(row.num_pending != 1 for row in group.active) or (group.pins and not group.prompted):
+            if any(sequence.num_pending != 1 for sequence in group.active) or (group.pins and not group.forked):
                 continue
-            rows = group.active
-            while rows and not all(self._kv.grow(row) for row in rows):
+            sequences = group.active
+            while sequences and not all(self._kv.grow(sequence) for sequence in sequences):
                 preempted = True
                 victim = self.running[-1]
                 self._preempt(victim)
                 if victim is group:
-                    rows = []
-            if rows:
-                segments += [self._segment(row, len(row.token_ids)) for row in rows]
-                budget.tokens -= len(rows)
+                    sequences = []
+            if sequences:
+                segments += [self._segment(sequence, len(sequence.token_ids)) for sequence in sequences]
+                budget.tokens -= len(sequences)
         return segments, preempted
 
-    def _prefill(self, group: Group, budget: Budget, jobs: list[TileJob]) -> list[Segment]:
-        """The next chunk of every row, as far as its pictures are encoded.
+    def _schedule_prefill(self, group: SequenceGroup, budget: StepBudget, jobs: list[TileJob]) -> list[Segment]:
+        """The next chunk of every sequence, as far as its images are encoded.
 
-        Rows that advance together leave their last position to `_advance`, so that all draw in the same step.
+        Forked sequences leave their last position to `_schedule_decode`, so that all are sampled in the same step.
         """
         segments: list[Segment] = []
-        for row in group.active:
-            limit = self._encode(row, budget, jobs)
-            last = len(row.token_ids) - (len(group.active) > 1)
-            end = min(limit, last, row.num_computed + budget.tokens)
-            if end > row.num_computed:
-                segments.append(self._segment(row, end))
-                budget.take_tokens(end - row.num_computed)
+        for sequence in group.active:
+            limit = self._encode(sequence, budget, jobs)
+            last = len(sequence.token_ids) - (len(group.active) > 1)
+            end = min(limit, last, sequence.num_computed + budget.tokens)
+            if end > sequence.num_computed:
+                segments.append(self._segment(sequence, end))
+                budget.take_tokens(end - sequence.num_computed)
         return segments
 
-    def _segment(self, row: Sequence, end: int) -> Segment:
-        return Segment(row, row.num_computed, end, end == len(row.token_ids), self._kv.filled(row, end))
+    def _segment(self, sequence: Sequence, end: int) -> Segment:
+        full_blocks = self._kv.new_full_blocks(sequence, end)
+        return Segment(sequence, sequence.num_computed, end, end == len(sequence.token_ids), full_blocks)
 
-    def _encode(self, row: Sequence, budget: Budget, jobs: list[TileJob]) -> int:
-        """Sends the row's pictures to the tower, in order, within the budget. Returns how far it can be computed."""
-        prompt = row.request.prompt
+    def _encode(self, sequence: Sequence, budget: StepBudget, jobs: list[TileJob]) -> int:
+        """Schedules a sequence's images for the tower, in order, within the budget.
+
+        Returns:
+            The position up to which the sequence can be computed.
+        """
+        prompt = sequence.request.prompt
         for at, (start, end) in enumerate(prompt.image_spans):
-            if end <= row.num_computed:
+            if end <= sequence.num_computed:
                 continue
-            if start >= row.num_computed + budget.tokens:
+            if start >= sequence.num_computed + budget.tokens:
                 return start
             digest, tiles = prompt.digests[at], prompt.tiles[at]
-            if count := budget.take_tiles(self._features.missing(digest)):
-                chosen = self._features.encode(digest, count)
+            if count := budget.take_tiles(self._encoder_cache.missing(digest)):
+                chosen = self._encoder_cache.encode(digest, count)
                 jobs.append(TileJob(digest, chosen.start, len(tiles), tiles[chosen.start : chosen.stop]))
-            if self._features.missing(digest):
+            if self._encoder_cache.missing(digest):
                 return start
-        return len(row.token_ids)
+        return len(sequence.token_ids)
 
-    def _admit(self, budget: Budget, jobs: list[TileJob]) -> list[Segment]:
-        """Takes in waiting groups while there are rows, positions and memory.
+    def _admit_waiting(self, budget: StepBudget, jobs: list[TileJob]) -> list[Segment]:
+        """Admits waiting groups within `max_num_seqs`, the budget and the free blocks.
 
-        A prompt whose beginning another is just computing waits for that: it will find it in the prefix cache.
+        A prompt whose prefix another sequence is computing waits: it will be a prefix-cache hit.
         """
         segments: list[Segment] = []
         if not self.waiting:
             return segments
-        rows = self._max_num_seqs - self.num_running
+        free = self._max_num_seqs - self.num_running
         computing = {
             key
             for group in self.running
-            for row in group.active
-            if row.num_pending > 1
-            for key in self._kv.pending_keys(row)
+            for sequence in group.active
+            if sequence.num_pending > 1
+            for key in self._kv.pending_keys(sequence)
         }
         for group in list(self.waiting):
-            if budget.tokens <= 0 or len(group.rows) > rows:
+            if budget.tokens <= 0 or len(group.sequences) > free:
                 break
-            if computing and self._kv.next_missing(group.rows[0]) in computing:
+            if computing and self._kv.next_missing(group.sequences[0]) in computing:
                 continue
-            entered = self._enter(group)
-            if not entered and not self.running:
-                self._kv.clear()  # what the prefix cache keeps may lie in the way of rows that only just fit
-                entered = self._enter(group)
-            if not entered:
+            admitted = self._admit(group)
+            if not admitted and not self.running:
+                self._kv.clear()  # cached blocks may fragment the memory of a group that only just fits
+                admitted = self._admit(group)
+            if not admitted:
                 break
-            rows -= len(group.rows)
-            computing.update(key for row in group.active for key in self._kv.pending_keys(row))
-            segments += self._prefill(group, budget, jobs)
+            free -= len(group.sequences)
+            computing.update(key for sequence in group.active for key in self._kv.pending_keys(sequence))
+            segments += self._schedule_prefill(group, budget, jobs)
         return segments
 
-    def _enter(self, group: Group) -> bool:
-        """Moves a waiting group into the cache, all its rows or none."""
-        for row in group.rows:
-            if not self._kv.admit(row):
-                for admitted in group.rows:
+    def _admit(self, group: SequenceGroup) -> bool:
+        """Moves a waiting group into the KV cache, all its sequences or none."""
+        for sequence in group.sequences:
+            if not self._kv.admit(sequence):
+                for admitted in group.sequences:
                     self._kv.release(admitted)
                 return False
-        first = min(row.num_computed for row in group.active)
+        first = min(sequence.num_computed for sequence in group.active)
         prompt = group.request.prompt
         needed = [at for at, (_, end) in enumerate(prompt.image_spans) if end > first]
         for at in needed:
-            self._features.pin(prompt.digests[at], len(prompt.tiles[at]))
+            self._encoder_cache.pin(prompt.digests[at], len(prompt.tiles[at]))
         group.pins = tuple(prompt.digests[at] for at in needed)
         self.waiting.remove(group)
         insort(self.running, group, key=lambda other: other.rank)
         return True
 
-    def _preempt(self, group: Group) -> None:
-        """Sends a running group back to wait; it will be computed again from its tokens."""
+    def _preempt(self, group: SequenceGroup) -> None:
+        """Moves a running group back to the queue. It is recomputed from its tokens."""
         self.running.remove(group)
         self._release(group)
         self.add(group)
 
-    def _release(self, group: Group) -> None:
-        for row in group.rows:
-            self._kv.release(row)
-        self.prefilled(group)
+    def _release(self, group: SequenceGroup) -> None:
+        for sequence in group.sequences:
+            self._kv.release(sequence)
+        self.unpin_images(group)

@@ -1,4 +1,4 @@
-"""A request inside the engine: what came in, how far it is, what goes out."""
+"""Requests, sequences and sequence groups of the engine, and its outputs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineRequest:
-    """What `Engine.add` takes.
+    """A validated request, for `Engine.add`.
 
     Attributes:
         request_id: unique among the requests in the engine.
         deadline: seconds since the epoch; None waits for ever.
         priority: a smaller number is served earlier; equals go in order of arrival.
-        seed: of the draw; the caller's, or one drawn for it.
+        seed: of the sampling noise; the caller's, or a random one.
         max_new_tokens: the caller's, clamped to what the context holds.
         stop_token_ids: ids that end the answer.
     """
@@ -42,7 +42,7 @@ class RawLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a step gave one choice of a request.
+    """What a step generated for one choice of a request.
 
     Attributes:
         index: of the choice.
@@ -79,14 +79,14 @@ class Copy:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One row of work: a choice or a beam of a request.
+    """One sequence of tokens: a choice or a beam of a request.
 
     Attributes:
         index: of the choice.
         token_ids: prompt and answer so far; an image's positions hold `IMAGE_TOKEN_ID`.
         num_computed: leading positions whose keys and values are in the cache.
         num_committed: leading positions that the prefix cache has been offered.
-        num_cached: positions of the prompt that the prefix cache gave, at the first admission.
+        num_cached: prompt positions that were prefix-cache hits at the first admission.
         extent: where its keys and values are; None while it waits.
         block_hashes: of its full blocks, as far as they were needed.
     """
@@ -110,48 +110,48 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Positions that must be computed before the next token can be drawn."""
+        """Positions that must be computed before the next token can be sampled."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def num_fixed(self) -> int:
-        """Leading positions whose tokens will never change: a beam's answer may."""
+        """Leading positions whose tokens never change. A beam's output tokens may."""
         return self.num_prompt if self.request.sampling.num_beams > 1 else len(self.token_ids)
 
     @property
     def max_length(self) -> int:
-        """Positions that it may come to hold: the last token drawn needs none."""
+        """The most positions that it can need: the last sampled token needs none."""
         return self.num_prompt + self.request.max_new_tokens - 1
 
 
 @dataclass(slots=True, eq=False)
-class Group:
-    """Rows that are admitted, preempted and advanced together: one for a choice, `num_beams` for a beam search.
+class SequenceGroup:
+    """Sequences that are admitted, preempted and advanced together: one for a choice, `num_beams` for a beam search.
 
     Attributes:
         arrival: its place in the order of arrival.
-        rows: all hold the prompt; while `prompted` is false only the first is computed, for all.
-        prompted: the rows have tokens of their own.
-        pins: digests of the pictures that its prefill still needs.
+        sequences: each holds the prompt; until they are forked only the first is computed, for all.
+        forked: the sequences have output tokens of their own.
+        pins: digests of the images whose features its prefill still needs.
     """
 
     request: EngineRequest
     arrival: int
-    rows: list[Sequence]
-    prompted: bool = False
+    sequences: list[Sequence]
+    forked: bool = False
     pins: tuple[str, ...] = ()
 
     @property
     def active(self) -> list[Sequence]:
-        """The rows that are computed."""
-        return self.rows if self.prompted else self.rows[:1]
+        """The sequences that are computed."""
+        return self.sequences if self.forked else self.sequences[:1]
 
     @property
-    def last_picture(self) -> int:
-        """Positions up to the end of the last picture."""
+    def images_end(self) -> int:
+        """Positions up to the end of the last image."""
         return max((end for _, end in self.request.prompt.image_spans), default=0)
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The lower is served first and preempted last."""
+        """The lower is admitted first and preempted last."""
         return (self.request.priority, self.arrival)

@@ -1,4 +1,4 @@
-"""What the engine tells about itself."""
+"""The counters that the engine reports."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Where the engine stands.
+    """The state of the engine after a step.
 
     Attributes:
-        running: rows in the cache.
-        waiting: requests' groups that are not.
+        running: sequences in the KV cache.
+        waiting: sequence groups that are not admitted.
         free_blocks: blocks that no sequence holds; the prefix cache's count as free.
-        cached_tokens: prompt positions that the prefix cache has saved since the start.
-        computed_tokens: positions that were computed since the start.
-        generated_tokens: tokens that were drawn since the start.
+        cached_tokens: prompt positions that were prefix-cache hits since the start.
+        computed_tokens: positions computed since the start.
+        generated_tokens: tokens sampled since the start.
         steps: since the start.
-        heartbeat_age_s: since the loop's last turn; 0 where no thread drives the engine.
+        heartbeat_age_s: seconds since the loop's last turn; 0 where no thread drives the engine.
     """
 
     running: int

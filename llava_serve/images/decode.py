@@ -1,75 +1,77 @@
-"""Encoded bytes to an RGB picture, within limits."""
+"""Encoded bytes to an RGB image, within limits. What is no pixel never decides."""
 
 from __future__ import annotations
 
-import io
 import warnings
+from collections.abc import Callable
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
+from llava_serve.images import containers
+from llava_serve.images.exif import turn_upright
+from llava_serve.images.formats import identify
+from llava_serve.images.jpeg import open_jpeg
+from llava_serve.images.opened import Opened
+from llava_serve.images.pixels import to_rgb
+from llava_serve.images.png import open_png
+from llava_serve.images.tiff import open_tiff
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_SIDE = 65_535
+"""Pixels along a side: more than most formats can hold, and a strip of that length still fits the memory."""
+
+_READERS: dict[str, Callable[[bytes, ImageOptions], Opened]] = {
+    "PNG": lambda data, _: open_png(data),
+    "JPEG": open_jpeg,
+    "TIFF": open_tiff,
+    "WebP": lambda data, _: containers.open_webp(data),
+    "GIF": lambda data, _: containers.open_gif(data),
+    "BMP": lambda data, _: containers.open_bmp(data),
+    "PPM": lambda data, _: containers.open_ppm(data),
+    "AVIF": lambda data, _: containers.open_avif(data),
+    "HEIC": lambda data, _: containers.open_heic(data),
+}
 
 
-def decode_image(data: bytes, options: ImageOptions, *, over_white: bool = False) -> Image.Image:
-    """Decodes a picture: first frame, EXIF orientation applied.
+def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
+    """Decodes an image: first frame, turned as EXIF says, deep pixels scaled to 8 bits.
 
     Args:
-        data: an encoded picture.
-        options: limits, looked at before any pixel is decoded.
-        over_white: transparent pictures are laid over white, as transformers does; else their alpha is dropped, as the
-            original does.
+        data: an encoded image.
+        options: limits, looked at before any pixel is decoded, and what becomes of transparency.
 
     Returns:
-        A picture in mode RGB.
+        An image in mode RGB.
 
     Raises:
-        InvalidImageError: not a picture, damaged, or over a limit.
+        InvalidImageError: not an image, a kind that is not read, damaged, or over a limit.
     """
     if not data:
-        raise InvalidImageError("The picture is empty.")
+        raise InvalidImageError("The image is empty.")
     if len(data) > options.max_bytes:
-        raise InvalidImageError(f"The picture takes {len(data):,} bytes; at most {options.max_bytes:,} are accepted.")
+        raise InvalidImageError(f"The image takes {len(data):,} bytes; at most {options.max_bytes:,} are accepted.")
+    kind = identify(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own limit is above ours, and its remarks are not for the caller
+        warnings.simplefilter("ignore")  # Pillow's remarks are not for the caller
         try:
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        except Image.DecompressionBombError as error:
-            raise InvalidImageError(f"The picture has more than {options.max_pixels:,} pixels.") from error
-        except Exception as error:
-            raise InvalidImageError(
-                "The data is not a picture that can be read; PNG, JPEG, WebP, GIF, BMP, TIFF and PPM can."
-            ) from error
-        if image.width * image.height > options.max_pixels:
-            raise InvalidImageError(
-                f"The picture has {image.width} x {image.height} pixels; at most {options.max_pixels:,} are accepted."
-            )
-        try:
-            return _to_rgb(image, over_white=over_white)
+            opened = _READERS[kind](data, options)
+            _check_size(opened.size, options)
+            image = to_rgb(opened.load(), options.transparency)
+        except (InvalidImageError, MemoryError):
+            raise
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
-            raise InvalidImageError("The picture is damaged or cut off.") from error
+            raise InvalidImageError(f"The {kind} image is damaged or cut off.") from error
+    return turn_upright(image, opened.orientation)
 
 
-def _to_rgb(image: Image.Image, *, over_white: bool) -> Image.Image:
-    """Brings a picture to RGB as `convert("RGB")` does, but for 16-bit pictures, which it would saturate, and the
-    orientation that a camera noted. A picture that is upright and RGB is not copied: each copy costs as much as an
-    eighth of its decoding."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _scale_to_8_bits(image)
-    if over_white and ("A" in image.getbands() or image.info.get("transparency") is not None):
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        highest = 1.0 if values.max(initial=0) <= 1 else 255.0
-    else:
-        highest = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
-    return Image.fromarray(np.clip(values * (255 / highest), 0, 255).round().astype(np.uint8))
+def _check_size(size: tuple[int, int], options: ImageOptions) -> None:
+    width, height = size
+    if width * height > options.max_pixels:
+        raise InvalidImageError(
+            f"The image has {width} x {height} pixels; at most {options.max_pixels:,} are accepted."
+        )
+    if max(size) > MAX_SIDE:
+        raise InvalidImageError(
+            f"The image has {width} x {height} pixels; no side may be longer than {MAX_SIDE:,} pixels."
+        )

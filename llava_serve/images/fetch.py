@@ -1,45 +1,57 @@
-"""Where pictures come from: `data:` URLs in requests; files, links and PIL images for the library's own user."""
+"""Sources of pictures: `data:` URLs in requests; files, links and PIL images for the library's own user."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-import requests
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
+from llava_serve.images.download import Downloader, is_link
+from llava_serve.images.exif import exif_orientation, turn_upright
+from llava_serve.images.formats import identify
+from llava_serve.images.pixels import add_key, to_8_bits
+from llava_serve.images.transport import Budget, FetchError, FetchLimits
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
-_TIMEOUT_S = 20
+_LIMITS = FetchLimits(read_s=20, total_s=300)
+"""Of a link that the library's own user names: nobody else waits for it."""
 
 
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
-    """The bytes of a picture in a request. Nothing on this machine or its network is read on a caller's word.
+    """The bytes of a picture in a request. A request never reads this machine's files or network;
+    allowed links were followed earlier (`llava_serve.images.links`).
 
     Raises:
-        InvalidImageError: a link, a path, or a `data:` URL that is not one.
+        InvalidImageError: a link, a path, or an invalid `data:` URL.
     """
     if isinstance(source, bytes):
         return source
     if source[:5].lower() == "data:":
         return _read_data_url(source, options)
-    raise InvalidImageError("A picture must be sent as a data: URL; links are not accepted by this server.", "messages")
+    if options.links in ("off", ()):
+        raise InvalidImageError(
+            "A picture must be sent as a data: URL; links are not accepted by this server.", "messages"
+        )
+    raise InvalidImageError("A picture must be sent as a data: URL, or as an http: or https: link.", "messages")
 
 
 def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
-    """The bytes of a picture that the library's own user names; links are followed as a browser would.
+    """The bytes of a picture that the library's own user names; links and their redirects are followed.
 
     Raises:
-        InvalidImageError: cannot be read or fetched.
+        InvalidImageError: the picture cannot be read or fetched.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -51,8 +63,8 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
         return source
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read_data_url(source, options)
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _download(source, options)
+    if is_link(source):
+        return _download(str(source), options)
     try:
         return Path(source).expanduser().read_bytes()
     except OSError as error:
@@ -62,7 +74,7 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
 def _read_data_url(url: str, options: ImageOptions) -> bytes:
     head, comma, payload = url.partition(",")
     if not comma:
-        raise InvalidImageError("The data: URL has no comma, hence no data.", "messages")
+        raise InvalidImageError("The data: URL has no comma, so it has no data.", "messages")
     if len(payload) > options.max_bytes * 3:
         raise InvalidImageError(f"The picture is too large; at most {options.max_bytes:,} bytes are accepted.")
     if not head.lower().endswith(";base64"):
@@ -74,21 +86,47 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
 
 
 def _encode(image: Image.Image) -> bytes:
-    modes = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # those that PNG keeps without loss
+    """A PIL image as bytes that decode as its file does. One whose pixels nobody has looked at yet is its file; else
+    the pixels are written without loss, turned and scaled as decoding would."""
+    if (data := _file_of(image)) is not None:
+        return data
+    orientation, key = exif_orientation(image.info.get("exif") or b""), image.info.get("transparency")
+    if isinstance(key, int | tuple) and (image.mode in ("L", "RGB") or image.mode.startswith("I;16")):
+        image = add_key(image, key if isinstance(key, tuple) else (key,))
+    image = turn_upright(to_8_bits(image), orientation)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        image = image.convert("RGB")
     out = io.BytesIO()
-    (image if image.mode in modes else image.convert("RGB")).save(out, "PNG", compress_level=1)
+    image.save(out, "PNG", compress_level=1)
     return out.getvalue()
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """The file of an image that was opened and not loaded; None for another frame than the first, and for formats that
+    only Pillow reads."""
+    file = getattr(image, "fp", None)
+    if not isinstance(image, ImageFile) or not image.tile or image.tell() != 0 or file is None or file.closed:
+        return None
+    at = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(at)
+    try:
+        identify(data)
+    except InvalidImageError:
+        return None
+    return data
 
 
 def _download(url: str, options: ImageOptions) -> bytes:
     try:
-        with requests.get(url, timeout=_TIMEOUT_S, stream=True) as response:
-            response.raise_for_status()
-            data = bytearray()
-            for block in response.iter_content(1 << 16):
-                data += block
-                if len(data) > options.max_bytes:
-                    raise InvalidImageError(f"The picture at {url} is over {options.max_bytes:,} bytes.")
-            return bytes(data)
-    except requests.RequestException as error:
-        raise InvalidImageError(f"The picture at {url} cannot be fetched.") from error
+        return _downloader().fetch(url, options.max_bytes, Budget(_LIMITS))
+    except FetchError as error:
+        raise InvalidImageError(f"The picture at {url} cannot be fetched: {error}.") from error
+
+
+@cache
+def _downloader() -> Downloader:
+    return Downloader()

@@ -1,4 +1,4 @@
-"""The tiles of the images seen last: a conversation sends all its images again with every turn."""
+"""A cache of the tiles of recent images: a conversation sends all its images again with every turn."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class CachedTiles:
 
     Attributes:
         size: (width, height) in pixels, before tiling.
-        count: positions that it takes.
-        tiles: uint8 [tiles, height, width, 3]; shared, so never written to.
-        digest: names the tiles.
+        count: positions that it takes in the prompt.
+        tiles: uint8 [tiles, height, width, 3]; shared, so never modified.
+        digest: identifies the tiles.
     """
 
     size: tuple[int, int]
@@ -28,10 +28,10 @@ class CachedTiles:
 
 
 class TileCache:
-    """The least recently used goes first. For several threads.
+    """Evicts the least recently used images. Safe for several threads.
 
     Args:
-        max_bytes: of all tiles that are kept.
+        max_bytes: of all cached tiles.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -43,7 +43,7 @@ class TileCache:
             return self._images.get(key)
 
     def put(self, key: bytes, image: CachedTiles) -> None:
-        """Keeps an image, if it fits; of two threads that have made it at once, the first one's."""
+        """Caches an image, if it fits; an entry that another thread has made is kept."""
         if image.tiles.nbytes <= self._images.maxsize:
             with self._lock:
                 self._images.setdefault(key, image)

@@ -1,4 +1,4 @@
-"""RGB picture to uint8 tiles, and how many positions a picture takes. Pillow's resize, the original's arithmetic.
+"""RGB picture to uint8 tiles, and the number of positions that a picture takes. Pillow's resize, the original's rules.
 
 Sources: `process_images`, `select_best_resolution`, `unpad_image` of the original; transformers' PIL image processors.
 """
@@ -18,7 +18,7 @@ from llava_serve.errors import InvalidImageError
 Size = tuple[int, int]
 
 _MAX_CANVAS = 100_000_000
-"""Pixels of the largest picture that is made on the way: a thin strip, padded or enlarged, must not fill the memory."""
+"""Pixels of the largest intermediate picture: a thin strip, padded or enlarged, must not fill the memory."""
 
 
 def make_tiles(image: Image.Image, processing: ImageProcessing) -> NDArray[np.uint8]:
@@ -32,7 +32,7 @@ def make_tiles(image: Image.Image, processing: ImageProcessing) -> NDArray[np.ui
         uint8 [tiles, height, width, 3], not normalised; one tile but for anyres, where the overview comes first.
 
     Raises:
-        InvalidImageError: so thin that it would be blown up beyond measure.
+        InvalidImageError: so thin that its intermediate picture would be too large.
     """
     if processing.aspect == "anyres":
         views = [_resize(view, processing) for view in _anyres_views(image, processing)]
@@ -62,8 +62,8 @@ def tile_grid(size: Size, processing: ImageProcessing) -> Size:
 
 
 def kept_features(size: Size, processing: ImageProcessing) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of the features that lie on the picture, in the grid of all tiles; the rest is padding
-    (kept only where the merge is `spatial_unpad`)."""
+    """(top, bottom, left, right) of the features of the picture in the grid of all tiles; those of the padding lie
+    outside (all are kept unless the merge is `spatial_unpad`)."""
     columns, rows = tile_grid(size, processing)
     grid_width, grid_height = columns * processing.grid_side, rows * processing.grid_side
     if processing.merge != "spatial_unpad":
@@ -77,9 +77,9 @@ def kept_features(size: Size, processing: ImageProcessing) -> tuple[int, int, in
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """The canvas (width, height) that keeps most of a picture and wastes least; the first of equals.
+    """The canvas (width, height) that keeps most pixels of a picture and wastes least; the first of equals.
 
-    The two layouts list the same canvases in another order, hence choose differently among equals.
+    The two layouts list the same canvases in another order, so they choose differently among equals.
     """
     width, height = size
 
@@ -92,14 +92,14 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
 
 
 def digest(tiles: NDArray[np.uint8], size: Size, processing: ImageProcessing) -> str:
-    """Names a picture's tiles: equal digests mean equal features from the same tower."""
+    """Identifies a picture's tiles: equal digests mean equal features from the same tower."""
     state = blake2b(tiles.tobytes(), digest_size=16)
     state.update(repr((tiles.shape, size, processing)).encode())
     return state.hexdigest()
 
 
 def _truncate(value: float, processing: ImageProcessing) -> int:
-    # transformers rounds away the error of the division first: 2 sizes of 200,000 differ.
+    # transformers first rounds the error of the division away: 2 sizes of 200,000 differ.
     return int(round(value, 7)) if processing.layout == "transformers" else int(value)
 
 
@@ -127,20 +127,24 @@ def _anyres_views(image: Image.Image, processing: ImageProcessing) -> list[Image
 
 
 def _pad_to_square(image: Image.Image, processing: ImageProcessing) -> Image.Image:
-    """Lays a picture on a square of the mean colour, and resizes that."""
-    side = max(image.size)
-    _bound(image.size, (side, side))
+    """Lays an image on a square of the mean colour, and resizes that."""
+    side, size = max(image.size), image.size
+    canvas, resample = [side, side], Image.Resampling(processing.resample)
     new = _resized((side, side), processing) if processing.do_resize else (side, side)
-    canvas_width = side
     if processing.do_resize and image.width == side:
-        # Pillow resizes the rows, rounds, and then the columns. Rows of one colour stay as they are: so the padding
-        # above and below can wait for the columns, with the same pixels and a fraction of the memory.
-        image = image.resize((new[0], image.height), Image.Resampling(processing.resample))
-        canvas_width = new[0]
+        # Pillow resizes the rows, rounds, and then the columns. Rows of one colour do not change, so the padding
+        # above and below is added before the columns: the same pixels and a fraction of the memory.
+        canvas[0] = new[0]
+        image = image.resize((new[0], image.height), resample)
+    elif processing.do_resize and side * side > _MAX_CANVAS:
+        # Columns first: rounded in another order, so a shade may differ by one where there is no room for the square.
+        canvas[1] = new[1]
+        image = image.resize((image.width, new[1]), resample)
+    _bound(size, (canvas[0], canvas[1]))
     red, green, blue = (int(channel * 255) for channel in processing.mean)
-    square = Image.new("RGB", (canvas_width, side), (red, green, blue))
-    square.paste(image, ((canvas_width - image.width) // 2, (side - image.height) // 2))
-    return square.resize(new, Image.Resampling(processing.resample)) if processing.do_resize else square
+    square = Image.new("RGB", (canvas[0], canvas[1]), (red, green, blue))
+    square.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
+    return square.resize(new, resample) if processing.do_resize else square
 
 
 def _resize(image: Image.Image, processing: ImageProcessing) -> Image.Image:

@@ -23,17 +23,17 @@ from llava_serve.text.tokenizer import load_tokenizer
 _log = logging.getLogger(__name__)
 
 _VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
-"""Ends of the names of tables with a row for each token."""
+"""Name suffixes of the tensors with one vector per token of the vocabulary."""
 
 
 class Llava(nn.Module):
-    """The model in memory. Build one with `Llava.load`.
+    """The model in memory. Load one with `Llava.load`.
 
     Attributes:
         spec: what was loaded.
-        vision_tower: CLIP, without the layers behind the selected one.
-        projector: tower features to the language model's width.
-        image_newline: [hidden], ends a row of features in `spatial_unpad`; None elsewhere.
+        vision_tower: CLIP, without the layers after the selected one.
+        projector: from tower features to the language model's hidden size.
+        image_newline: [hidden], follows each line of features in `spatial_unpad`; None elsewhere.
         language_model: transformers' causal language model.
     """
 
@@ -47,7 +47,7 @@ class Llava(nn.Module):
             self.language_model.base_model.rotary_emb = HalfRotary(self.language_model.base_model.rotary_emb)
         hidden = text_config.hidden_size
         self.projector = make_projector(spec, vision.hidden_size, hidden)
-        self.image_newline = nn.Parameter(torch.empty(hidden)) if _ends_rows(spec) else None
+        self.image_newline = nn.Parameter(torch.empty(hidden)) if _uses_newline(spec) else None
 
     @classmethod
     def load(
@@ -57,13 +57,13 @@ class Llava(nn.Module):
         dtype: torch.dtype = torch.float32,
         quantization: Quantization | None = None,
     ) -> Llava:
-        """Loads a checkpoint, tensor by tensor to its place.
+        """Loads a checkpoint, tensor by tensor.
 
         Args:
             spec: of the checkpoint.
             device: where the model runs.
             dtype: of all weights, but for quantized layers.
-            quantization: of the language model's linear layers, its head apart.
+            quantization: of the language model's linear layers, without its head.
 
         Raises:
             CheckpointError: a tensor is missing, surplus, or of the wrong shape; a file is missing or damaged.
@@ -111,10 +111,10 @@ class Llava(nn.Module):
 
     @torch.inference_mode()
     def image_embeddings(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Projects and joins one picture's features.
+        """Projects and joins one image's features.
 
         Args:
-            features: [tiles, features, vision hidden] of the picture's tiles, the overview first.
+            features: [tiles, features, vision hidden] of the image's tiles, the overview first.
             image_size: (width, height) before tiling.
 
         Returns:
@@ -124,12 +124,11 @@ class Llava(nn.Module):
         image = self.spec.image
         if image.aspect != "anyres" or image.merge == "flat":
             return projected.flatten(0, 1)
-        columns, rows = tile_grid(image_size, image)
+        width, height = tile_grid(image_size, image)
         side = image.grid_side
-        # [rows of tiles, columns, side, side, hidden] -> [all rows, all columns, hidden]
-        grid = (
-            projected[1:].view(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
-        )
+        # [tiles down, tiles across, side, side, hidden] -> [features down, features across, hidden]
+        grid = projected[1:].view(height, width, side, side, -1).transpose(1, 2)
+        grid = grid.reshape(height * side, width * side, -1)
         if self.image_newline is not None:
             top, bottom, left, right = kept_features(image_size, image)
             grid = grid[top:bottom, left:right]
@@ -144,8 +143,8 @@ class Llava(nn.Module):
 
 
 class HalfRotary(nn.Module):
-    """Rotary tables rounded to half precision. The original builds its model in float16, tables included: whatever the
-    weights' precision is now, the logits are its own only with them."""
+    """Rotary tables rounded to half precision. The original builds its model in float16, tables included: only with
+    such tables are the logits those of the original, whatever the precision of the weights."""
 
     def __init__(self, exact: nn.Module) -> None:
         super().__init__()
@@ -188,16 +187,16 @@ def selected_layers(spec: CheckpointSpec) -> int:
     return selected
 
 
-def _ends_rows(spec: CheckpointSpec) -> bool:
-    """Whether a learned feature ends each row of a picture's features."""
+def _uses_newline(spec: CheckpointSpec) -> bool:
+    """Whether a learned newline feature follows each line of an image's features."""
     return spec.image.aspect == "anyres" and spec.image.merge == "spatial_unpad"
 
 
 def _is_unused(name: str, spec: CheckpointSpec) -> bool:
-    """Tensors that a checkpoint rightly holds, though no answer depends on them: the tower's layers behind the selected
-    one, and a row's end where pictures are not tiled."""
+    """Tensors that a checkpoint may hold although no answer depends on them: the tower's layers after the selected one,
+    and the newline feature where images are not tiled."""
     if name == "image_newline":
-        return spec.image.merge == "spatial_unpad" and not _ends_rows(spec)
+        return spec.image.merge == "spatial_unpad" and not _uses_newline(spec)
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
     return layer is not None and selected_layers(spec) <= int(layer[1]) < int(spec.vision_config["num_hidden_layers"])
 
@@ -205,20 +204,21 @@ def _is_unused(name: str, spec: CheckpointSpec) -> bool:
 def _fit_vocabulary(
     spec: CheckpointSpec, tensors: dict[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], PreTrainedConfig]:
-    """The language model's config, and its tensors without the rows that the original would cut off: those behind the
-    tokenizer's vocabulary. transformers keeps such rows."""
+    """The language model's tensors, cut to the tokenizer's vocabulary as the original does, and its config.
+
+    transformers does not cut them."""
     settings = dict(spec.text_config)
     tables = {name: tensor for name, tensor in tensors.items() if name.endswith(_VOCABULARY)}
     if spec.layout == "original" and tables:
         tokenizer = load_tokenizer(spec.tokenizer)
-        rows = _common_rows(spec, list(tables.values()))
-        if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= rows:
+        size = _table_size(spec, list(tables.values()))
+        if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= size:
             first = next(iter(tables.values()))
             raise CheckpointError(
-                f"{first.name} in {first.file} has {rows} rows: none for <im_start> and <im_end>, which config.json "
+                f"{first.name} in {first.file} has {size} rows: none for <im_start> and <im_end>, which config.json "
                 "uses (mm_use_im_start_end). Take the weights that were saved with them."
             )
-        settings["vocab_size"] = min(rows, tokenizer.size)
+        settings["vocab_size"] = min(size, tokenizer.size)
         tensors = tensors | {name: tensor.first_rows(settings["vocab_size"]) for name, tensor in tables.items()}
     try:
         return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -228,14 +228,14 @@ def _fit_vocabulary(
         ) from error
 
 
-def _common_rows(spec: CheckpointSpec, tables: list[StoredTensor]) -> int:
-    """Rows of the embeddings and the head. An adapter's config.json need not tell those of its base."""
-    rows = spec.vocab_size if spec.adapter is None else tables[0].shape[0]
+def _table_size(spec: CheckpointSpec, tables: list[StoredTensor]) -> int:
+    """Vocabulary size of the embeddings and the head. An adapter's config.json need not have that of its base."""
+    size = spec.vocab_size if spec.adapter is None else tables[0].shape[0]
     for table in tables:
-        if table.shape[0] != rows:
+        if table.shape[0] != size:
             reason = "vocab_size in config.json" if spec.adapter is None else tables[0].name
             raise CheckpointError(
-                f"{table.name} in {table.file} is {table.shape}, but {reason} asks for {rows} rows: take the weights "
+                f"{table.name} in {table.file} is {table.shape}, but {reason} asks for {size} rows: take the weights "
                 "and the config.json that belong together."
             )
-    return rows
+    return size

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: how they are found, and what is told of them."""
+"""NaN and infinity: the check for them, and the error that reports them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _INF = float("inf")
 def are_finite(values: torch.Tensor, dim: int | tuple[int, ...] = ()) -> torch.Tensor:
     """Whether no value is NaN or infinity.
 
-    Two reductions without a copy: several times as fast as `isfinite().all()`, and for no shape does it take memory.
+    Two reductions without a copy: several times as fast as `isfinite().all()`, without temporary memory.
 
     Args:
         values: of any shape, but not empty along `dim`.
-        dim: that are reduced; all by default.
+        dim: dimensions that are reduced; all by default.
 
     Returns:
-        bool tensor of the other dimensions, on the same device.
+        Bool tensor of the other dimensions, on the same device.
     """
-    return (values.amin(dim) > -_INF) & (values.amax(dim) < _INF)  # NaN is carried along, and is in no order
+    return (values.amin(dim) > -_INF) & (values.amax(dim) < _INF)  # reductions propagate NaN, and it compares false
 
 
 def numerical_error(dtype: torch.dtype) -> NumericalError:
-    """The error of a request whose numbers did not stay finite in a model of this precision."""
+    """The error of a request that got NaN or infinity in a model of this precision."""
     advice = {
         torch.float16: "with dtype bfloat16 or float32 they may be",
         torch.bfloat16: "with dtype float32 they may be, unless its weights are damaged",

@@ -1,4 +1,4 @@
-"""Puts stored tensors into a model that was built without memory, one by one; quantizes on the way where asked."""
+"""Loads stored tensors one by one into a model on the meta device, and quantizes them where that is asked for."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from llava_serve.model.numerics import are_finite
 Quantization = Literal["8bit", "4bit"]
 
 _LISTED = 8
-"""Names that an error message lists."""
+"""The most names that an error message lists."""
 
 
 def load_weights(
     model: nn.Module, stored: dict[str, StoredTensor], spec: CheckpointSpec, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Fills every parameter of a model from its stored tensor, and nothing else.
+    """Loads every parameter of a model from its stored tensor.
 
-    Never holds more than one tensor beside the model: what a process needs to load is what the model takes.
+    Never holds more than one tensor beside the model, so that loading needs no more memory than the model.
 
     Raises:
         CheckpointError: lists the tensors that are missing or surplus; names one of another shape, or that is not
@@ -38,7 +38,7 @@ def load_weights(
     for name, parameter in wanted.items():
         path, _, last = name.rpartition(".")
         _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
-    for module in model.modules():  # tables such as the rotary frequencies: computed, not stored
+    for module in model.modules():  # tables such as rotary frequencies: computed, not stored
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
     if tied:
@@ -47,13 +47,13 @@ def load_weights(
 
 
 def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of a language model, its head apart, by bitsandbytes' in 8 or 4 bits. They are filled,
-    and quantized on the way, by `load_weights`.
+    """Replaces the linear layers of a language model, without its head, by bitsandbytes' in 8 or 4 bits. `load_weights`
+    quantizes the weights while loading.
 
     Args:
-        language_model: built without memory.
-        quantization: 8 bits (LLM.int8) or 4 bits (NF4, its scales quantized once more), as the original has them.
-        dtype: in which the layers compute.
+        language_model: on the meta device.
+        quantization: 8 bits (LLM.int8) or 4 bits (NF4 with double quantization), as in the original.
+        dtype: of the layers' computation.
 
     Raises:
         CheckpointError: bitsandbytes is not installed, or cannot compute in this precision.
@@ -66,7 +66,7 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
         raise CheckpointError(
             "8-bit and 4-bit loading need bitsandbytes; install it: pip install llava-serve[quantization]."
         ) from error
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_telling)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_logging)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError("8-bit and 4-bit layers compute in float32, bfloat16 or float16; choose one with dtype.")
     eight = BitsAndBytesConfig(load_in_8bit=True)
@@ -80,13 +80,13 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
     )
 
 
-def _is_worth_telling(record: logging.LogRecord) -> bool:
-    # Told for each layer at each step; that 8-bit layers round their input is known.
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    # Logged for each layer at each step; it is known that 8-bit layers round their input.
     return "inputs will be cast" not in str(record.msg)
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    """Parameters that share another's memory; files may or may not hold them."""
+    """Parameters that are tied to another one; checkpoints may or may not hold them."""
     language_model: Any = model.get_submodule("language_model")
     if not language_model.config.get_text_config().tie_word_embeddings:
         return set()
@@ -102,7 +102,7 @@ def _check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: s
     if missing:
         parts.append(f"missing are {_some([stored_name(name, spec) for name in missing])}")
     if surplus:
-        parts.append(f"without a place are {_some([_described(stored[name]) for name in surplus])}")
+        parts.append(f"surplus are {_some([_described(stored[name]) for name in surplus])}")
     advice = "Download it again, or correct its config.json."
     if spec.adapter is not None:
         advice = f"Name the base that it was trained on with model_base; {spec.base} is another, or incomplete."
@@ -141,12 +141,12 @@ def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor as it was placed, or was to be quantized."""
+    """Returns the tensor as it was loaded, or was to be quantized."""
     old = getattr(module, name)
     if type(old) is nn.Parameter:
-        placed = torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
-        setattr(module, name, nn.Parameter(placed, requires_grad=False))
-        return placed
+        loaded = torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
+        setattr(module, name, nn.Parameter(loaded, requires_grad=False))
+        return loaded
     # bitsandbytes' parameters quantize themselves when they are moved to their device.
     settings = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}
     rounded = value.to(dtype)
@@ -154,12 +154,12 @@ def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtyp
     return rounded
 
 
-def _check_finite(stored: StoredTensor, value: Tensor, placed: Tensor) -> None:
-    """Raises `CheckpointError` for a tensor that spoils answers: NaN spreads to all that it meets."""
-    if placed.numel() == 0 or bool(are_finite(placed)):
+def _check_finite(stored: StoredTensor, value: Tensor, loaded: Tensor) -> None:
+    """Raises `CheckpointError` for a tensor with NaN or infinity: they spread to every answer."""
+    if loaded.numel() == 0 or bool(are_finite(loaded)):
         return
     what = f"{stored.name} in {stored.file}" + (" with the adapter's addition" if stored.delta else "")
     if bool(are_finite(value)):
-        dtype = str(placed.dtype).removeprefix("torch.")
+        dtype = str(loaded.dtype).removeprefix("torch.")
         raise CheckpointError(f"{what} holds numbers too large for {dtype}: choose bfloat16 or float32 with dtype.")
     raise CheckpointError(f"{what} holds NaN or infinity: download it again.")

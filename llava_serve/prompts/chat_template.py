@@ -1,4 +1,4 @@
-"""transformers' chat templates (Jinja), rendered to spans without letting a user's text become mark-up."""
+"""transformers' chat templates (Jinja), rendered to spans in which a user's text never becomes markup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava_serve.errors import RequestError
 from llava_serve.prompts.conversation import ImageSlot, Span, Text, control_spans, merge_text
 from llava_serve.types import ImagePart, Message
 
-# Private-use characters stand for the texts while the template runs: what comes out between them is the template's.
+# Private-use characters mark the texts while the template runs: all other output is the template's own.
 _MARK = "\ue000{}\ue001"
 _MARKED = re.compile("\ue000(\\d+)\ue001|<image>")
 
@@ -30,8 +30,8 @@ def render_chat_template(
     Args:
         template: the Jinja text.
         system: the system message, or None.
-        turns: the user's first and last.
-        special_tokens: `bos_token` and the like, which templates use by name.
+        turns: the first and the last one are the user's.
+        special_tokens: such as `bos_token`, which templates use by name.
 
     Raises:
         RequestError: the template refuses the conversation.
@@ -41,7 +41,7 @@ def render_chat_template(
     def marked(text: str) -> str:
         core = text.strip()
         texts.append(core)
-        # White space stays outside, so that a template which trims its texts still does.
+        # White space stays outside the marks, so that a template can trim it.
         left = text[: len(text) - len(text.lstrip())] if core else ""
         right = text[len(text.rstrip()) :]
         return left + _MARK.format(len(texts) - 1) + right
@@ -66,8 +66,8 @@ def render_chat_template(
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; the published LLaVA-1.5 template has it. Nothing is
-    rendered for it."""
+    """`{% generation %}` marks the assistant's text for training; the published LLaVA-1.5 template has it. It renders
+    nothing."""
 
     tags = {"generation"}  # noqa: RUF012, as the base class has it
 
@@ -83,7 +83,7 @@ def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
 
 
-@lru_cache(maxsize=8)  # a model has one; compiling it takes longer than all else that happens to a small prompt
+@lru_cache(maxsize=8)  # a model has one; compiling it takes longer than all other work on a small prompt
 def _compiled(template: str) -> Template:
     extensions = [loopcontrols, _Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
@@ -92,4 +92,4 @@ def _compiled(template: str) -> Template:
 
 
 def _refuse(message: str) -> None:
-    raise RequestError(f"The model's chat template refuses the conversation: {message}", "messages")
+    raise RequestError(f"The model's chat template refuses the conversation: {message[:100]}", "messages")

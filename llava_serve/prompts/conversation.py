@@ -1,5 +1,5 @@
-"""Messages become spans: text, control tokens, image slots. Nothing is rendered to one string and parsed again, so that
-no control token and no image slot ever comes from what a user typed."""
+"""Renders messages to spans: text, control tokens, image slots. No rendered string is parsed again, so that a
+user's text never becomes a control token or an image slot."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ IMAGE_PLACEHOLDER = "<image-placeholder>"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Characters to be encoded as they are, whatever they look like."""
+    """Characters that are encoded as text, whatever they spell."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A token by its name, from a template only. Where the vocabulary has no such token it is text."""
+    """A token by its name, from a template only. It is text if the vocabulary has no such token."""
 
     token: str
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
-    """An image goes here. The n-th slot of a prompt takes its n-th image."""
+    """The place of an image. The n-th slot of a prompt takes its n-th image."""
 
 
 Span = Text | Control | ImageSlot
@@ -47,7 +47,7 @@ def control_spans(template_text: str) -> list[Span]:
 
 
 def prompt_text(spans: Iterable[Span]) -> str:
-    """The prompt as one reads it: `<image>` where an image goes."""
+    """The prompt as text: `<image>` where an image goes."""
     return "".join(
         "<image>" if isinstance(span, ImageSlot) else span.text if isinstance(span, Text) else span.token
         for span in spans
@@ -55,7 +55,7 @@ def prompt_text(spans: Iterable[Span]) -> str:
 
 
 def merge_text(spans: Iterable[Span]) -> list[Span]:
-    """Joins neighbouring texts: tokens may cross the border between a template's words and a user's."""
+    """Joins adjacent texts: a token may span a template's text and a user's."""
     merged: list[Span] = []
     for is_text, run in groupby(spans, lambda span: isinstance(span, Text)):
         if not is_text:
@@ -72,15 +72,15 @@ def query_message(query: str, images: Sequence[ImagePart], *, line_breaks: bool 
     Args:
         query: the text.
         images: in order.
-        line_breaks: end the line behind each image that stands before the text; a chat template does so itself.
+        line_breaks: add a line break after each image before the text; a chat template adds its own.
 
     Raises:
         RequestError: placeholders and images differ in number.
     """
     pieces = query.split(IMAGE_PLACEHOLDER)
     if len(pieces) == 1:
-        before = [part for image in images for part in (image, TextPart("\n"))] if line_breaks else images
-        return Message("user", (*before, TextPart(query)))
+        leading = [part for image in images for part in (image, TextPart("\n"))] if line_breaks else images
+        return Message("user", (*leading, TextPart(query)))
     if len(pieces) - 1 != len(images):
         raise RequestError(f"The query has {len(pieces) - 1} image placeholders for {len(images)} images.")
     parts: list[TextPart | ImagePart] = [TextPart(pieces[0])]
@@ -90,7 +90,7 @@ def query_message(query: str, images: Sequence[ImagePart], *, line_breaks: bool 
 
 
 def chat_message(message: Message) -> Message:
-    """A chat message with its line breaks: an image is followed by one if text follows anywhere behind it."""
+    """A chat message with its line breaks: one after each image that has text anywhere after it."""
     parts: list[TextPart | ImagePart] = []
     last_text = max((i for i, part in enumerate(message.parts) if isinstance(part, TextPart) and part.text), default=-1)
     for i, part in enumerate(message.parts):
@@ -101,13 +101,14 @@ def chat_message(message: Message) -> Message:
 
 
 def split_system(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
-    """Checks the order of a conversation and takes its system message off.
+    """Checks the order of a conversation and splits its system message off.
 
     Returns:
-        The system text, or None; and the turns, neighbours of one role joined by a newline.
+        The system text, or None; and the turns, adjacent ones of one role joined by a newline.
 
     Raises:
-        RequestError: empty, does not begin and end with the user, or an image outside the user's turns.
+        RequestError: the conversation is empty, or does not begin and end with the user; an image is outside the
+            user's turns.
     """
     system: str | None = None
     rest = list(messages)
@@ -145,7 +146,7 @@ def render(conv_mode: str, system: str | None, turns: Sequence[Message], *, imag
     Args:
         conv_mode: key of the template.
         system: replaces the template's system message; None keeps it.
-        turns: alternating, the user's first and last.
+        turns: alternating; the first and the last one are the user's.
         image_marks: each image stands between `<im_start>` and `<im_end>` (`mm_use_im_start_end`).
 
     Raises:

@@ -1,7 +1,7 @@
 """The original's sixteen conversation templates, as data, and the choice of one.
 
-The wording and the separators are those that the released checkpoints were trained or served with: they are facts about
-the weights, down to a missing space. Source: `llava/conversation.py` of the original.
+The texts and the separators are those that the released checkpoints were trained or served with, down to a missing
+space: other ones change the answers. Source: `llava/conversation.py` of the original.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Template:
 
     @property
     def end_of_answer(self) -> str:
-        """What follows an answer in this template: the mark at which generation has to stop."""
+        """The text after an answer in this template, at which generation stops."""
         if self.style is Style.PLAIN:
             return ""
         return self.sep2 if self.style in (Style.TWO, Style.LLAMA_2) else self.sep
@@ -148,14 +148,14 @@ _BY_NAME = (
 
 
 def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) -> tuple[str, str]:
-    """Chooses a template as the original's command line does: by the checkpoint's name, first match wins. Where the
-    name says nothing, the content decides (the original falls to `llava_v0`, wrong for all but the first release).
+    """Chooses a template as the original's command line does: by the checkpoint's name, first match wins. If the name
+    matches nothing, the content decides (the original takes `llava_v0`, wrong for all but the first release).
 
     Args:
-        name: the part of the model's name that tells it, as `name_for_templates` gives it.
+        name: the part of the model's name that decides, from `name_for_templates`.
         decoder: transformers' `model_type` of the language model.
         has_chatml: `<|im_start|>` is one token of its vocabulary.
-        modern: not one of the first release: an MLP projector, or no image start and end tokens.
+        modern: newer than the first release: an MLP projector, or no image start and end tokens.
 
     Returns:
         The template's key, and a sentence that says why.
@@ -167,7 +167,7 @@ def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) 
             if by_content in ("chatml_direct", "mpt", "mistral_instruct") and key == "llava_v1":
                 reason += f" (but {why}: consider --conv-mode {by_content})"
             return key, reason
-    return by_content, f"{why}, and the name says nothing"
+    return by_content, f"{why}, and the name does not decide"
 
 
 def _by_content(decoder: str, has_chatml: bool, modern: bool) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Ids to text as they come, with stop strings. Joined, the pieces are the stripped answer."""
+"""Token ids to text, as they are generated, with stop strings. Joined, the pieces are the stripped answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from llava_serve.text.tokenizer import Tokenizer
 
 _UNDECIDED = "\N{REPLACEMENT CHARACTER}"
 _WINDOW = 12
-"""Ids that are decoded again with each new one: enough for a character of several bytes and the spaces about it."""
+"""Ids that are decoded again with each new one: enough for a character of several bytes and the spaces around it."""
 
 
 class Detokenizer:
     """Text of one answer, piece by piece.
 
-    A character whose bytes are not all there, the beginning of a stop string, and trailing white space are held back
-    until they are decided.
+    An incomplete character, the beginning of a stop string and trailing white space are held back until the next ids
+    decide them.
 
     Args:
         stop: strings that end the answer; the earliest counts, and is not part of the text.
@@ -26,14 +26,14 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._ids: list[int] = []  # the window
-        self._decoded = ""  # what of the window's text has been taken
-        self._held = ""  # taken, but not yet given out
+        self._decoded = ""  # the part of the window's text that is decoded
+        self._held = ""  # decoded, but not yet returned
         self._started = False
         self.stopped = False
-        """A stop string was met: what follows is not part of the answer."""
+        """A stop string was found: later text is not part of the answer."""
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that new ids decide; with `last`, all that is left. Nothing comes after a stop string."""
+        """The text that new ids decide; with `last`, all the rest. It is empty after a stop string."""
         if self.stopped:
             return ""
         self._held += self._decode(ids, last)
@@ -52,7 +52,7 @@ class Detokenizer:
         return ready
 
     def _decode(self, ids: Sequence[int], last: bool) -> str:
-        """New text; the window moves on once what is behind it cannot change."""
+        """New text; the window moves on once the text before it cannot change."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
         count = len(self._ids) if last else self._decided_ids()
@@ -69,19 +69,19 @@ class Detokenizer:
         return new
 
     def _decided_ids(self) -> int:
-        """Ids before those at the end whose text may still change."""
+        """The number of ids whose text cannot change any more."""
         count = len(self._ids)
         while count and self._tokenizer.stays_open(self._ids[count - 1]):
             count -= 1
         return count
 
     def _find_stop(self) -> int | None:
-        """Where the earliest stop string begins in what is held back."""
+        """The start of the earliest stop string in the text that is held back."""
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         return min(found, default=None)
 
     def _open_stop(self) -> int:
-        """Length of the longest end of what is held that could become a stop string."""
+        """The length of the longest end of the held text that may begin a stop string."""
         for length in range(min(self._longest - 1, len(self._held)), 0, -1):
             end = self._held[-length:]
             if any(stop.startswith(end) for stop in self._stop):

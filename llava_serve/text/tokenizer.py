@@ -1,4 +1,4 @@
-"""Text to ids and back, without torch. Sentencepiece chunk by chunk as the original does it, or a `tokenizer.json`."""
+"""Text to token ids and back, without torch: sentencepiece by chunks, as in the original, or a `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 
 
 _SHRINKING = 4
-"""A normalizer may make fewer characters of a text before it is cut into tokens."""
+"""How far a normalizer may shorten a text before it is split into tokens."""
 
 
 class Tokenizer(ABC):
-    """What the rest needs of a tokenizer. Build one with `load_tokenizer`."""
+    """The interface of a tokenizer. Build one with `load_tokenizer`."""
 
     size: int
     """Tokens in the vocabulary, added ones included."""
 
     longest: int
-    """Characters of a text that one token stands for at most, so that a text's length bounds its tokens from below."""
+    """The most characters of a text in one token, so that a text's length is a lower bound of its tokens."""
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
@@ -43,20 +43,20 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_text(self, token_id: int) -> str:
-        """A token by itself, as one shows it beside its log-probability; empty for an id behind the vocabulary."""
+        """A token by itself, as shown beside its log-probability; empty for an id outside the vocabulary."""
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8: it can be a part of a character. A control token gives its name."""
+        """A token's text in UTF-8, which can be a part of a character. That of a control token is its name."""
 
     @abstractmethod
     def stays_open(self, token_id: int) -> bool:
-        """Whether what follows may change the text up to this token: it is a byte (`<0x0A>`), and one of a run may
-        spoil the others; or it gives no text (a control token, a row behind the vocabulary) and interrupts no run."""
+        """Whether later tokens may change the text up to this one: it is a byte (`<0x0A>`), and an invalid byte changes
+        the whole run of bytes; or it has no text (a control token, an id outside the vocabulary) and ends no run."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control tokens give none, a character's missing bytes give U+FFFD."""
+        """The text of ids; control tokens have none, an incomplete character is U+FFFD."""
 
     @abstractmethod
     def _encode(self, spans: Sequence[Span]) -> list[int]:
@@ -65,7 +65,7 @@ class Tokenizer(ABC):
     def encode(self, spans: Sequence[Span]) -> list[int]:
         """Ids of a prompt, with one `IMAGE_TOKEN_ID` where each image goes.
 
-        Only `Control` and `ImageSlot` spans give control tokens and image slots; a `Text` that spells one does not.
+        Only `Control` and `ImageSlot` spans become control tokens and image slots; a `Text` that spells one does not.
         """
         known = [
             Text(span.token) if isinstance(span, Control) and self.token_id(span.token) is None else span
@@ -78,14 +78,14 @@ def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Loads the tokenizer of a checkpoint.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a file is damaged.
     """
     return SentencePieceTokenizer(spec) if spec.kind == "sentencepiece" else JsonTokenizer(spec)
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`, by the original's rules: each chunk between images begins with a dummy space; text behind a
-    control token inside a chunk does so only where `tokenizer_config.json` says `legacy`."""
+    """`tokenizer.model`, by the original's rules: each chunk between images begins with a dummy space; text after a
+    control token inside a chunk does so only if `tokenizer_config.json` sets `legacy`."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         config = read_json(spec.folder, "tokenizer_config.json", optional=True)
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._added = {token: base + i for i, token in enumerate(spec.added_tokens)}
         self.longest = max(len(self._pieces.id_to_piece(i)) for i in range(base)) * _SHRINKING
         self._silent = {i for i in range(base) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
-        # A user-defined piece such as <|im_end|> matches inside any text: a user's is cut so that it cannot.
+        # A user-defined piece such as <|im_end|> matches inside any text, so a user's text is split inside its name.
         marks = [piece for piece in map(self._pieces.id_to_piece, range(base)) if re.fullmatch(r"<\|.+\|>", piece)]
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
 
@@ -228,7 +228,7 @@ class JsonTokenizer(Tokenizer):
         return ids
 
     def _encode_apart(self, spans: Sequence[Span], *, opening: bool = True) -> list[int]:
-        """Encodes span by span: a text that spells a control token is cut inside its name, so that it stays text."""
+        """Encodes span by span: a text that spells a control token is split inside its name, so that it stays text."""
         ids: list[int] = self._tokenizer.encode("").ids if opening else []
         for span in spans:
             if isinstance(span, Text):
@@ -249,13 +249,13 @@ class JsonTokenizer(Tokenizer):
 
 
 def _is_byte_level(tokenizer: FastTokenizer) -> bool:
-    """Whether the vocabulary is written in bytes, by its decoder's own description."""
+    """Whether the vocabulary is byte-level, by its decoder's own description."""
     described = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     return any(each["type"] == "ByteLevel" for each in (described, *described.get("decoders", ())) if each)
 
 
 def _cut(marks: re.Pattern[str] | None, text: str) -> Iterator[str]:
-    """Cuts a text behind the first character of each mark in it, so that no part holds a whole mark."""
+    """Splits a text after the first character of each mark in it, so that no part holds a whole mark."""
     start = 0
     for match in marks.finditer(text) if marks else ():
         yield text[start : match.start() + 1]

@@ -1,4 +1,4 @@
-"""A bounded house: who is let in, who is refused, and that every guest leaves."""
+"""The limit on requests in flight: what is admitted, what is refused, and that every end makes room."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from openai import RateLimitError
 from support.api_server import BODY, MESSAGES, PATH, PacedBackend, app_over, official, wait_until
 
 
-def test_a_full_house_refuses_at_once_and_the_official_client_comes_again() -> None:
+def test_at_capacity_a_request_is_refused_at_once_and_the_official_client_retries() -> None:
     backend = PacedBackend(pace_s=1)
     with app_over(backend, max_in_flight=1) as web:
-        guest = threading.Thread(target=lambda: web.post(PATH, json=BODY))
-        guest.start()
+        first = threading.Thread(target=lambda: web.post(PATH, json=BODY))
+        first.start()
         wait_until(lambda: backend.working == 1)
         with httpx.Client(base_url=web.base_url) as other:
-            refused = other.post(PATH, content=b"not looked at")
+            refused = other.post(PATH, content=b"not parsed")
             assert other.get("/health").status_code == 200
-            assert backend.working == 1, "the refusal waited for the guest"
+            assert backend.working == 1, "the refusal waited for the request in flight"
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         with pytest.raises(RateLimitError):
             official(web).chat.completions.create(model="paced", messages=MESSAGES)
         answer = official(web, retries=5).chat.completions.create(model="paced", messages=MESSAGES)
         assert answer.choices[0].message.content == "A red circle."
-        guest.join()
+        first.join()
 
 
 async def test_two_hundred_at_once_get_an_answer_or_a_refusal_and_nothing_else() -> None:
     backend = PacedBackend(pace_s=0.02)
     limits = httpx.Limits(max_connections=200)
     with app_over(backend, max_in_flight=20) as web:
-        async with httpx.AsyncClient(base_url=web.base_url, limits=limits, timeout=30) as guests:
+        async with httpx.AsyncClient(base_url=web.base_url, limits=limits, timeout=30) as client:
             answers = await asyncio.gather(
-                *(guests.post(PATH, json=BODY | {"stream": bool(number % 2)}) for number in range(200))
+                *(client.post(PATH, json=BODY | {"stream": bool(number % 2)}) for number in range(200))
             )
     assert {answer.status_code for answer in answers} == {200, 429}
     for answer in answers:
@@ -49,7 +49,7 @@ async def test_two_hundred_at_once_get_an_answer_or_a_refusal_and_nothing_else()
     assert backend.working == 0
 
 
-def test_every_end_frees_its_place() -> None:
+def test_every_end_makes_room_for_the_next_request() -> None:
     backend = PacedBackend()
     with app_over(backend, max_in_flight=1) as web:
         for _ in range(3):

@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 from support.api_server import serving
 from support.paths import GOLDEN
 
@@ -33,7 +33,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     options = ModelOptions(model=str(GOLDEN / "checkpoints" / MODEL), device="cpu", dtype="float32")
-    llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20))
+    originals = ImageOptions(transparency="drop")  # the golden pixels
+    llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20), image_options=originals)
     backend = InProcessBackend(llm)
     with serving(create_app(backend, ApiOptions())) as url:
         yield url
@@ -130,7 +131,7 @@ def test_logprobs_are_those_of_the_tokens(client: OpenAI) -> None:
     assert b"lass" in said
 
 
-def test_pictures_and_cached_positions_are_told_apart(client: OpenAI) -> None:
+def test_usage_reports_image_tokens_and_cached_tokens(client: OpenAI) -> None:
     messages = [user(text("First"), picture("tiny.png"), text("then"), picture("alpha.png"), text("which?"))]
     first, second = (client.chat.completions.create(**greedy(messages)).usage for _ in range(2))
     assert first is not None
@@ -163,8 +164,8 @@ def test_how_an_answer_ends_and_how_many_there_are(client: OpenAI) -> None:
     assert create(max_tokens=None, max_completion_tokens=3).usage.completion_tokens == 3
     long = create(max_tokens=300, extra_body={"ignore_eos": True})
     assert (long.usage.completion_tokens, long.choices[0].finish_reason) == (300, "length")
-    drawn = [create(temperature=1, seed=5, n=3) for _ in range(2)]
-    texts = [[choice.message.content for choice in completion.choices] for completion in drawn]
+    sampled = [create(temperature=1, seed=5, n=3) for _ in range(2)]
+    texts = [[choice.message.content for choice in completion.choices] for completion in sampled]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 3
 

@@ -1,4 +1,4 @@
-"""What happens to a request on its way: streams, failures at every stage, admission, deadlines, clients that leave."""
+"""A request from start to end: streams, failures at every stage, deadlines, disconnects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_stream_has_the_role_first_the_end_last_and_the_usage_if_asked() -> No
     }
 
 
-def test_choices_are_told_apart_streamed_and_not() -> None:
+def test_choices_are_kept_apart_streamed_and_not() -> None:
     with app_over(PacedBackend()) as web:
         client = official(web)
         whole = client.chat.completions.create(model="paced", messages=MESSAGES, n=2)
@@ -54,7 +54,7 @@ def test_choices_are_told_apart_streamed_and_not() -> None:
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (7, 6)
 
 
-def test_a_chunk_that_says_nothing_yet_is_not_sent() -> None:
+def test_a_chunk_without_text_is_not_sent() -> None:
     with app_over(PacedBackend(words=("", "", "so", ""))) as web:
         answer = web.post(PATH, json=BODY | {"stream": True})
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in answer.text.split("\n\n")[:-2]]
@@ -113,7 +113,7 @@ def test_an_error_in_mid_stream_is_an_event_that_the_official_client_raises() ->
 
 
 @pytest.mark.parametrize("words", [[], ["A ", "red "]])
-def test_half_an_answer_is_not_passed_off_as_a_whole_one(words: list[str]) -> None:
+def test_an_incomplete_answer_is_an_error(words: list[str]) -> None:
     with app_over(PacedBackend(words=words, cut_short=True)) as web:
         whole = web.post(PATH, json=BODY)
         streamed = web.post(PATH, json=BODY | {"stream": True})
@@ -122,7 +122,7 @@ def test_half_an_answer_is_not_passed_off_as_a_whole_one(words: list[str]) -> No
     assert "before its answer was complete" in streamed.text
 
 
-def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_keep_a_silent_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
     with app_over(PacedBackend(pace_s=0.2)) as web:
         began = time.perf_counter()
@@ -136,7 +136,7 @@ def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("silent", [{"prepare_s": 0.3}, {"pace_s": 0.3}], ids=["prepare", "generate"])
-def test_silence_before_the_first_chunk_is_bridged_too(monkeypatch: pytest.MonkeyPatch, silent: Any) -> None:
+def test_comments_keep_a_stream_alive_before_its_first_chunk(monkeypatch: pytest.MonkeyPatch, silent: Any) -> None:
     monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
     with app_over(PacedBackend(words=("Red.",), **silent)) as web:
         with web.stream("POST", PATH, json=BODY | {"stream": True}) as answer:
@@ -176,7 +176,7 @@ def test_a_deadline_ends_the_work_whatever_hangs(stream: bool, stage: str) -> No
         assert caught.value.status_code == 504
         assert caught.value.code == "deadline_exceeded"
         assert backend.working == 0
-        assert len(backend.seen) == 1  # the client did not try again
+        assert len(backend.asked) == 1  # the client did not retry
 
 
 def test_a_deadline_in_mid_stream_is_an_event() -> None:
@@ -190,7 +190,7 @@ def test_a_deadline_in_mid_stream_is_an_event() -> None:
 
 @pytest.mark.parametrize("stage", ["prepare", "generate"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_ends_the_work(stream: bool, stage: str) -> None:
+def test_a_client_disconnect_ends_the_work(stream: bool, stage: str) -> None:
     backend = PacedBackend(prepare_s=30) if stage == "prepare" else PacedBackend(words=["x"] * 100, pace_s=0.2)
     with app_over(backend, max_in_flight=1) as web:
         body = json.dumps(BODY | {"stream": stream}).encode()
@@ -202,10 +202,10 @@ def test_a_client_that_leaves_ends_the_work(stream: bool, stage: str) -> None:
                 assert client.recv(1000).startswith(b"HTTP/1.1 200")
         wait_until(lambda: backend.working == 0)
         backend.prepare_s = backend.pace_s = 0
-        assert web.post(PATH, json=BODY).status_code == 200  # its place is free
+        assert web.post(PATH, json=BODY).status_code == 200  # it no longer counts as in flight
 
 
-def test_a_body_that_trickles_has_its_time_too() -> None:
+def test_a_slow_body_has_a_time_limit_too() -> None:
     with (
         app_over(PacedBackend(), default_timeout_s=0.3) as web,
         socket.create_connection((web.base_url.host, web.base_url.port), timeout=5) as client,
@@ -214,22 +214,22 @@ def test_a_body_that_trickles_has_its_time_too() -> None:
         assert client.recv(1000).startswith(b"HTTP/1.1 504")
 
 
-def test_health_says_whether_an_answer_can_be_expected() -> None:
+def test_health_reports_whether_the_model_can_answer() -> None:
     backend = PacedBackend()
     with app_over(backend) as web:
         assert web.get("/health").json() == {"status": "ok", "model": "paced"}
         backend.failure, backend.fail_at = EngineDeadError("The engine has stopped."), -1
-        ill = web.get("/health")
-    assert ill.status_code == 503
-    assert ill.json()["error"]["message"] == "The engine has stopped."
+        unhealthy = web.get("/health")
+    assert unhealthy.status_code == 503
+    assert unhealthy.json()["error"]["message"] == "The engine has stopped."
 
 
-async def test_a_burst_of_clients_that_leave_at_random_leaves_nothing() -> None:
+async def test_a_burst_of_random_disconnects_ends_all_work() -> None:
     backend = PacedBackend(words=["x"] * 100, pace_s=0.05, prepare_s=0.05)
     with app_over(backend) as web:
         async with AsyncOpenAI(base_url=f"{web.base_url}/v1", api_key="any", max_retries=0) as client:
 
-            async def come_and_go(number: int) -> None:
+            async def ask_and_disconnect(number: int) -> None:
                 async def ask() -> None:
                     if number % 2:
                         await client.chat.completions.create(model="paced", messages=MESSAGES)
@@ -242,5 +242,5 @@ async def test_a_burst_of_clients_that_leave_at_random_leaves_nothing() -> None:
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(ask(), (number % 10) * 0.04)
 
-            await asyncio.gather(*(come_and_go(number) for number in range(60)))
+            await asyncio.gather(*(ask_and_disconnect(number) for number in range(60)))
         await asyncio.to_thread(wait_until, lambda: backend.working == 0)

@@ -16,6 +16,7 @@ from llava_serve.openai_messages import MAX_MESSAGES, MAX_PARTS
 from llava_serve.processor import Processor
 from llava_serve.types import ImagePart, Message, TextPart
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of, wait_until
+from support.demo import DEMO_IMAGE
 
 TEXT = {"type": "text", "text": "Hi"}
 TURN = {"role": "user", "content": "Hi"}
@@ -51,22 +52,22 @@ def body(**fields: Any) -> bytes:
     ],
     ids=["values", "values of a label", "no messages", "messages", "parts", "empty parts", "depth", "a long name"],
 )
-def test_counts_are_bounded_and_the_first_fault_is_told(sent: bytes, message: str, param: str | None) -> None:
+def test_counts_are_bounded_and_the_first_fault_is_reported(sent: bytes, message: str, param: str | None) -> None:
     backend = PacedBackend()
     with app_over(backend) as web:
         refused = web.post(PATH, content=sent, headers={"Content-Type": "application/json"})
         assert web.post(PATH, json=BODY).status_code == 200
     assert refused.status_code == 400
     assert (error_of(refused)["message"], error_of(refused)["param"]) == (message, param)
-    assert len(backend.seen) == 1
+    assert len(backend.asked) == 1
 
 
-def test_as_many_as_are_allowed_are_read() -> None:
+def test_the_largest_allowed_counts_are_accepted() -> None:
     backend = PacedBackend()
     with app_over(backend) as web:
         answer = web.post(PATH, content=body(messages=[TURN] * MAX_MESSAGES))
     assert answer.status_code == 200
-    assert len(backend.seen[0][0]) == MAX_MESSAGES
+    assert len(backend.asked[0][0]) == MAX_MESSAGES
 
 
 def test_the_bytes_in_flight_are_bounded_beside_the_requests() -> None:
@@ -92,7 +93,7 @@ def processor() -> Processor:
 
 def test_pictures_are_counted_before_anything_is_read(processor: Processor) -> None:
     pictures = tuple(ImagePart(b"no picture") for _ in range(10_000))
-    with pytest.raises(InvalidImageError, match="has 10000 pictures; at most 3"):
+    with pytest.raises(InvalidImageError, match="has 10000 images; at most 3"):
         processor.prepare([Message("user", pictures)])
 
 
@@ -100,7 +101,7 @@ def test_a_text_that_cannot_fit_is_not_tokenized(processor: Processor) -> None:
     with pytest.raises(PromptTooLongError, match="at least") as refusal:
         processor.prepare([Message("user", (TextPart("word " * 200_000),))])
     assert refusal.value.got > refusal.value.limit == processor.spec.context_length - 1
-    # What might fit is tokenized, and told exactly.
+    # What might fit is tokenized, and its exact length reported.
     with pytest.raises(PromptTooLongError, match=r"The prompt takes \d+ tokens") as refusal:
         processor.prepare([Message("user", (TextPart("word " * 5000),))])
     assert refusal.value.got > 5000
@@ -114,3 +115,10 @@ def test_no_text_that_fits_is_refused_by_its_length(processor: Processor, text: 
 def test_many_turns_of_one_role_are_joined(processor: Processor) -> None:
     one = processor.prepare([Message("user", (TextPart("a"),))] * 300)
     assert one.prompt.count("a\n") == 299
+
+
+def test_a_refusal_names_the_part_of_the_image(processor: Processor) -> None:
+    good = ImagePart(DEMO_IMAGE.read_bytes())
+    with pytest.raises(InvalidImageError) as refusal:
+        processor.prepare([Message("user", (good, TextPart("a"))), Message("user", (ImagePart("data:,"), good))])
+    assert refusal.value.param == "messages[1].content[0]"

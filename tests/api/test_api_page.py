@@ -53,10 +53,10 @@ def ask(page: Page, question: str) -> None:
 
 def test_a_picture_and_a_question_get_an_answer_as_it_comes(page: Page) -> None:
     requests: list[str] = []
-    complaints: list[str] = []
+    logged: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("warning", "error") else None)
+    page.on("pageerror", lambda error: logged.append(str(error)))
+    page.on("console", lambda said: logged.append(said.text) if said.type in ("warning", "error") else None)
     backend = PacedBackend(pace_s=0.2)
     with serving(create_app(backend, ApiOptions())) as url:
         page.goto(f"{url}/")
@@ -77,10 +77,10 @@ def test_a_picture_and_a_question_get_an_answer_as_it_comes(page: Page) -> None:
         assert list(dict.fromkeys(page.evaluate("shown"))) == ["A ", "A red ", "A red circle."]
         assert page.locator("#answer").text_content() == "A red circle."
         expect(page.locator("#stop")).to_be_hidden()
-        assert complaints == []
+        assert logged == []
         assert {f"{url}/", f"{url}/v1/models", f"{url}/v1/chat/completions"} <= set(requests)
         assert all(request.startswith((url, "data:")) for request in requests)
-    message = backend.seen[-1][0][0]
+    message = backend.asked[-1][0][0]
     assert isinstance(message.parts[0], ImagePart)
     assert str(message.parts[0].source).startswith("data:image/png;base64,")
     assert message.parts[1] == TextPart("What is it?")
@@ -97,7 +97,7 @@ def test_stop_ends_the_work(page: Page) -> None:
         wait_until(lambda: backend.working == 0)
 
 
-def test_an_error_is_told_in_the_servers_words(page: Page) -> None:
+def test_an_error_is_shown_in_the_servers_words(page: Page) -> None:
     backend = PacedBackend(failure=EngineDeadError("The engine has stopped."), fail_at=1)
     with serving(create_app(backend, ApiOptions())) as url:
         page.goto(f"{url}/")

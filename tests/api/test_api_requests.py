@@ -1,4 +1,4 @@
-"""What the web app takes, and what it refuses: by name, in OpenAI's shape, over a real socket."""
+"""What the web app accepts, and what it refuses: by name, in OpenAI's shape, over a real socket."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ ASKING: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param"), ASKING, ids=[param for _, param in ASKING])
-def test_a_field_that_asks_for_what_is_not_done_is_refused_by_name(
+def test_a_field_that_is_not_supported_is_refused_by_name(
     web: httpx.Client, fields: dict[str, Any], param: str
 ) -> None:
     response = ask(web, **fields)
@@ -176,7 +176,7 @@ def test_messages_reach_the_library_as_they_were_written(web: httpx.Client, back
     ]
     assert ask(web, messages=messages, conv_mode="plain").status_code == 200
     picture = ImagePart("data:image/png;base64,AAAA")
-    assert backend.seen[-1] == (
+    assert backend.asked[-1] == (
         (
             Message("system", (TextPart("Be "), TextPart("brief."))),
             Message("user", (TextPart("What is"), picture, TextPart("and <image> this?"), picture)),
@@ -200,14 +200,14 @@ def test_sampling_reaches_the_library(web: httpx.Client, backend: PacedBackend) 
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 3, "n": 2, "presence_penalty": 1}
     ours = {"frequency_penalty": -1, "repetition_penalty": 1.5, "ignore_eos": True}
     assert ask(web, **fields, **ours, stop="\n", max_tokens=9, logprobs=True, top_logprobs=4).status_code == 200
-    drawn = backend.drawn[-1]
+    sampling = backend.samplings[-1]
     for name, value in (fields | ours).items():
-        assert getattr(drawn, name) == value
-    assert (drawn.stop, drawn.max_new_tokens, drawn.logprobs) == (("\n",), 9, 4)
+        assert getattr(sampling, name) == value
+    assert (sampling.stop, sampling.max_new_tokens, sampling.logprobs) == (("\n",), 9, 4)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 50), (20, 20), (500, 70)])
-def test_a_request_has_its_time_within_the_servers_limits(
+def test_a_request_has_its_timeout_within_the_servers_limits(
     web: httpx.Client, backend: PacedBackend, asked: float | None, given: float
 ) -> None:
     now = time.time()

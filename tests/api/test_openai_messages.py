@@ -22,7 +22,7 @@ PNG = DEMO_IMAGE.read_bytes()
 
 
 def read(message: ChatMessage) -> Message:
-    """One message, as the library's user wrote it."""
+    """One message of a library's user."""
     [found] = read_messages([message], lambda source: read_local_source(source, OPTIONS))
     return found
 
@@ -45,17 +45,18 @@ def test_a_picture_is_read_where_it_is(part: dict[str, Any]) -> None:
     assert read(user(part)) == Message("user", (ImagePart(PNG), TextPart("What is it?")))
 
 
-@pytest.mark.parametrize("source", [Image.open, lambda path: np.asarray(Image.open(path).convert("RGB"))])
+@pytest.mark.parametrize("source", [lambda image: image, lambda image: np.asarray(image.convert("RGB"))])
 def test_a_picture_in_memory_keeps_every_pixel(source: Any) -> None:
-    message = read(user({"type": "image", "image": source(DEMO_IMAGE)}))
+    with Image.open(DEMO_IMAGE) as image:
+        message = read(user({"type": "image", "image": source(image)}))
     part = message.parts[0]
     assert isinstance(part, ImagePart)
     assert isinstance(part.source, bytes)
-    with Image.open(io.BytesIO(part.source)) as sent, Image.open(DEMO_IMAGE) as drawn:
-        assert sent.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+    with Image.open(io.BytesIO(part.source)) as sent, Image.open(DEMO_IMAGE) as original:
+        assert sent.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
 
-def test_a_text_and_a_message_pass_as_they_are() -> None:
+def test_a_text_and_a_message_are_kept() -> None:
     message = Message("assistant", (TextPart("Red."),))
     assert read(message) is message
     assert read({"role": "assistant", "content": "Red."}) == message

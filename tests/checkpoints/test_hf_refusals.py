@@ -1,4 +1,4 @@
-"""What of transformers' layout is refused at load, by name: relatives of the family, and files that do not fit."""
+"""What is refused at load in transformers' layout, by name: other models of the family, and files that do not fit."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def hub(llava_15: Path, tmp_path: Path) -> Iterator[Hub]:
     (llava_15 / "config.json").write_text(json.dumps(edited))
     there = Hub(llava_15, tmp_path / "cache")
 
-    class Door(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.split("?")[0].lstrip("/")
             if path.startswith(f"api/models/{MODEL}/revision"):
@@ -93,7 +93,7 @@ def hub(llava_15: Path, tmp_path: Path) -> Iterator[Hub]:
         def log_message(self, *_: object) -> None:
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     there.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -132,7 +132,7 @@ def test_the_description_is_fetched_without_the_weights_and_they_are_fetched_whe
 
 
 @pytest.mark.parametrize("gap", ["config.json", "tokenizer.model"])
-def test_a_gap_is_told_offline_and_filled_online(hub: Hub, gap: str) -> None:
+def test_a_gap_is_reported_offline_and_filled_online(hub: Hub, gap: str) -> None:
     hub.open("description")
     (hub.snapshot / gap).unlink()
     assert "only partly in the local hub cache" in hub.open("description", offline=True)
@@ -162,7 +162,7 @@ def test_a_hub_id_and_its_folder_give_the_same_description(hub: Hub) -> None:
     assert by_folder == by_id.replace(str(hub.snapshot), str(plain)).replace(MODEL, plain.name)
 
 
-def test_a_hub_id_tells_the_template(hub: Hub) -> None:
+def test_a_hub_id_decides_the_template(hub: Hub) -> None:
     named = hub.cache / "hub" / "models--org--llava-llama-2-tiny" / "snapshots" / REVISION
     hub.open("weights")
     shutil.copytree(hub.snapshot, named)

@@ -71,7 +71,7 @@ def test_a_bin_file_of_before_torch_1_6(llava_15: Path) -> None:
     assert same(load(llava_15), before)
 
 
-def test_a_projector_beside_full_weights_is_passed_over(llava_15: Path) -> None:
+def test_a_projector_beside_full_weights_is_ignored(llava_15: Path) -> None:
     before = load(llava_15)
     torch.save({"model.mm_projector.0.weight": torch.zeros(64, 48)}, llava_15 / "mm_projector.bin")
     assert same(load(llava_15), before)
@@ -87,7 +87,7 @@ def test_rows_behind_the_tokenizer_are_cut_off(llava_15: Path) -> None:
     assert same(load(llava_15), before)
 
 
-def test_an_image_newline_is_passed_over_where_pictures_are_not_tiled(llava_15: Path) -> None:
+def test_an_image_newline_is_ignored_where_images_are_not_tiled(llava_15: Path) -> None:
     before = load(llava_15)
     write(llava_15, read(llava_15) | {"model.image_newline": torch.ones(64).half()})
     edit(llava_15 / "config.json", mm_patch_merge_type="spatial_unpad")

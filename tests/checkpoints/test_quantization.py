@@ -78,8 +78,8 @@ def test_layers_memory_and_logits(folder: Path, quantization: Any, dtype: torch.
     if dtype == torch.bfloat16:
         assert low < memory(small.language_model) / memory(plain.language_model) < high
     prepared = prepare(folder)
-    alike = functional.cosine_similarity(logits(small, prepared).float(), logits(plain, prepared).float(), dim=-1)
-    assert cosine < float(alike.min()) < 1 - 1e-6
+    similarity = functional.cosine_similarity(logits(small, prepared).float(), logits(plain, prepared).float(), dim=-1)
+    assert cosine < float(similarity.min()) < 1 - 1e-6
 
 
 @needs_bitsandbytes
@@ -126,7 +126,7 @@ def test_refused_in_double_precision(folder: Path) -> None:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", EXPECTED)
-def test_weights_are_looked_at_before_they_are_quantized(quantization: Any, llava_15: Path) -> None:
+def test_weights_are_checked_before_they_are_quantized(quantization: Any, llava_15: Path) -> None:
     weights = read(llava_15)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     write(llava_15, weights)

@@ -26,7 +26,7 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "20", "--dtype", "float32", 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left."""
+    """The outcome of a command."""
 
     returncode: int
     stdout: str
@@ -47,7 +47,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def run_inside(script: str) -> str:
-    """What a script prints: to look at a process after a command."""
+    """The output of a script, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -115,7 +115,7 @@ def test_chat_keeps_the_history(cli: Callable[..., Done]) -> None:
         (["ask", "--model", MODEL], "Give one question"),
         (["ask", "--model", MODEL, "--query", "a", "b"], "Give one question"),
         (["ask", "--model", MODEL, "--image", "nowhere.png", "What?"], "nowhere.png cannot be read"),
-        (["ask", "--model", MODEL, "--image", __file__, "What?"], "picture"),
+        (["ask", "--model", MODEL, "--image", __file__, "What?"], "The data is plain text"),
         (["ask", "--model", "nowhere", "What?"], "nowhere"),
         (["ask", "--model", MODEL, "--temperature", "-1", "What?"], "temperature must be between"),
         (["ask", "--model", MODEL, "--device", "cuda:99", "What?"], "There is no device cuda:99"),
@@ -136,7 +136,7 @@ def test_chat_keeps_the_history(cli: Callable[..., Done]) -> None:
     ],
     ids=lambda value: " ".join(str(part) for part in value[:3]) if isinstance(value, list) else value,
 )
-def test_a_users_fault_is_one_sentence(cli: Callable[..., Done], arguments: list[object], sentence: str) -> None:
+def test_a_usage_error_is_one_sentence(cli: Callable[..., Done], arguments: list[object], sentence: str) -> None:
     done = cli(*arguments)
     assert done.returncode == 2
     assert sentence in done.stderr
@@ -161,7 +161,9 @@ def test_versions_are_those_installed(capfd: pytest.CaptureFixture[str]) -> None
         (["sing"], "sing"),
     ],
 )
-def test_a_wrong_flag_is_told_by_the_parser(capfd: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:
+def test_a_wrong_flag_is_reported_by_the_parser(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], word: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -169,7 +171,7 @@ def test_a_wrong_flag_is_told_by_the_parser(capfd: pytest.CaptureFixture[str], a
 
 
 @pytest.mark.extended
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "llava_serve.cli", "ask", "--model", MODEL, "What?", "--max-new-tokens", "300"],
         cwd=ROOT,
@@ -206,12 +208,17 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         ("llava-mpt-tiny", None, ["mpt: 3 layers of 64, 4 heads", "tokenizers", "linear (48 to 64)"]),
     ],
 )
-def test_inspect_tells_what_a_checkpoint_is(
+def test_inspect_describes_a_checkpoint(
     cli: Callable[..., Done], checkpoint: str, base: str | None, lines: list[str]
 ) -> None:
     more = ["--model-base", CHECKPOINTS / base] if base else []
     done = cli("inspect", CHECKPOINTS / checkpoint, *more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") <= 24
-    for line in lines:
+    for line in (
+        *lines,
+        "upright as EXIF says",
+        "JPEGs over 64,000,000 pixels",
+        "over white; images.transparency: drop",
+    ):
         assert line in done.stdout

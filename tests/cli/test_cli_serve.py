@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from llava_serve.cli import main
@@ -60,6 +61,8 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
         for key in ("open", "simsim", "sesame"):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         header = {"Authorization": "Bearer sesame"}
+        children = psutil.Process(process.pid).children()
+        assert any("decode_worker" in child.cmdline()[3] for child in children)  # pictures are not decoded here
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=header) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
@@ -68,6 +71,7 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
+        assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
 def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +98,7 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_ray_is_not_needed_for_is_told_before_it_is_imported(
+def test_what_ray_is_not_needed_for_is_reported_before_it_is_imported(
     tmp_path: Path, flags: list[str], sentence: str
 ) -> None:
     (tmp_path / "keys").write_text(" \n")

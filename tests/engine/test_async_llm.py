@@ -1,4 +1,4 @@
-"""AsyncLLM: streams, their ends, and what happens to the others."""
+"""AsyncLLM: streams, how they end, and that other requests are not affected."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ async def subject() -> AsyncIterator[AsyncLLM]:
 
 
 def prepare(llm: AsyncLLM, text: str = "What is this?") -> PreparedPrompt:
-    picture = GOLDEN / "images" / "landscape.png"
-    return Processor(llm.spec, ImageOptions()).prepare_query(text, [picture])
+    image = GOLDEN / "images" / "landscape.png"
+    return Processor(llm.spec, ImageOptions()).prepare_query(text, [image])
 
 
 async def collect(llm: AsyncLLM, prepared: PreparedPrompt, sampling: SamplingParams = GREEDY) -> list[Chunk]:
@@ -46,7 +46,7 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.01)
-    raise AssertionError("it has not come about in half a minute")
+    raise AssertionError("the condition is not met after half a minute")
 
 
 async def idle(llm: AsyncLLM) -> None:
@@ -75,7 +75,7 @@ async def test_streams_are_what_llm_answers(subject: AsyncLLM) -> None:
             assert own[-1].num_prompt_tokens == prompt.num_tokens
 
 
-async def test_tokens_come_as_they_are_drawn(subject: AsyncLLM) -> None:
+async def test_tokens_are_streamed_as_they_are_sampled(subject: AsyncLLM) -> None:
     stream = subject.generate_prepared(prepare(subject), LONG)
     first = await anext(stream)
     assert len(first.token_ids) == 1
@@ -90,7 +90,7 @@ async def test_closing_a_stream_frees_its_blocks(subject: AsyncLLM) -> None:
     await idle(subject)
 
 
-async def test_cancelling_the_consumer_ends_the_work(subject: AsyncLLM) -> None:
+async def test_cancelling_the_consumer_aborts_the_request(subject: AsyncLLM) -> None:
     task = asyncio.create_task(collect(subject, prepare(subject), LONG))
     await running(subject)
     task.cancel()
@@ -109,7 +109,7 @@ async def test_abort_ends_a_stream_where_it_is(subject: AsyncLLM) -> None:
     await idle(subject)
 
 
-async def test_a_stop_string_ends_the_work_too(subject: AsyncLLM) -> None:
+async def test_a_stop_string_aborts_the_request_too(subject: AsyncLLM) -> None:
     text = "".join(chunk.text for chunk in await collect(subject, prepare(subject)))
     sampling = SamplingParams(temperature=0, max_new_tokens=1500, ignore_eos=True, stop=(text[2:5],))
     chunks = await collect(subject, prepare(subject), sampling)
@@ -127,23 +127,23 @@ async def test_a_deadline_in_the_past_or_on_the_way(subject: AsyncLLM) -> None:
     await idle(subject)
 
 
-async def test_a_full_house_says_so_at_once_and_serves_those_within(subject: AsyncLLM) -> None:
+async def test_a_full_queue_refuses_at_once_and_serves_what_it_holds(subject: AsyncLLM) -> None:
     prepared = prepare(subject)
-    within = [asyncio.create_task(collect(subject, prepared, LONG)) for _ in range(12)]
+    accepted = [asyncio.create_task(collect(subject, prepared, LONG)) for _ in range(12)]
     await asyncio.sleep(0)
     with pytest.raises(CapacityError):
         await anext(subject.generate_prepared(prepared, GREEDY))
-    for task in within[1:]:
+    for task in accepted[1:]:
         task.cancel()
-    assert (await within[0])[-1].finish_reason == "length"
+    assert (await accepted[0])[-1].finish_reason == "length"
     await idle(subject)
 
 
-async def test_a_prompt_too_long_hurts_nobody(subject: AsyncLLM) -> None:
-    neighbour = asyncio.create_task(collect(subject, prepare(subject)))
+async def test_a_prompt_too_long_fails_no_other_request(subject: AsyncLLM) -> None:
+    other = asyncio.create_task(collect(subject, prepare(subject)))
     with pytest.raises(PromptTooLongError):
         await anext(subject.generate_prepared(PreparedPrompt(token_ids=prepare(subject).token_ids.repeat(40)), GREEDY))
-    assert (await neighbour)[-1].finish_reason == "length"
+    assert (await other)[-1].finish_reason == "length"
 
 
 async def test_a_request_id_is_used_once_at_a_time(subject: AsyncLLM) -> None:
@@ -155,10 +155,10 @@ async def test_a_request_id_is_used_once_at_a_time(subject: AsyncLLM) -> None:
     await stream.aclose()
 
 
-async def test_a_dead_engine_fails_everyone_at_once(subject: AsyncLLM) -> None:
+async def test_a_dead_engine_fails_all_requests_at_once(subject: AsyncLLM) -> None:
     waiting = [asyncio.create_task(collect(subject, prepare(subject), LONG)) for _ in range(3)]
     await running(subject)
-    del subject._engine._runner  # any fault of ours: the loop knows no way on
+    del subject._loop.engine._runner  # any bug of ours: the loop cannot go on
     for task in waiting:
         with pytest.raises(EngineDeadError):
             await task
@@ -168,8 +168,8 @@ async def test_a_dead_engine_fails_everyone_at_once(subject: AsyncLLM) -> None:
 
 
 async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_serve.async_llm._STUCK_S", 0.2)
-    monkeypatch.setattr("llava_serve.async_llm._HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("llava_serve.engine.engine_loop._STALLED_S", 0.2)
+    monkeypatch.setattr("llava_serve.engine.engine_loop._HEARTBEAT_S", 0.05)
     hangs = threading.Event()
     step = Engine.step
 
@@ -186,7 +186,7 @@ async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatc
     await until(lambda: subject.healthy)
 
 
-async def test_the_house_counts_sequences(subject: AsyncLLM) -> None:
+async def test_the_queue_counts_sequences(subject: AsyncLLM) -> None:
     many = SamplingParams(seed=1, n=12, max_new_tokens=1500, ignore_eos=True)
     stream = subject.generate_prepared(prepare(subject), many)
     await anext(stream)
@@ -197,7 +197,7 @@ async def test_the_house_counts_sequences(subject: AsyncLLM) -> None:
     assert await collect(subject, prepare(subject))
 
 
-async def test_closing_answers_those_who_wait() -> None:
+async def test_closing_fails_requests_in_flight() -> None:
     llm = AsyncLLM(MODEL, OPTIONS)
     assert llm.healthy
     assert llm.model_name == "llava-v1.5-tiny"

@@ -1,4 +1,4 @@
-"""`generate`, `chat` and `stream` mean the same on `LLM` and `AsyncLLM`, and take what everybody writes first."""
+"""`generate`, `chat` and `stream` are the same on `LLM` and `AsyncLLM`, and accept inputs in all their forms."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llava_serve.types import Chunk, GenerationResult
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of
 from support.paths import GOLDEN
 
-PICTURES = [str(GOLDEN / "images" / name) for name in ("landscape.png", "portrait.png")]
+IMAGES = [str(GOLDEN / "images" / name) for name in ("landscape.png", "portrait.png")]
 MODEL = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
 GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 QUERY = "What is this?"
 OPTIONS = EngineOptions(num_threads=1, kv_cache_bytes=1 << 22)
 
 
-def messages(picture: Any, role: str = "user") -> list[dict[str, Any]]:
-    return [{"role": role, "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUERY}]}]
+def messages(image: Any, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": [{"type": "image", "image": image}, {"type": "text", "text": QUERY}]}]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def async_llm() -> Iterator[AsyncLLM]:
 
 @pytest.fixture(scope="module")
 def answer(llm: LLM) -> GenerationResult:
-    return llm.generate(QUERY, [PICTURES[0]], GREEDY)
+    return llm.generate(QUERY, [IMAGES[0]], GREEDY)
 
 
 def joined(chunks: list[Chunk]) -> tuple[str, tuple[int, ...]]:
@@ -55,16 +55,16 @@ def joined(chunks: list[Chunk]) -> tuple[str, tuple[int, ...]]:
     )
 
 
-@pytest.mark.parametrize("images", [PICTURES[0], Path(PICTURES[0]), Path(PICTURES[0]).read_bytes(), (PICTURES[0],)])
-def test_one_picture_needs_no_list(llm: LLM, answer: GenerationResult, images: Any) -> None:
+@pytest.mark.parametrize("images", [IMAGES[0], Path(IMAGES[0]), Path(IMAGES[0]).read_bytes(), (IMAGES[0],)])
+def test_one_image_needs_no_list(llm: LLM, answer: GenerationResult, images: Any) -> None:
     assert llm.generate(QUERY, images, GREEDY).token_ids == answer.token_ids
     assert joined(list(llm.stream(QUERY, images, GREEDY))) == (answer.text, answer.token_ids)
 
 
 def test_a_list_of_prompts_has_one_entry_of_images_each(llm: LLM) -> None:
     queries = [QUERY, QUERY, QUERY]
-    flat = llm.generate(queries, [PICTURES[0], [PICTURES[1]], None], GREEDY)
-    nested = llm.generate(queries, [[PICTURES[0]], [PICTURES[1]], []], GREEDY)
+    flat = llm.generate(queries, [IMAGES[0], [IMAGES[1]], None], GREEDY)
+    nested = llm.generate(queries, [[IMAGES[0]], [IMAGES[1]], []], GREEDY)
     assert [result.token_ids for result in flat] == [result.token_ids for result in nested]
     assert [result.prompt.count("<image>") for result in flat] == [1, 1, 0]
 
@@ -80,12 +80,12 @@ def test_each_prompt_may_have_its_own_sampling(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "parts"),
     [
-        ({"images": [PICTURES[0]]}, "images", ("list of 2 prompts", "got 1 entries")),
-        ({"images": PICTURES[0]}, "images", ("list of 2 prompts", "one picture")),
+        ({"images": [IMAGES[0]]}, "images", ("list of 2 prompts", "got 1 entries")),
+        ({"images": IMAGES[0]}, "images", ("list of 2 prompts", "one picture")),
         ({"sampling": [GREEDY]}, "sampling", ("one each", "got 1 for 2")),
     ],
 )
-def test_lists_of_different_length_get_a_sentence(
+def test_lists_of_different_length_are_refused(
     llm: LLM, fields: dict[str, Any], param: str, parts: tuple[str, ...]
 ) -> None:
     with pytest.raises(RequestError) as refusal:
@@ -94,7 +94,7 @@ def test_lists_of_different_length_get_a_sentence(
     assert all(part in refusal.value.message for part in parts)
 
 
-def test_max_tokens_is_another_name(llm: LLM) -> None:
+def test_max_tokens_is_an_alias(llm: LLM) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=3)
     assert sampling == SamplingParams(temperature=0, max_new_tokens=3)
     assert len(llm.generate(QUERY, sampling=sampling).token_ids) == 3
@@ -102,20 +102,20 @@ def test_max_tokens_is_another_name(llm: LLM) -> None:
         SamplingParams(max_tokens=0)
 
 
-async def test_awaited_they_answer_the_same(llm: LLM, async_llm: AsyncLLM, answer: GenerationResult) -> None:
-    assert (await async_llm.generate(QUERY, PICTURES[0], GREEDY)).outputs == answer.outputs
-    async with aclosing(async_llm.stream(QUERY, PICTURES[0], GREEDY)) as chunks:
+async def test_async_calls_answer_the_same(llm: LLM, async_llm: AsyncLLM, answer: GenerationResult) -> None:
+    assert (await async_llm.generate(QUERY, IMAGES[0], GREEDY)).outputs == answer.outputs
+    async with aclosing(async_llm.stream(QUERY, IMAGES[0], GREEDY)) as chunks:
         assert joined([chunk async for chunk in chunks]) == (answer.text, answer.token_ids)
-    talk = messages(PICTURES[0])
-    said = llm.chat(talk, GREEDY)
-    assert (await async_llm.chat(talk, GREEDY)).token_ids == said.token_ids
+    talk = messages(IMAGES[0])
+    result = llm.chat(talk, GREEDY)
+    assert (await async_llm.chat(talk, GREEDY)).token_ids == result.token_ids
     async with aclosing(async_llm.stream(talk, GREEDY)) as chunks:
-        assert joined([chunk async for chunk in chunks]) == (said.text, said.token_ids)
-    assert joined(list(llm.stream(talk, sampling=GREEDY))) == (said.text, said.token_ids)
+        assert joined([chunk async for chunk in chunks]) == (result.text, result.token_ids)
+    assert joined(list(llm.stream(talk, sampling=GREEDY))) == (result.text, result.token_ids)
 
 
-async def test_the_old_forms_are_kept_with_a_warning(llm: LLM, async_llm: AsyncLLM, answer: GenerationResult) -> None:
-    prepared = llm.processor.prepare_query(QUERY, [PICTURES[0]])
+async def test_deprecated_forms_work_with_a_warning(llm: LLM, async_llm: AsyncLLM, answer: GenerationResult) -> None:
+    prepared = llm.processor.prepare_query(QUERY, [IMAGES[0]])
     with pytest.warns(DeprecationWarning, match="generate_prepared"):
         chunks = async_llm.generate(prepared, GREEDY, request_id="old", deadline=time.time() + 60)
     assert joined([chunk async for chunk in chunks])[1] == answer.token_ids
@@ -124,20 +124,20 @@ async def test_the_old_forms_are_kept_with_a_warning(llm: LLM, async_llm: AsyncL
     with pytest.warns(DeprecationWarning, match="image_options"):
         small = LLM(MODEL, device="cpu", engine=OPTIONS, images=ImageOptions(max_per_request=0))
     with pytest.raises(RequestError, match="at most 0"):
-        small.generate(QUERY, PICTURES[0])
+        small.generate(QUERY, IMAGES[0])
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 0.05])
 async def test_a_timeout_ends_an_answer(llm: LLM, async_llm: AsyncLLM, seconds: float) -> None:
     endless = SamplingParams(temperature=0, max_new_tokens=1500, ignore_eos=True)
     with pytest.raises(DeadlineExceededError):
-        llm.generate(QUERY, PICTURES[0], endless, timeout=seconds)
+        llm.generate(QUERY, IMAGES[0], endless, timeout=seconds)
     with pytest.raises(DeadlineExceededError):
         llm.generate([QUERY] * 3, sampling=endless, timeout=seconds)
     with pytest.raises(DeadlineExceededError):
-        list(llm.stream(QUERY, PICTURES[0], endless, timeout=seconds))
+        list(llm.stream(QUERY, IMAGES[0], endless, timeout=seconds))
     with pytest.raises(DeadlineExceededError):
-        await async_llm.chat(messages(PICTURES[0]), endless, timeout=seconds)
+        await async_llm.chat(messages(IMAGES[0]), endless, timeout=seconds)
     assert not llm.engine.has_work
 
 
@@ -147,7 +147,7 @@ def test_a_smaller_priority_is_served_earlier() -> None:
     requests = {}
     for priority in (5, 0, 3):
         prepared = narrow.processor.prepare_query(QUERY)
-        request = narrow.engine.limits.accept(f"{priority}", prepared, GREEDY, priority=priority)
+        request = narrow.engine.validator.accept(f"{priority}", prepared, GREEDY, priority=priority)
         requests[request.request_id] = priority
         narrow.engine.add(request)
     while narrow.engine.has_work:
@@ -155,7 +155,7 @@ def test_a_smaller_priority_is_served_earlier() -> None:
     assert ended == [0, 3, 5]
 
 
-def test_a_request_names_its_priority_within_what_the_server_allows() -> None:
+def test_a_request_has_a_priority_within_the_servers_range() -> None:
     backend = PacedBackend()
     with app_over(backend, priority_range=(-1, 7)) as web:
         for priority in (-1, None, 7):
@@ -168,7 +168,7 @@ def test_a_request_names_its_priority_within_what_the_server_allows() -> None:
 
 
 def test_a_prompt_of_another_release_is_refused_by_name(llm: LLM) -> None:
-    prepared = llm.processor.prepare_query(QUERY, [PICTURES[0]])
+    prepared = llm.processor.prepare_query(QUERY, [IMAGES[0]])
     state = prepared.__getstate__()
     del state["stop"]  # a release that had no such field
     old = prepared.__class__.__new__(prepared.__class__)
@@ -179,23 +179,23 @@ def test_a_prompt_of_another_release_is_refused_by_name(llm: LLM) -> None:
 
 
 def test_the_library_reads_what_the_server_reads(llm: LLM) -> None:
-    said = llm.chat([{"role": "developer", "content": "Be brief."}, *messages(PICTURES[0])], GREEDY)
-    assert said.prompt.startswith("Be brief.")
-    by_url = [{"role": "user", "content": [{"type": "image_url", "image_url": PICTURES[0]}]}]
+    result = llm.chat([{"role": "developer", "content": "Be brief."}, *messages(IMAGES[0])], GREEDY)
+    assert result.prompt.startswith("Be brief.")
+    by_url = [{"role": "user", "content": [{"type": "image_url", "image_url": IMAGES[0]}]}]
     assert llm.chat(by_url, GREEDY).prompt.count("<image>") == 1
     for bad, param in (
         ({"role": "user", "content": "Hi", "tool_calls": [1]}, "messages[0].tool_calls"),
         ({"role": "robot", "content": "Hi"}, "messages[0].role"),
-        (messages(PICTURES[0], "assistant")[0], "messages[0]"),
+        (messages(IMAGES[0], "assistant")[0], "messages[0]"),
     ):
         with pytest.raises(RequestError) as refusal:
             llm.chat([bad])
         assert refusal.value.param == param
     with pytest.raises(RequestError, match="stand in its messages"):
-        llm.stream(messages(PICTURES[0]), PICTURES[1])
+        llm.stream(messages(IMAGES[0]), IMAGES[1])
 
 
-def test_what_everybody_needs_stands_at_the_top() -> None:
+def test_the_public_names_are_exported() -> None:
     for name in llava_serve.__all__:
         assert getattr(llava_serve, name).__name__ == name
     errors = {name for name, value in vars(llava_serve.errors).items() if isinstance(value, type)}

@@ -1,4 +1,4 @@
-"""The decoder through torch.compile: the same answers, compiled once, and a sentence where there is no compiler."""
+"""The decoder through torch.compile: the same answers, compiled once, and an error where there is no compiler."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from llava_serve.engine.executor.compiled import FEW_ROWS
+from llava_serve.engine.executor.compiled import SMALL_STEP_TOKENS
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
 from llava_serve.types import SamplingParams
-from support.tiny_engine import TinyModel, engine, picture, prompt, run
+from support.tiny_engine import TinyModel, engine, image, prompt, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 PROMPTS = [
     prompt(1, [5, 6, 7]),
-    prompt(1, picture((10, 20, 30), 2), [8, 9]),
-    prompt(1, list(range(3, 3 + FEW_ROWS + 9))),
+    prompt(1, image((10, 20, 30), 2), [8, 9]),
+    prompt(1, list(range(3, 3 + SMALL_STEP_TOKENS + 9))),
 ]
 REQUESTS = [(one, GREEDY) for one in PROMPTS]
 
@@ -41,7 +41,7 @@ def test_a_compiled_decoder_answers_as_the_plain_one_and_is_compiled_once(kind: 
     assert counters["stats"]["unique_graphs"] == compiled
 
 
-def test_packed_products_are_compiled_around_and_go_with_their_engine() -> None:
+def test_packed_layers_are_custom_operators_and_are_freed_with_their_engine() -> None:
     def packed() -> TinyModel:
         model = TinyModel(dtype=torch.float32)
         pack_linears(model.language_model)
@@ -60,14 +60,14 @@ def test_packed_products_are_compiled_around_and_go_with_their_engine() -> None:
     assert memory() is None
 
 
-def test_mpt_goes_without() -> None:
+def test_mpt_is_not_compiled() -> None:
     before = counters["stats"]["unique_graphs"]
     subject = engine(TinyModel("mpt"), compile=True)
     assert run(subject, *REQUESTS) == run(engine(TinyModel("mpt")), *REQUESTS)
     assert counters["stats"]["unique_graphs"] == before
 
 
-def test_without_a_compiler_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable,

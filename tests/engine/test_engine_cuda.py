@@ -1,4 +1,4 @@
-"""What is special to CUDA: attention over extents, and the same answers as on a CPU."""
+"""What is special to CUDA: varlen attention, CUDA graphs, and the same answers as on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_serve.config import EngineOptions
-from llava_serve.engine.executor.attention import PackedStep, Span
+from llava_serve.engine.executor.attention import PackedSequence, PackedStep
 from llava_serve.engine.executor.cuda_graphs import buckets, decode_input
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.varlen import available
@@ -25,29 +25,29 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 
 
 def attended(device: str, dtype: torch.dtype, window: int | None = None, *, biased: bool = False) -> torch.Tensor:
-    """A step of a prompt's second piece and two rows that decode, over a memory of random content."""
+    """A step of a prompt's second chunk and two decoding sequences, over a KV pool of random content."""
     generator = torch.Generator().manual_seed(0)
     memory = KVPool(1, KV_HEADS, 256, HEAD_DIM, dtype, torch.device(device))
     for half in memory.layers[0]:
         half.copy_(torch.randn(half.shape, generator=generator))
-    spans = [Span(0, 1, 160, 30), Span(1, 1, 0, 99), Span(2, 20, 112, 12)]
+    sequences = [PackedSequence(0, 1, 160, 30), PackedSequence(1, 1, 0, 99), PackedSequence(2, 20, 112, 12)]
     query = torch.randn(1, HEADS, 22, HEAD_DIM, generator=generator).to(device, dtype)
     key, value = (torch.randn(1, KV_HEADS, 22, HEAD_DIM, generator=generator).to(device, dtype) for _ in range(2))
-    step = PackedStep(memory, spans, dtype, torch.device(device))
+    step = PackedStep(memory, sequences, dtype, torch.device(device))
     if not biased:
         return step.attend(0, query, key, value, None, window).float().cpu()
     slopes = torch.linspace(0.1, 0.8, KV_HEADS, device=device)
     return step.attend(0, query[:, :KV_HEADS], key, value, None, slopes=slopes).float().cpu()
 
 
-def test_attention_over_extents_is_not_tried_on_a_cpu_or_in_full_precision() -> None:
+def test_varlen_attention_is_not_available_on_a_cpu_or_in_full_precision() -> None:
     assert not available(torch.device("cpu"), torch.bfloat16, KV_HEADS, HEAD_DIM)
     assert not available(torch.device("cuda"), torch.float32, KV_HEADS, HEAD_DIM)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_memory_that_held_nan_is_as_good_as_new(device: str) -> None:
-    """Kernels read whole tiles; what lies behind a sequence's end must not count, whatever it is."""
+def test_nan_left_in_the_kv_pool_does_not_change_later_answers(device: str) -> None:
+    """Kernels read whole tiles: what is behind a sequence's end must not count, whatever it is."""
     llm = LLM(str(TINY), device=device, dtype="bfloat16", engine=EngineOptions(prefix_caching=False))
     sampling = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True)
     expected = llm.generate(["Why?", "Who?"], sampling=sampling)
@@ -68,7 +68,7 @@ def test_memory_that_held_nan_is_as_good_as_new(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_over_extents_gives_what_the_plain_one_gives(dtype: torch.dtype, window: int | None) -> None:
+def test_varlen_attention_equals_plain_attention(dtype: torch.dtype, window: int | None) -> None:
     assert available(torch.device("cuda"), dtype, KV_HEADS, HEAD_DIM)
     torch.testing.assert_close(
         attended("cuda", dtype, window), attended("cpu", torch.float32, window), atol=2e-2, rtol=2e-2
@@ -78,7 +78,7 @@ def test_attention_over_extents_gives_what_the_plain_one_gives(dtype: torch.dtyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_attention_without_that_kernel_gives_the_same(
+def test_attention_without_the_varlen_kernel_gives_the_same(
     dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llava_serve.engine.executor.varlen.available", lambda *_: False)
@@ -87,25 +87,26 @@ def test_attention_without_that_kernel_gives_the_same(
     torch.testing.assert_close(attended("cuda", dtype, biased=biased), expected, **close)
 
 
-def test_every_batch_has_a_bucket_and_the_rest_of_it_touches_no_sequence() -> None:
+def test_every_batch_has_a_bucket_and_its_padding_touches_no_sequence() -> None:
     assert buckets(1) == [1]
     assert buckets(20) == [1, 2, 4, 8, 16, 20]
-    spans = [Span(0, 1, 160, 30), Span(1, 1, 0, 99)]
-    assert decode_input([7, 9], spans, rows=4, spare=256).tolist() == [[7, 9, 0, 0], [30, 99, 0, 0], [160, 0, 256, 256]]
+    sequences = [PackedSequence(0, 1, 160, 30), PackedSequence(1, 1, 0, 99)]
+    numbers = decode_input([7, 9], sequences, batch_size=4, padding_position=256)
+    assert numbers.tolist() == [[7, 9, 0, 0], [30, 99, 0, 0], [160, 0, 256, 256]]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_graphs_answer_as_their_kernels_do(rows: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_cuda_graphs_answer_as_their_kernels_do(batch_size: int) -> None:
     texts = []
     for cuda_graphs in (False, True):
         options = EngineOptions(max_num_seqs=8, cuda_graphs=cuda_graphs)
         llm = LLM("builtin", device="cuda", dtype="bfloat16", engine=options)
         assert (llm.engine._runner._graphs is not None) == cuda_graphs
-        # of different lengths, so that rows leave the batch one after the other
+        # of different lengths, so that sequences leave the batch one after the other
         questions = ["What is in the picture?", DEMO_QUESTION, f"{DEMO_QUESTION}{SHORT}", "How many shapes are there?"]
-        questions = (questions * rows)[:rows]
-        answers = llm.generate(questions, images=[[DEMO_IMAGE]] * rows, sampling=GREEDY)
+        questions = (questions * batch_size)[:batch_size]
+        answers = llm.generate(questions, images=[[DEMO_IMAGE]] * batch_size, sampling=GREEDY)
         texts.append([answer.text for answer in answers])
     assert texts[0] == texts[1]
     assert DEMO_ANSWER in " ".join(texts[0])

@@ -12,21 +12,21 @@ from transformers import LlamaConfig, LlamaModel
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.types import SamplingParams
-from support.tiny_engine import TinyModel, alone, engine, picture, prompt, run
+from support.tiny_engine import TinyModel, engine, image, prompt, reference_ids, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
 PROMPTS = [
     prompt(1, [5, 6, 7]),
-    prompt(1, picture((10, 20, 30), 2), [8, 9]),
+    prompt(1, image((10, 20, 30), 2), [8, 9]),
     prompt(1, list(range(3, 60))),
-    prompt(1, picture((200, 20, 30)), [8, 9], picture((0, 20, 30), 3), 4),
+    prompt(1, image((200, 20, 30)), [8, 9], image((0, 20, 30), 3), 4),
 ]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
 @pytest.mark.parametrize("tokens", [16, 2048])
 def test_the_engine_gives_what_transformers_gives(kind: str, tokens: int) -> None:
-    expected = [alone(TinyModel(kind), one, 20) for one in PROMPTS]
+    expected = [reference_ids(TinyModel(kind), one, 20) for one in PROMPTS]
     subject = engine(TinyModel(kind), max_batch_tokens=tokens)
     for _ in range(2):  # computed, then from the prefix cache
         answers = run(subject, *[(one, GREEDY) for one in PROMPTS])
@@ -34,43 +34,43 @@ def test_the_engine_gives_what_transformers_gives(kind: str, tokens: int) -> Non
     assert subject.stats.cached_tokens > 0
 
 
-def test_the_window_matters() -> None:
-    """That Mistral's window is kept is shown by an answer that differs without it."""
+def test_the_sliding_window_is_applied() -> None:
+    """Without it the answer differs."""
     narrow, wide = TinyModel("mistral"), TinyModel("mistral")
     wide.language_model.config.sliding_window = None
     first, second = (run(engine(one), (PROMPTS[2], GREEDY))[0] for one in (narrow, wide))
     assert first != second
 
 
-def test_a_picture_seen_before_is_not_encoded_again() -> None:
+def test_a_cached_image_is_not_encoded_again() -> None:
     model = TinyModel()
     subject = engine(model, prefix_caching=False)
     model.encoded_tiles = 0
     for question in ([4], [5], [6]):
-        run(subject, (prompt(1, picture((9, 9, 9), 2), question), GREEDY))
+        run(subject, (prompt(1, image((9, 9, 9), 2), question), GREEDY))
     assert model.encoded_tiles == 2
     cacheless = engine(model, feature_cache_bytes=0, prefix_caching=False)
     model.encoded_tiles = 0
     for question in ([4], [5]):
-        run(cacheless, (prompt(1, picture((9, 9, 9), 2), question), GREEDY))
+        run(cacheless, (prompt(1, image((9, 9, 9), 2), question), GREEDY))
     assert model.encoded_tiles == 4
 
 
-def test_a_second_question_about_a_picture_computes_only_the_question() -> None:
+def test_a_second_question_about_an_image_computes_only_the_question() -> None:
     model = TinyModel()
     subject = engine(model)
     model.encoded_tiles = 0
-    run(subject, (prompt(1, picture((9, 9, 9), 4), [4, 5, 6]), SamplingParams(temperature=0, max_new_tokens=1)))
+    run(subject, (prompt(1, image((9, 9, 9), 4), [4, 5, 6]), SamplingParams(temperature=0, max_new_tokens=1)))
     before = subject.stats.computed_tokens
-    run(subject, (prompt(1, picture((9, 9, 9), 4), [7, 8, 6]), SamplingParams(temperature=0, max_new_tokens=1)))
-    assert subject.stats.computed_tokens - before == 28 - 24  # three full blocks of eight were there
-    assert model.encoded_tiles == 4  # the features of the last block came from their cache
+    run(subject, (prompt(1, image((9, 9, 9), 4), [7, 8, 6]), SamplingParams(temperature=0, max_new_tokens=1)))
+    assert subject.stats.computed_tokens - before == 28 - 24  # three full blocks of eight were cached
+    assert model.encoded_tiles == 4  # the features of the last block came from the encoder cache
 
 
-def test_a_deadline_ends_a_request_and_frees_what_it_held() -> None:
+def test_an_expired_request_is_ended_and_its_blocks_are_freed() -> None:
     subject = engine(TinyModel())
-    subject.add(subject.limits.accept("late", PROMPTS[0], GREEDY, deadline=time.time() - 1))
-    subject.add(subject.limits.accept("timely", PROMPTS[0], GREEDY, deadline=time.time() + 1000))
+    subject.add(subject.validator.accept("late", PROMPTS[0], GREEDY, deadline=time.time() - 1))
+    subject.add(subject.validator.accept("timely", PROMPTS[0], GREEDY, deadline=time.time() + 1000))
     first = subject.step()
     assert isinstance(first[0].error, DeadlineExceededError)
     assert first[0].request_id == "late"
@@ -78,7 +78,7 @@ def test_a_deadline_ends_a_request_and_frees_what_it_held() -> None:
     assert subject.stats.running == 1
 
 
-def test_packed_layers_give_what_plain_ones_give() -> None:
+def test_packed_layers_equal_plain_ones() -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8, bias=False))
     inputs = torch.randn(1, 5, 24)
@@ -89,7 +89,7 @@ def test_packed_layers_give_what_plain_ones_give() -> None:
         torch.testing.assert_close(plain(inputs), expected)
 
 
-def test_layers_of_one_input_are_multiplied_together_in_whatever_order() -> None:
+def test_merged_projections_may_be_called_in_any_order() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
@@ -109,30 +109,30 @@ def test_layers_of_one_input_are_multiplied_together_in_whatever_order() -> None
         assert attention.q_proj._merged is attention.v_proj._merged
         names = ("v_proj", "q_proj", "k_proj")
         other = torch.randn(1, 5, 32)
-        for order in (names, names[::-1], names[:1], names):  # a call that is left out spoils nothing
+        for order in (names, names[::-1], names[:1], names):  # a call may be left out
             for given in (inputs, other):
                 for name in order:
                     product = nn.functional.linear(given, *plain[name])
                     torch.testing.assert_close(getattr(attention, name)(given), product)
 
 
-def test_double_precision_is_left_alone() -> None:
+def test_double_precision_is_not_packed() -> None:
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float64))
     pack_linears(model)
     assert isinstance(model[0], nn.Linear)
 
 
-def test_steps_come_in_few_sizes() -> None:
+def test_steps_are_padded_to_few_sizes() -> None:
     sizes = range(1, 4097)
     assert len({padded(size) for size in sizes}) < 80
     assert all(size <= padded(size) <= max(size + 15, size * 9 / 8) for size in sizes)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
-def test_rows_that_fill_a_step_up_are_nobodys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever number of rows is added, the answers and the caches are those of a step without any."""
+def test_padding_changes_no_answer_and_no_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the padding, the answers and the caches are those of a step without any."""
     expected = run(engine(TinyModel(kind)), *[(one, GREEDY) for one in PROMPTS])
-    monkeypatch.setattr("llava_serve.engine.executor.model_runner.padded", lambda rows: rows + 5)
+    monkeypatch.setattr("llava_serve.engine.executor.model_runner.padded", lambda size: size + 5)
     subject = engine(TinyModel(kind))
     for _ in range(2):
         assert run(subject, *[(one, GREEDY) for one in PROMPTS]) == expected

@@ -1,4 +1,4 @@
-"""What fails for one request ends that request: its neighbours' answers are the same, and no block is lost."""
+"""A failure in one request ends that request only: the others' answers are the same, and no block is lost."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 
 from llava_serve.errors import LlavaServeError
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
-from support.tiny_engine import FEATURES, HIDDEN, Answer, TinyModel, engine, outcomes, picture, prompt, run
+from support.tiny_engine import FEATURES, HIDDEN, Answer, TinyModel, engine, image, outcomes, prompt, run
 
 torch.set_num_threads(1)
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=9)
-PICTURE = prompt([1, 5], picture((200, 90, 30)), [7, 8, 9])
-NEIGHBOURS = [
+IMAGE_PROMPT = prompt([1, 5], image((200, 90, 30)), [7, 8, 9])
+OTHERS = [
     (prompt([1, 5, 6, 7]), GREEDY),
     (prompt([1, 5, 6, 8]), SamplingParams(temperature=0.8, top_p=0.9, seed=3, n=2, max_new_tokens=9)),
     (prompt([1, 9, 6]), SamplingParams(temperature=0, num_beams=3, max_new_tokens=9)),
-    (PICTURE, SamplingParams(temperature=0, max_new_tokens=9, repetition_penalty=1.3, logprobs=2)),
+    (IMAGE_PROMPT, SamplingParams(temperature=0, max_new_tokens=9, repetition_penalty=1.3, logprobs=2)),
 ]
 
 
 def unchecked(**fields: Any) -> SamplingParams:
-    """Values that no check has seen, as another version's replica may send them."""
+    """Values that no check has passed, as another version's replica may send them."""
     good = {name: value for name, value in fields.items() if name in ("temperature", "num_beams", "n")}
     sampling = SamplingParams(**good, seed=1, max_new_tokens=9)
     for name, value in fields.items():
@@ -35,41 +35,41 @@ def unchecked(**fields: Any) -> SamplingParams:
     return sampling
 
 
-def with_half_a_picture() -> PreparedPrompt:
-    """Twice as many positions as its picture has features."""
+def with_half_an_image() -> PreparedPrompt:
+    """Twice as many positions as its image has features."""
     ids = prompt([1, 5], [IMAGE_TOKEN_ID] * (2 * FEATURES), [7, 8, 9]).token_ids
-    return dataclasses.replace(PICTURE, token_ids=ids, image_spans=((2, 2 + 2 * FEATURES),))
+    return dataclasses.replace(IMAGE_PROMPT, token_ids=ids, image_spans=((2, 2 + 2 * FEATURES),))
 
 
 class Unstable(TinyModel):
-    """A decoder that works; what a test puts in the way of a picture happens when its features are projected."""
+    """A model that calls `on_project` with an image's features before they are projected."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_the_way: Callable[[torch.Tensor], None] = lambda features: None
+        self.on_project: Callable[[torch.Tensor], None] = lambda features: None
 
     def image_embeddings(self, features: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        self.in_the_way(features)
+        self.on_project(features)
         return super().image_embeddings(features, image_size)
 
 
-CULPRITS = {
-    "drawing": (prompt([1, 5, 6, 9]), unchecked(temperature=1, top_k="many")),
+FAILING = {
+    "sampling": (prompt([1, 5, 6, 9]), unchecked(temperature=1, top_k="many")),
     "penalties": (prompt([1, 5, 6, 9]), unchecked(temperature=0, presence_penalty="much")),
     "logprobs": (prompt([1, 5, 6, 9]), unchecked(temperature=0, logprobs="all")),
     "one of several choices": (prompt([1, 5, 6, 9]), unchecked(temperature=1, n=3, top_p="most")),
     "a beam": (prompt([1, 5, 6, 9]), unchecked(temperature=0, num_beams=2, repetition_penalty="much")),
-    "joining a picture": (with_half_a_picture(), GREEDY),
+    "merging an image": (with_half_an_image(), GREEDY),
 }
 
 
-@pytest.mark.parametrize("place", CULPRITS)
+@pytest.mark.parametrize("place", FAILING)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_failure_is_its_requests_alone(place: str, first: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_fails_its_request_only(place: str, first: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = TinyModel()
-    expected: list[Any] = run(engine(model, max_batch_tokens=16), *NEIGHBOURS)
+    expected: list[Any] = run(engine(model, max_batch_tokens=16), *OTHERS)
     subject = engine(model, max_batch_tokens=16)
-    requests = [CULPRITS[place], *NEIGHBOURS] if first else [*NEIGHBOURS, CULPRITS[place]]
+    requests = [FAILING[place], *OTHERS] if first else [*OTHERS, FAILING[place]]
     answers = outcomes(subject, *requests)
     error = answers.pop(0 if first else -1)
     assert answers == expected
@@ -77,7 +77,7 @@ def test_a_failure_is_its_requests_alone(place: str, first: bool, caplog: pytest
     assert str(error) == "The server failed on this request."
     (record,) = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert record.exc_info
-    assert outcomes(subject, *NEIGHBOURS) == expected
+    assert outcomes(subject, *OTHERS) == expected
 
 
 class FailsOnce(int):
@@ -92,24 +92,24 @@ class FailsOnce(int):
         return super().__gt__(other)
 
 
-def test_what_fails_for_the_batch_alone_fails_for_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_the_batch_only_fails_no_request(caplog: pytest.LogCaptureFixture) -> None:
     odd = (prompt([1, 5, 6, 9]), unchecked(temperature=1, top_k=30))
-    expected = run(engine(TinyModel()), odd, *NEIGHBOURS)
+    expected = run(engine(TinyModel()), odd, *OTHERS)
     object.__setattr__(odd[1], "top_k", FailsOnce(30))
-    assert run(engine(TinyModel()), odd, *NEIGHBOURS) == expected
+    assert run(engine(TinyModel()), odd, *OTHERS) == expected
     (record,) = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert "one by one" in record.message
 
 
-def test_no_choice_goes_on_when_one_has_failed() -> None:
-    """The first choice meets NaN in its answer; the error is the request's last word."""
+def test_no_choice_continues_when_another_has_failed() -> None:
+    """The first choice gets NaN in its answer; no output follows the error."""
     model = TinyModel()
     sampling = SamplingParams(temperature=1, seed=5, n=3, max_new_tokens=30, ignore_eos=True)
     whole = run(engine(model), (prompt([1, 5, 6]), sampling))[0]
     (poison, *_) = set(whole[0][:4]) - set(whole[1]) - set(whole[2])
     model.language_model.get_input_embeddings().weight.data[poison] = torch.nan
     subject = engine(model)
-    subject.add(subject.limits.accept("r", prompt([1, 5, 6]), sampling))
+    subject.add(subject.validator.accept("r", prompt([1, 5, 6]), sampling))
     got: Answer = [[], [], []]
     error = None
     while subject.has_work:
@@ -123,15 +123,15 @@ def test_no_choice_goes_on_when_one_has_failed() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError, MemoryError])
-def test_what_a_device_raises_ends_the_engine(error: type[Exception]) -> None:
+def test_a_device_error_ends_the_engine(error: type[Exception]) -> None:
     model = Unstable()
 
     def fail(features: torch.Tensor) -> None:
         raise error
 
-    model.in_the_way = fail
+    model.on_project = fail
     subject = engine(model)
-    subject.add(subject.limits.accept("r", PICTURE, GREEDY))
+    subject.add(subject.validator.accept("r", IMAGE_PROMPT, GREEDY))
     with pytest.raises(error):
         subject.step()
 
@@ -140,6 +140,6 @@ def test_a_failing_forward_pass_ends_the_engine() -> None:
     model = TinyModel()
     subject = engine(model)
     model.language_model.get_output_embeddings().weight.data = torch.zeros(3, HIDDEN + 1)
-    subject.add(subject.limits.accept("r", prompt([1, 5]), GREEDY))
+    subject.add(subject.validator.accept("r", prompt([1, 5]), GREEDY))
     with pytest.raises(RuntimeError):
         subject.step()

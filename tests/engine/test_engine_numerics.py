@@ -1,4 +1,4 @@
-"""Numbers that are not finite end their own request, and nothing that they touched is kept."""
+"""NaN and infinity fail their own request, and nothing that contains them stays in a cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from llava_serve.errors import NumericalError
 from llava_serve.model.numerics import are_finite, numerical_error
 from llava_serve.types import PreparedPrompt, SamplingParams
-from support.tiny_engine import TinyModel, engine, outcomes, picture, prompt, run
+from support.tiny_engine import TinyModel, engine, image, outcomes, prompt, run
 
 torch.set_num_threads(1)
 
@@ -33,19 +33,19 @@ def poisoned(kind: str = "llama", dtype: torch.dtype = torch.float64) -> TinyMod
 
 
 class Tower(TinyModel):
-    """A model whose tower gives NaN for red pictures, while `ill`."""
+    """A model whose tower gives NaN for red images, while `broken`."""
 
-    ill = True
+    broken = True
 
     def tower_features(self, tiles: torch.Tensor) -> torch.Tensor:
         features = super().tower_features(tiles)
-        if self.ill:
+        if self.broken:
             features[tiles[:, 0, 0, 0] == RED[0], 2] = torch.nan
         return features
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+def test_a_single_nan_or_infinity_is_found(dtype: torch.dtype) -> None:
     values = torch.full((2, 3, 5), torch.finfo(dtype).max, dtype=dtype)
     values[0] = torch.finfo(dtype).min
     assert are_finite(values)
@@ -63,44 +63,44 @@ def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
         (torch.float32, ("float32", "weights")),
     ],
 )
-def test_the_error_names_what_to_try(dtype: torch.dtype, names: tuple[str, ...]) -> None:
+def test_the_error_names_the_dtype_to_try(dtype: torch.dtype, names: tuple[str, ...]) -> None:
     assert all(name in str(numerical_error(dtype)) for name in names)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("tokens", [16, 256])  # a prompt in pieces, of which the first draw nothing, and whole
+@pytest.mark.parametrize("tokens", [16, 256])  # a prompt in chunks, of which the first are not sampled, and whole
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_who_comes_after_nan_is_answered_right(kind: str, tokens: int, sampling: SamplingParams) -> None:
+def test_requests_after_nan_are_answered_correctly(kind: str, tokens: int, sampling: SamplingParams) -> None:
     model = poisoned(kind)
     later = [(prompt([*START, 60]), GREEDY), (prompt([*START[:12], 61]), GREEDY), (prompt([*START, 60]), sampling)]
     expected = run(engine(model, prefix_caching=False), *later)
-    for ill in (prompt([*START, POISON]), prompt([*START, POISON, *range(40, 70)])):
+    for bad in (prompt([*START, POISON]), prompt([*START, POISON, *range(40, 70)])):
         subject = engine(model, max_batch_tokens=tokens)
-        (error,) = outcomes(subject, (ill, sampling))
+        (error,) = outcomes(subject, (bad, sampling))
         assert type(error) is NumericalError
         assert "float64" in str(error)
         for _ in range(2):
             assert run(subject, *later) == expected
 
 
-def test_nan_in_a_piece_of_a_prompt_is_told_at_once_and_earlier_pieces_stay() -> None:
+def test_nan_in_a_chunk_fails_at_once_and_earlier_chunks_stay_cached() -> None:
     subject = engine(poisoned(), max_batch_tokens=16)
-    ill = prompt([*START, POISON, *range(40, 90), *range(40, 90)])
-    subject.add(subject.limits.accept("ill", ill, GREEDY))
+    bad = prompt([*START, POISON, *range(40, 90), *range(40, 90)])
+    subject.add(subject.validator.accept("bad", bad, GREEDY))
     steps, outputs = 0, []
     while subject.has_work:
         outputs += subject.step()
         steps += 1
     assert [type(output.error) for output in outputs] == [NumericalError]
     assert steps == 3  # of nine
-    subject.add(subject.limits.accept("good", prompt([*START, 60]), GREEDY))
+    subject.add(subject.validator.accept("good", prompt([*START, 60]), GREEDY))
     (output,) = subject.step()
     assert output.num_cached_tokens == 32
 
 
 @pytest.mark.parametrize("tokens", [16, 256])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_who_waits_for_the_same_beginning_is_answered_right(tokens: int, sampling: SamplingParams) -> None:
+def test_requests_that_wait_for_the_same_prefix_are_answered_correctly(tokens: int, sampling: SamplingParams) -> None:
     model = poisoned()
     waiting = [(prompt([*START, 60]), GREEDY), (prompt([*START, 61, 62]), sampling)]
     expected = run(engine(model, prefix_caching=False), *waiting)
@@ -109,14 +109,14 @@ def test_who_waits_for_the_same_beginning_is_answered_right(tokens: int, samplin
     assert answers == expected
 
 
-def test_an_answer_that_becomes_nan_fails_where_it_does() -> None:
+def test_an_answer_fails_at_the_token_that_is_nan() -> None:
     model = TinyModel()
     asked = (prompt([*START, 60]), SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True))
     (ids,) = run(engine(model), asked)[0]
     at = next(at for at in range(12, 40) if ids[at] not in ids[:at])
     model.language_model.get_input_embeddings().weight.data[ids[at]] = torch.nan
     subject = engine(model)
-    subject.add(subject.limits.accept("r", *asked))
+    subject.add(subject.validator.accept("r", *asked))
     outputs = [output for _ in range(40) for output in subject.step()]
     assert [token for output in outputs for token in output.token_ids] == ids[: at + 1]
     assert type(outputs[-1].error) is NumericalError
@@ -125,30 +125,30 @@ def test_an_answer_that_becomes_nan_fails_where_it_does() -> None:
 
 
 def with_red(text: int) -> PreparedPrompt:
-    return prompt([1, 5, 6], picture(RED, 2), [text, 7])
+    return prompt([1, 5, 6], image(RED, 2), [text, 7])
 
 
 @pytest.mark.parametrize("tiles", [1, 8])
 def test_features_that_are_not_finite_are_not_kept(tiles: int) -> None:
     model = Tower()
     subject = engine(model, max_batch_tiles=tiles)
-    good = (prompt([1, 5, 6], picture(BLUE), [9]), GREEDY)
-    both = (prompt([1, 8], picture(BLUE), [4], picture(RED, 2), [9]), GREEDY)
+    good = (prompt([1, 5, 6], image(BLUE), [9]), GREEDY)
+    both = (prompt([1, 8], image(BLUE), [4], image(RED, 2), [9]), GREEDY)
     *errors, answer = outcomes(subject, (with_red(8), GREEDY), (with_red(9), SAMPLINGS["beams"]), both, good)
     assert [type(error) for error in errors] == [NumericalError] * 3
     assert [answer] == run(engine(Tower()), good)
     assert RED[0] not in {int(digest.split(")")[1][:2], 16) for digest in subject._runner._features}
-    model.ill = False
+    model.broken = False
     healthy = Tower()
-    healthy.ill = False
+    healthy.broken = False
     later = [(with_red(8), GREEDY), both]
     assert run(subject, *later) == run(engine(healthy), *later)
 
 
-def test_features_of_a_good_picture_stay_for_those_who_need_them() -> None:
-    """A request fails for its text; another that has the same picture is in the middle of reading it."""
+def test_features_stay_for_other_requests_that_pin_the_image() -> None:
+    """A request fails for its text while another with the same image is in prefill."""
     model = poisoned()
-    red = picture(RED, 5)
+    red = image(RED, 5)
     reader = (prompt([1, 5], red, list(range(40, 60))), GREEDY)
     expected = run(engine(model, prefix_caching=False), reader)
     subject = engine(model, max_batch_tiles=1, max_batch_tokens=20)
@@ -157,7 +157,7 @@ def test_features_of_a_good_picture_stay_for_those_who_need_them() -> None:
     assert [answer] == expected
 
 
-def test_half_precision_that_overflows_is_told_and_full_precision_answers() -> None:
+def test_half_precision_that_overflows_fails_and_full_precision_answers() -> None:
     asked = (prompt([1, 5, 6, 7]), GREEDY)
     errors = {}
     for dtype in (torch.float16, torch.float32):
@@ -173,12 +173,12 @@ def test_half_precision_that_overflows_is_told_and_full_precision_answers() -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blocks", [8, 64])
-def test_neighbours_of_nan_are_not_touched(dtype: torch.dtype, blocks: int) -> None:
-    """Also where they must give way, and come back to memory that held NaN."""
+def test_other_requests_of_the_batch_are_not_affected_by_nan(dtype: torch.dtype, blocks: int) -> None:
+    """Also where they are preempted, and recomputed in blocks that held NaN."""
     model = poisoned(dtype=dtype)
-    rows = [(prompt([1, *range(at, at + 9)]), SAMPLINGS["greedy"]) for at in range(3, 60, 9)]
-    ill = [(prompt([1, at, POISON, *range(at, at + 20)]), GREEDY) for at in (70, 71)]
-    expected = run(engine(model), *rows)
-    answers = outcomes(engine(model, blocks=blocks), ill[0], *rows, ill[1])
+    others = [(prompt([1, *range(at, at + 9)]), SAMPLINGS["greedy"]) for at in range(3, 60, 9)]
+    bad = [(prompt([1, at, POISON, *range(at, at + 20)]), GREEDY) for at in (70, 71)]
+    expected = run(engine(model), *others)
+    answers = outcomes(engine(model, blocks=blocks), bad[0], *others, bad[1])
     assert [type(answers[0]), type(answers[-1])] == [NumericalError] * 2
     assert answers[1:-1] == expected

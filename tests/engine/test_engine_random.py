@@ -1,7 +1,7 @@
-"""Batched equals alone: random arrivals, budgets, preemption, prefix hits and aborts of neighbours, in float64.
+"""A batched request equals a single one: random arrivals, budgets, preemption, prefix hits and aborts, in float64.
 
-After every step each block's count equals its holders, free plus held is the total; every request ends exactly once.
-In one of the models a token makes NaN: whoever meets it fails, alone as in company, and nobody else does.
+After every step each block's reference count equals its holders, free plus held is the total; every request ends
+exactly once. In one of the models a token makes NaN: requests with it fail, batched or not, and no others do.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llava_serve.errors import LlavaServeError
 from llava_serve.llm import LLM
 from llava_serve.types import PreparedPrompt, SamplingParams
 from support.paths import GOLDEN
-from support.tiny_engine import TinyModel, check_blocks, engine, outcomes, picture, prompt
+from support.tiny_engine import TinyModel, check_blocks, engine, image, outcomes, prompt
 
 QUICK, MANY = 6, 100
 KINDS = ["llama", "mistral", "qwen2", "mpt"]
 CHECKPOINTS = ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny", "llava-v1.6-vicuna-tiny", "llava-mpt-tiny"]
-PICTURES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "square.png")]
+IMAGES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "square.png")]
 QUESTIONS = ["What is this?", "What is this, and who made it?", "Say it in three words.", "Why?"]
 COLOURS = ((10, 20, 30), (200, 90, 30), (0, 0, 250))
 
@@ -46,18 +46,18 @@ def golden(name: str) -> LLM:
 
 
 @pytest.fixture(autouse=True)
-def alike_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contexts are short here: rows that begin alike are read together all the same."""
-    monkeypatch.setattr("llava_serve.engine.executor.cascade_attention._LEAST", 8)
-    monkeypatch.setattr("llava_serve.engine.executor.cascade_attention._WORTH", 8)
+def shared_prefixes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contexts are short here: cascade attention is used all the same."""
+    monkeypatch.setattr("llava_serve.engine.executor.cascade_attention._MIN_SHARED", 8)
+    monkeypatch.setattr("llava_serve.engine.executor.cascade_attention._MIN_SAVED", 8)
 
 
 def make_prompt(rng: random.Random) -> PreparedPrompt:
-    """Prompts that often begin alike."""
+    """Prompts that often share a prefix."""
     start = [1, *range(3, 3 + rng.choice((0, 5, 8, 21)))]
     parts: list[object] = [start]
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
-        parts += [picture(rng.choice(COLOURS), rng.choice((1, 2, 3))), [rng.randrange(3, 90) for _ in range(3)]]
+        parts += [image(rng.choice(COLOURS), rng.choice((1, 2, 3))), [rng.randrange(3, 90) for _ in range(3)]]
     return prompt(*parts, [rng.randrange(3, 90) for _ in range(rng.choice((1, 2, 9)))])  # type: ignore[arg-type]
 
 
@@ -88,7 +88,7 @@ def check_golden(name: str, seed: int) -> None:
     rng = random.Random(f"{name}{seed}")
     llm = golden(name)
     prompts = [
-        llm.processor.prepare_query(rng.choice(QUESTIONS), rng.choices(PICTURES, k=rng.choice((0, 1, 1, 2))))
+        llm.processor.prepare_query(rng.choice(QUESTIONS), rng.choices(IMAGES, k=rng.choice((0, 1, 1, 2))))
         for _ in range(rng.randrange(3, 6))
     ]
     check_schedule(llm.engine.model, [(one, make_sampling(rng)) for one in prompts], rng)
@@ -97,7 +97,7 @@ def check_golden(name: str, seed: int) -> None:
 def check_schedule(
     subject_model: VisionLanguageModel, requests: list[tuple[PreparedPrompt, SamplingParams]], rng: random.Random
 ) -> None:
-    """Every request by itself in an engine of its own; then all of them through one, at random."""
+    """Every request in an engine of its own; then all of them through one, at random."""
     windowed = getattr(subject_model.language_model.config, "sliding_window", None) is not None
     expected = [outcomes(engine(subject_model, blocks=300, prefix_caching=False), request)[0] for request in requests]
 
@@ -123,7 +123,7 @@ def check_schedule(
     while coming or subject.has_work:
         while coming and (rng.random() < 0.4 or not subject.has_work):
             name = next(iter(coming))
-            subject.add(subject.limits.accept(name, *coming.pop(name), priority=rng.choice((0, 0, 1))))
+            subject.add(subject.validator.accept(name, *coming.pop(name), priority=rng.choice((0, 0, 1))))
         if rng.random() < 0.03 and (live := [name for name in answers if subject.has(name)]):
             aborted.add(name := rng.choice(live))
             subject.abort(name)
@@ -139,9 +139,9 @@ def check_schedule(
         check_blocks(subject)
     for name, (_, sampling), whole in zip(answers, requests, expected, strict=True):
         if isinstance(whole, LlavaServeError):
-            # Behind its window a sequence is free of NaN: whether it meets some depends on how its prompt is cut.
-            may_end_well = windowed and name not in failed
-            assert name in aborted or may_end_well or type(failed[name]) is type(whole)
+            # Behind its window a sequence is free of NaN: whether it gets some depends on how its prompt is chunked.
+            may_succeed = windowed and name not in failed
+            assert name in aborted or may_succeed or type(failed[name]) is type(whole)
         elif name not in aborted:
             assert [answers[name][index] for index in range(sampling.n)] == whole
             assert all(ended[name, index] == 1 for index in range(sampling.n))
@@ -151,37 +151,37 @@ def check_schedule(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(QUICK))
-def test_batched_equals_alone(kind: str, seed: int) -> None:
+def test_batched_equals_single(kind: str, seed: int) -> None:
     check_tiny(kind, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(QUICK, MANY))
-def test_batched_equals_alone_many(kind: str, seed: int) -> None:
+def test_batched_equals_single_many(kind: str, seed: int) -> None:
     check_tiny(kind, seed)
 
 
 @pytest.mark.parametrize("seed", range(QUICK))
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_who_meets_nan_fails_alone(kind: str, seed: int) -> None:
+def test_only_requests_with_nan_fail(kind: str, seed: int) -> None:
     check_tiny(kind, seed, poison=20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(QUICK, MANY))
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_who_meets_nan_fails_alone_many(kind: str, seed: int) -> None:
+def test_only_requests_with_nan_fail_many(kind: str, seed: int) -> None:
     check_tiny(kind, seed, poison=20)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_golden_checkpoints_batched_equal_alone(name: str) -> None:
+def test_golden_checkpoints_batched_equal_single(name: str) -> None:
     check_golden(name, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("seed", range(1, 30))
-def test_golden_checkpoints_batched_equal_alone_many(name: str, seed: int) -> None:
+def test_golden_checkpoints_batched_equal_single_many(name: str, seed: int) -> None:
     check_golden(name, seed)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava_serve import LLM, SamplingParams
-from llava_serve.config import EngineOptions
+from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.types import GenerationResult, ImagePart, Message, PreparedPrompt, TextPart
 from support.paths import GOLDEN
@@ -28,7 +28,14 @@ PREPARED: dict[tuple[str, str], PreparedPrompt] = {}
 def load(name: str) -> LLM:
     base = SUITE[name]["model_base"]
     one_thread = EngineOptions(num_threads=1)  # a second one costs more than models of this size take
-    return LLM(str(GOLDEN / "checkpoints" / name), model_base=base, device="cpu", dtype="float32", engine=one_thread)
+    return LLM(
+        str(GOLDEN / "checkpoints" / name),
+        model_base=base,
+        device="cpu",
+        dtype="float32",
+        engine=one_thread,
+        image_options=ImageOptions(transparency="drop"),  # the original's pixels
+    )
 
 
 def prepare(name: str, case: dict[str, Any]) -> PreparedPrompt:
@@ -53,8 +60,8 @@ def _prepare(name: str, case: dict[str, Any]) -> PreparedPrompt:
 
 def last_logits(model: Llava, prepared: PreparedPrompt) -> torch.Tensor:
     embeddings = model.embed(torch.from_numpy(prepared.token_ids.astype(np.int64)).clamp(min=0)).clone()
-    pictures = zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True)
-    for (start, end), tiles, size in pictures:
+    images = zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True)
+    for (start, end), tiles, size in images:
         embeddings[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
     with torch.inference_mode():
         logits: torch.Tensor = model.language_model(inputs_embeds=embeddings[None]).logits[0, -1]
@@ -106,7 +113,7 @@ def test_last_logits(name: str, case: dict[str, Any]) -> None:
 
 @cache
 def plain_model(name: str, base: str | None) -> Llava:
-    """A model of its own: an engine puts its own attention into the one that it drives."""
+    """A model of its own: an engine replaces the attention of the model that it runs."""
     return Llava.load(load(name).spec)
 
 

@@ -1,4 +1,4 @@
-"""The cache's bookkeeping: no tensors, so that it can be looked at from all sides."""
+"""The bookkeeping of the KV cache: free list, allocation, prefix cache. No tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_serve.engine.free_list import FreeList
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.sequence import Copy, EngineRequest, Sequence
 from llava_serve.types import PreparedPrompt, SamplingParams
-from support.tiny_engine import picture, prompt
+from support.tiny_engine import image, prompt
 
 
 def sequence(one: PreparedPrompt, most: int = 8, beams: int = 1) -> Sequence:
@@ -19,49 +19,49 @@ def sequence(one: PreparedPrompt, most: int = 8, beams: int = 1) -> Sequence:
     return Sequence(request, 0, one.token_ids.tolist())
 
 
-def compute(cache: KVCache, row: Sequence) -> None:
-    """As a step would."""
-    row.num_computed = len(row.token_ids)
-    cache.commit(row)
+def compute(cache: KVCache, one: Sequence) -> None:
+    """As a step does."""
+    one.num_computed = len(one.token_ids)
+    cache.commit(one)
 
 
-def extent(row: Sequence) -> tuple[int, int]:
-    assert row.extent is not None
-    return row.extent.start, row.extent.size
+def extent(one: Sequence) -> tuple[int, int]:
+    assert one.extent is not None
+    return one.extent.start, one.extent.size
 
 
-def test_holes_merge_and_split() -> None:
-    holes = FreeList(10)
-    holes.remove(3, 4)
-    assert list(holes) == [(0, 3), (7, 3)]
-    holes.remove(0, 3)
-    holes.add(4, 2)
-    holes.add(3, 1)
-    assert list(holes) == [(3, 3), (7, 3)]
-    holes.add(6, 1)
-    holes.add(0, 3)
-    assert list(holes) == [(0, 10)]
-    assert holes.total == 10
+def test_free_runs_merge_and_split() -> None:
+    free_list = FreeList(10)
+    free_list.remove(3, 4)
+    assert list(free_list) == [(0, 3), (7, 3)]
+    free_list.remove(0, 3)
+    free_list.add(4, 2)
+    free_list.add(3, 1)
+    assert list(free_list) == [(3, 3), (7, 3)]
+    free_list.add(6, 1)
+    free_list.add(0, 3)
+    assert list(free_list) == [(0, 10)]
+    assert free_list.total == 10
 
 
-def test_holes_like_a_list_of_flags() -> None:
+def test_the_free_list_is_like_a_list_of_flags() -> None:
     rng = random.Random(1)
-    holes, free = FreeList(40), [True] * 40
+    free_list, free = FreeList(40), [True] * 40
     for _ in range(2000):
         start, size = rng.randrange(40), rng.randrange(1, 6)
         run = range(start, min(40, start + size))
         if all(free[block] for block in run):
-            holes.remove(run.start, len(run))
+            free_list.remove(run.start, len(run))
         elif not any(free[block] for block in run):
-            holes.add(run.start, len(run))
+            free_list.add(run.start, len(run))
         else:
             continue
         for block in run:
             free[block] = not free[block]
-        assert [block for start, size in holes for block in range(start, start + size)] == [
+        assert [block for start, size in free_list for block in range(start, start + size)] == [
             block for block in range(40) if free[block]
         ]
-        assert holes.total == sum(free)
+        assert free_list.total == sum(free)
 
 
 def test_a_sequence_has_room_to_grow_beside_another() -> None:
@@ -77,7 +77,7 @@ def test_a_sequence_has_room_to_grow_beside_another() -> None:
     assert cache.take_copies() == ()
 
 
-def test_a_blocked_sequence_moves_and_keeps_what_it_computed() -> None:
+def test_a_sequence_that_cannot_grow_in_place_is_moved_with_what_it_computed() -> None:
     cache = KVCache(4, 4, prefix_caching=False)
     first, second = sequence(prompt([1] * 4), most=9), sequence(prompt([2] * 4), most=9)
     assert cache.admit(first)
@@ -96,21 +96,21 @@ def test_a_blocked_sequence_moves_and_keeps_what_it_computed() -> None:
 def test_what_will_be_entered_is_known_before() -> None:
     for one, beams, filled in ((prompt([1] * 11), 1, range(1, 3)), (prompt([1] * 7), 2, range(1, 1))):
         cache = KVCache(16, 4)
-        row = sequence(one, beams=beams)
-        assert cache.admit(row)
-        row.num_computed = 5
-        assert cache.filled(row, 5) == range(1)
-        cache.commit(row)
-        row.token_ids += [2] * 5
-        assert cache.filled(row, 12) == filled
-        row.num_computed = 12
-        cache.commit(row)
+        held = sequence(one, beams=beams)
+        assert cache.admit(held)
+        held.num_computed = 5
+        assert cache.new_full_blocks(held, 5) == range(1)
+        cache.commit(held)
+        held.token_ids += [2] * 5
+        assert cache.new_full_blocks(held, 12) == filled
+        held.num_computed = 12
+        cache.commit(held)
         assert len(list(cache.cached_blocks)) == filled.stop
-        assert not cache.filled(row, 12)
-    assert not KVCache(16, 4, prefix_caching=False).filled(row, 12)
+        assert not cache.new_full_blocks(held, 12)
+    assert not KVCache(16, 4, prefix_caching=False).new_full_blocks(held, 12)
 
 
-def test_a_prefix_is_found_again_and_its_last_position_is_left_to_compute() -> None:
+def test_a_prefix_hit_leaves_the_last_position_to_compute() -> None:
     cache = KVCache(16, 4)
     first = sequence(prompt(list(range(12))))
     assert cache.admit(first)
@@ -126,7 +126,7 @@ def test_a_prefix_is_found_again_and_its_last_position_is_left_to_compute() -> N
     assert longer.num_computed == 12
 
 
-def test_a_hit_grows_in_place_where_it_can_and_is_a_copy_elsewhere() -> None:
+def test_a_hit_is_extended_in_place_where_possible_and_copied_elsewhere() -> None:
     cache = KVCache(16, 4)
     first = sequence(prompt([*range(8), 50]), most=2)
     assert cache.admit(first)
@@ -139,42 +139,42 @@ def test_a_hit_grows_in_place_where_it_can_and_is_a_copy_elsewhere() -> None:
     assert cache.admit(third)
     assert third.extent is not None
     assert cache.take_copies() == (Copy(0, third.extent.start * 4, 8),)
-    assert cache.counts[:3] == [2, 2, 1]  # the second and the prefix cache
+    assert cache.ref_counts[:3] == [2, 2, 1]  # the second and the prefix cache
 
 
-def test_pictures_are_told_apart_by_their_digests() -> None:
+def test_images_are_distinguished_by_their_digests() -> None:
     cache = KVCache(32, 2)
-    first = sequence(prompt(1, picture((1, 2, 3)), [5, 6]))
+    first = sequence(prompt(1, image((1, 2, 3)), [5, 6]))
     assert cache.admit(first)
     compute(cache, first)
-    same, other = sequence(prompt(1, picture((1, 2, 3)), [5, 6])), sequence(prompt(1, picture((9, 9, 9)), [5, 6]))
+    same, other = sequence(prompt(1, image((1, 2, 3)), [5, 6])), sequence(prompt(1, image((9, 9, 9)), [5, 6]))
     assert cache.admit(same)
     assert same.num_computed == 8
     assert cache.admit(other)
     assert other.num_computed == 0
 
 
-def test_another_salt_is_another_cache() -> None:
+def test_another_salt_gives_other_keys() -> None:
     keys = set()
     for salt in (b"a", b"b"):
         keys.add(KVCache(4, 2, salt=salt).next_missing(sequence(prompt([1, 2, 3]))))
     assert len(keys) == 2
 
 
-def test_the_least_recently_used_goes_first_and_the_end_before_the_beginning() -> None:
+def test_the_least_recently_used_is_evicted_first_and_its_end_before_its_beginning() -> None:
     cache = KVCache(4, 2)
     old, new = sequence(prompt([1, 2, 3, 4])), sequence(prompt([5, 6, 7, 8]))
-    for row in (old, new):
-        assert cache.admit(row)
-        compute(cache, row)
-        cache.release(row)
+    for one in (old, new):
+        assert cache.admit(one)
+        compute(cache, one)
+        cache.release(one)
     assert cache.admit(sequence(prompt([11, 12]), most=1))
     assert cache.next_missing(sequence(prompt([5, 6, 7, 8, 9]))) is None
     assert cache.next_missing(sequence(prompt([1, 2, 9]))) is None
     assert cache.next_missing(sequence(prompt([1, 2, 3, 4, 9]))) is not None
 
 
-def test_hits_that_are_in_the_way_are_given_up() -> None:
+def test_hits_are_evicted_if_their_blocks_are_needed() -> None:
     cache = KVCache(5, 2)
     first = sequence(prompt([1, 2]), most=1)
     blocker = sequence(prompt([7, 7]), most=1)
@@ -188,50 +188,50 @@ def test_hits_that_are_in_the_way_are_given_up() -> None:
     assert extent(whole) == (0, 5)
 
 
-def test_a_beam_shares_its_prompt_and_copies_what_differs() -> None:
+def test_a_fork_of_a_beam_copies_what_differs() -> None:
     cache = KVCache(16, 2)
-    rows = [sequence(prompt([1, 2, 3]), beams=2) for _ in range(2)]
-    for row in rows:
-        assert cache.admit(row)
-    rows[0].num_computed = 3
-    cache.commit(rows[0])
-    cache.fork(*rows)
-    assert rows[1].num_computed == 3
+    beams = [sequence(prompt([1, 2, 3]), beams=2) for _ in range(2)]
+    for beam in beams:
+        assert cache.admit(beam)
+    beams[0].num_computed = 3
+    cache.commit(beams[0])
+    cache.fork(*beams)
+    assert beams[1].num_computed == 3
     assert [move.length for move in cache.take_copies()] == [3]
-    rows[0].token_ids += [4, 5, 6]
-    rows[1].token_ids += [4, 8, 9]
-    for row in rows:
-        assert cache.grow(row)
-        row.num_computed = 5
-        cache.commit(row)
-    assert len(list(cache.cached_blocks)) == 1  # of the prompt: answers of beams change
-    cache.fork(*rows)
-    assert rows[1].token_ids == rows[0].token_ids
+    beams[0].token_ids += [4, 5, 6]
+    beams[1].token_ids += [4, 8, 9]
+    for beam in beams:
+        assert cache.grow(beam)
+        beam.num_computed = 5
+        cache.commit(beam)
+    assert len(list(cache.cached_blocks)) == 1  # of the prompt: the output tokens of beams change
+    cache.fork(*beams)
+    assert beams[1].token_ids == beams[0].token_ids
     assert [move.length for move in cache.take_copies()] == [1]
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_all_is_free_in_the_end(caching: bool) -> None:
+def test_all_blocks_are_free_in_the_end(caching: bool) -> None:
     rng = random.Random(5)
     cache = KVCache(24, 2, prefix_caching=caching)
     live: list[Sequence] = []
     for _ in range(1500):
-        row = sequence(prompt([rng.randrange(3) for _ in range(rng.randrange(1, 12))]))
-        if rng.random() < 0.5 and cache.admit(row):
-            compute(cache, row)
-            live.append(row)
+        one = sequence(prompt([rng.randrange(3) for _ in range(rng.randrange(1, 12))]))
+        if rng.random() < 0.5 and cache.admit(one):
+            compute(cache, one)
+            live.append(one)
         elif live:
-            row = rng.choice(live)
-            row.token_ids.append(1)
-            if rng.random() < 0.5 and cache.grow(row):
-                compute(cache, row)
+            one = rng.choice(live)
+            one.token_ids.append(1)
+            if rng.random() < 0.5 and cache.grow(one):
+                compute(cache, one)
             else:
-                row.token_ids.pop()
-                cache.release(row)
-                live.remove(row)
+                one.token_ids.pop()
+                cache.release(one)
+                live.remove(one)
         held = {block for start, size in map(extent, live) for block in range(start, start + size)}
         assert cache.num_available == cache.num_blocks - len(held)
-    for row in live:
-        cache.release(row)
+    for one in live:
+        cache.release(one)
     assert cache.num_available == cache.num_blocks
     assert cache.num_free == cache.num_blocks - len(list(cache.cached_blocks))

@@ -1,4 +1,4 @@
-"""LLM on the tiny checkpoints: what it returns, in what order, and that nothing depends on the company."""
+"""LLM on the tiny checkpoints: what it returns, in what order, and that no answer depends on the batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llava_serve.llm import LLM
 from llava_serve.types import GenerationResult, ImagePart, Message, SamplingParams, TextPart
 from support.paths import GOLDEN
 
-PICTURES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "photo.jpg")]
+IMAGES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "photo.jpg")]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 
 
-def test_a_cache_without_room_for_a_block_is_told() -> None:
+def test_a_kv_cache_too_small_for_a_block_is_refused() -> None:
     with pytest.raises(CheckpointError, match="kv_cache_bytes is too small"):
         LLM("builtin", device="cpu", engine=EngineOptions(kv_cache_bytes=1))
 
@@ -34,25 +34,25 @@ def essence(result: GenerationResult) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 @pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny", "llava-mpt-tiny"])
-def test_a_batch_is_what_each_is_alone(name: str) -> None:
+def test_a_batch_equals_single_requests(name: str) -> None:
     queries = ["What is this?", "What is that, and why?", "Say it in three words.", "What is this?"]
-    pictures = [PICTURES[:1], PICTURES[1:2], [], PICTURES[:1]]
+    images = [IMAGES[:1], IMAGES[1:2], [], IMAGES[:1]]
     samplings = [
         GREEDY,
         SamplingParams(seed=5, n=2, max_new_tokens=9),
         SamplingParams(seed=1, top_p=0.7, top_k=40, max_new_tokens=9),
     ]
     for sampling in samplings:
-        together = llm(name).generate(queries, images=pictures, sampling=sampling)
-        alone = [
+        batched = llm(name).generate(queries, images=images, sampling=sampling)
+        single = [
             llm(name, prefix_caching=False).generate(query, images=each, sampling=sampling)
-            for query, each in zip(queries, pictures, strict=True)
+            for query, each in zip(queries, images, strict=True)
         ]
-        assert list(map(essence, together)) == list(map(essence, alone))
+        assert list(map(essence, batched)) == list(map(essence, single))
 
 
-def test_the_result_says_what_was_asked_and_what_came() -> None:
-    result = llm().generate("What is this?", images=PICTURES[:1], sampling=GREEDY)
+def test_the_result_has_the_prompt_and_the_answer() -> None:
+    result = llm().generate("What is this?", images=IMAGES[:1], sampling=GREEDY)
     assert result.prompt.count("<image>") == 1
     assert result.input_ids.count(-200) == 1
     assert result.num_prompt_tokens > len(result.input_ids)
@@ -60,12 +60,12 @@ def test_the_result_says_what_was_asked_and_what_came() -> None:
     assert len(result.token_ids) == 12
     assert result.finish_reason == "length"
     assert result.logprobs is None
-    again = llm().generate("What is this?", images=PICTURES[:1], sampling=GREEDY)
+    again = llm().generate("What is this?", images=IMAGES[:1], sampling=GREEDY)
     assert again.num_cached_tokens > 0
     assert again.token_ids == result.token_ids
 
 
-def test_more_prompts_than_the_house_holds() -> None:
+def test_more_prompts_than_the_engine_queues() -> None:
     options = EngineOptions(num_threads=1, kv_cache_bytes=1 << 20, max_num_seqs=2, max_waiting=1)
     small = LLM(str(GOLDEN / "checkpoints" / "llava-v1.5-tiny"), device="cpu", dtype="float64", engine=options)
     queries = [f"Question {at}" for at in range(9)]
@@ -75,34 +75,34 @@ def test_more_prompts_than_the_house_holds() -> None:
     ]
 
 
-def test_chat_takes_openais_messages_and_our_own() -> None:
-    ours = [Message("user", (ImagePart(PICTURES[0].read_bytes()), TextPart("What is this?")))]
-    theirs = [
+def test_chat_accepts_openai_messages_and_message_objects() -> None:
+    objects = [Message("user", (ImagePart(IMAGES[0].read_bytes()), TextPart("What is this?")))]
+    openai = [
         {
             "role": "user",
-            "content": [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "What is this?"}],
+            "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "What is this?"}],
         }
     ]
-    first, second = llm().chat([ours, theirs], sampling=GREEDY)
-    assert essence(first) == essence(second) == essence(llm().chat(theirs, sampling=GREEDY))
+    first, second = llm().chat([objects, openai], sampling=GREEDY)
+    assert essence(first) == essence(second) == essence(llm().chat(openai, sampling=GREEDY))
     assert first.prompt == second.prompt
 
 
 @pytest.mark.parametrize("bad", [{"role": "robot", "content": "x"}, {"role": "user", "content": [{"type": "audio"}]}])
-def test_a_message_that_is_none_is_refused_by_name(bad: dict[str, object]) -> None:
+def test_an_invalid_message_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(RequestError):
         llm().chat([bad])
 
 
 def test_the_stream_joined_is_the_answer() -> None:
-    chunks = list(llm().stream("What is this?", PICTURES[:1], GREEDY))
-    whole = llm().generate("What is this?", images=PICTURES[:1], sampling=GREEDY)
+    chunks = list(llm().stream("What is this?", IMAGES[:1], GREEDY))
+    whole = llm().generate("What is this?", images=IMAGES[:1], sampling=GREEDY)
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert tuple(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks)) == whole.token_ids
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
 
 
-def test_streams_may_be_read_in_turn() -> None:
+def test_streams_may_be_interleaved() -> None:
     queries = ["What is this?", "Say it in three words."]
     streams = [llm().stream(query, sampling=GREEDY) for query in queries]
     texts = ["", ""]
@@ -112,7 +112,7 @@ def test_streams_may_be_read_in_turn() -> None:
     assert texts == [result.text for result in llm().generate(queries, sampling=GREEDY)]
 
 
-def test_a_stream_that_is_closed_leaves_nothing_behind() -> None:
+def test_a_closed_stream_frees_its_blocks() -> None:
     stream = llm().stream("What is this?", sampling=SamplingParams(ignore_eos=True))
     next(stream)
     stream.close()
@@ -130,7 +130,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it() -> None:
     assert not llm().engine.has_work
 
 
-def test_logprobs_come_with_their_alternatives() -> None:
+def test_logprobs_have_their_alternatives() -> None:
     sampling = SamplingParams(temperature=0, max_new_tokens=4, logprobs=3)
     result = llm().generate("What is this?", sampling=sampling)
     assert result.logprobs is not None
@@ -148,15 +148,15 @@ def test_a_seed_repeats_and_choices_differ() -> None:
     assert len({one.token_ids for one in first.outputs}) == 3
 
 
-def test_what_cannot_fit_is_refused_before_anything_runs() -> None:
+def test_a_prompt_too_long_is_refused_before_anything_runs() -> None:
     with pytest.raises(PromptTooLongError) as caught:
         llm().generate("word " * 4000)
     assert caught.value.got > caught.value.limit
     assert not llm().engine.has_work
 
 
-def test_a_prompt_of_another_model_is_refused_and_hurts_nobody() -> None:
-    good = llm().processor.prepare_query("What is this?", PICTURES[:1])
+def test_a_prompt_of_another_model_is_refused_and_fails_no_other_request() -> None:
+    good = llm().processor.prepare_query("What is this?", IMAGES[:1])
     bad = [
         dataclasses.replace(good, token_ids=good.token_ids + 10**6),
         dataclasses.replace(good, tiles=(good.tiles[0][:, :10],)),

@@ -1,4 +1,4 @@
-"""What fails for one request, as its caller sees it: through `LLM`, `AsyncLLM` and HTTP. The others are answered."""
+"""Failures of one request, as its caller gets them: through `LLM`, `AsyncLLM` and HTTP. The others are answered."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ OPTIONS = EngineOptions(num_threads=1, kv_cache_bytes=1 << 22)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=10)
 LONG = SamplingParams(temperature=0, max_new_tokens=60, ignore_eos=True)
 GOOD = ["What is this?", "Who made it?", "Why?"]
-ILL = "What is this? 7"
+BAD = "What is this? 7"
 
 
-class Mute:
-    """A tokenizer that has no text for an id."""
+class FailingTokenizer:
+    """A tokenizer that raises for one id."""
 
     def __init__(self, tokenizer: Tokenizer, token_id: int) -> None:
         self._tokenizer = tokenizer
@@ -52,10 +52,10 @@ class Mute:
 
 
 def poison(llm: LLM | AsyncLLM, processor: Processor) -> None:
-    """Makes the embedding of the last id of `ILL` NaN; no other prompt here has it."""
+    """Makes the embedding of the last id of `BAD` NaN; no other prompt here contains it."""
     good = {token for text in GOOD for token in processor.prepare_query(text).token_ids.tolist()}
-    ids = [token for token in processor.prepare_query(ILL).token_ids.tolist() if token not in good]
-    engine = llm.engine if isinstance(llm, LLM) else llm._engine
+    ids = [token for token in processor.prepare_query(BAD).token_ids.tolist() if token not in good]
+    engine = llm.engine if isinstance(llm, LLM) else llm._loop.engine
     engine.model.language_model.get_input_embeddings().weight.data[ids[-1]] = torch.nan
 
 
@@ -63,25 +63,25 @@ def offline() -> LLM:
     return LLM(MODEL.model, device="cpu", dtype="float32", engine=OPTIONS)
 
 
-def first_words(llm: LLM, text: str) -> tuple[int, ...]:
+def greedy_ids(llm: LLM, text: str) -> tuple[int, ...]:
     return llm.generate(text, sampling=LONG).token_ids
 
 
-def test_llm_tells_nan_of_the_prompt_that_has_it() -> None:
+def test_llm_raises_for_the_prompt_with_nan_only() -> None:
     llm = offline()
     expected = [one.text for one in llm.generate(GOOD, sampling=GREEDY)]
     llm = offline()
     poison(llm, llm.processor)
     for _ in range(2):
         with pytest.raises(NumericalError, match="float32"):
-            llm.generate([GOOD[0], ILL, *GOOD[1:]], sampling=GREEDY)
+            llm.generate([GOOD[0], BAD, *GOOD[1:]], sampling=GREEDY)
         assert not llm.engine.has_work
         assert [one.text for one in llm.generate(GOOD, sampling=GREEDY)] == expected
 
 
-def test_of_several_streams_of_llm_one_fails() -> None:
+def test_one_of_several_streams_of_llm_fails() -> None:
     llm = offline()
-    prompts = [llm.processor.prepare_query(text) for text in (GOOD[0], ILL, GOOD[1])]
+    prompts = [llm.processor.prepare_query(text) for text in (GOOD[0], BAD, GOOD[1])]
     expected = [llm.run([one], GREEDY)[0].text for one in (prompts[0], prompts[2])]
     poison(llm, llm.processor)
     streams = [llm.generate_prepared(one, GREEDY) for one in prompts]
@@ -92,9 +92,9 @@ def test_of_several_streams_of_llm_one_fails() -> None:
     assert texts == expected
 
 
-def test_a_token_without_text_fails_the_answer_that_has_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_detokenizer_error_fails_its_answer_only(caplog: pytest.LogCaptureFixture) -> None:
     llm = offline()
-    answers = {text: first_words(llm, text) for text in GOOD}
+    answers = {text: greedy_ids(llm, text) for text in GOOD}
     text, token = next(
         (text, token)
         for text, ids in answers.items()
@@ -103,13 +103,13 @@ def test_a_token_without_text_fails_the_answer_that_has_it(caplog: pytest.LogCap
     )
     others = [one for one in GOOD if one != text]
     expected = [one.text for one in llm.generate(others, sampling=LONG)]
-    llm.processor.tokenizer = Mute(llm.processor.tokenizer, token)  # type: ignore[assignment]
-    good, ill, last = (llm.processor.prepare_query(one) for one in (others[0], text, others[1]))
-    streams = [llm.generate_prepared(one, LONG) for one in (good, ill, last)]
-    said = [next(streams[0]).text, next(streams[2]).text]
+    llm.processor.tokenizer = FailingTokenizer(llm.processor.tokenizer, token)  # type: ignore[assignment]
+    good, bad, last = (llm.processor.prepare_query(one) for one in (others[0], text, others[1]))
+    streams = [llm.generate_prepared(one, LONG) for one in (good, bad, last)]
+    texts = [next(streams[0]).text, next(streams[2]).text]
     with pytest.raises(LlavaServeError, match="The server failed on this request"):
         list(streams[1])
-    assert [a + "".join(chunk.text for chunk in b) for a, b in zip(said, streams[::2], strict=True)] == expected
+    assert [a + "".join(chunk.text for chunk in b) for a, b in zip(texts, streams[::2], strict=True)] == expected
     assert llm.engine.stats.free_blocks == llm.engine.stats.total_blocks
     (record,) = [one for one in caplog.records if one.exc_info]
     assert "KeyError" in str(record.exc_info)
@@ -134,25 +134,25 @@ def unchecked(**fields: Any) -> SamplingParams:
     return sampling
 
 
-async def test_async_llm_tells_a_failure_to_its_caller_alone(async_llm: AsyncLLM) -> None:
+async def test_async_llm_raises_a_failure_to_its_caller_only(async_llm: AsyncLLM) -> None:
     expected = await asyncio.gather(*(text_of(async_llm, text) for text in GOOD))
     poison(async_llm, Processor(async_llm.spec, ImageOptions()))
-    ill = [
-        text_of(async_llm, ILL),
+    bad = [
+        text_of(async_llm, BAD),
         text_of(async_llm, GOOD[0], unchecked(top_k="many")),
         text_of(async_llm, GOOD[0], unchecked(n="some")),
         text_of(async_llm, GOOD[0], unchecked(presence_penalty="much")),
     ]
     good = [text_of(async_llm, text) for text in GOOD]
-    results = await asyncio.gather(*ill, *good, return_exceptions=True)
+    results = await asyncio.gather(*bad, *good, return_exceptions=True)
     assert isinstance(results[0], NumericalError)
-    assert all(isinstance(one, Exception) for one in results[: len(ill)])
-    assert results[len(ill) :] == expected
+    assert all(isinstance(one, Exception) for one in results[: len(bad)])
+    assert results[len(bad) :] == expected
     assert async_llm.healthy
     assert async_llm.stats().free_blocks == async_llm.stats().total_blocks
 
 
-async def test_async_llm_tells_what_the_engine_refuses_for_reasons_nobody_foresaw(async_llm: AsyncLLM) -> None:
+async def test_async_llm_reports_an_unexpected_error_of_adding_a_request(async_llm: AsyncLLM) -> None:
     class Broken(np.ndarray[Any, Any]):
         def tolist(self) -> Any:
             raise ZeroDivisionError
@@ -184,7 +184,7 @@ _HI = '{"model": "builtin", "messages": [{"role": "user", "content": "Hi"}], "ma
 AS_GREEDY = {
     "temperature": _HI + ', "temperature": 1e-40}',
     "top_p": _HI + ', "temperature": 1, "top_p": 1e-46}',
-    "top_p in the heat": _HI + ', "temperature": 100, "top_p": 5e-324}',
+    "top_p at a high temperature": _HI + ', "temperature": 100, "top_p": 5e-324}',
 }
 
 
@@ -212,23 +212,23 @@ def test_the_largest_top_k_is_the_vocabulary_and_ends_no_stream(web: httpx.Clien
         assert "error" not in one.result().text
 
 
-def test_a_repetition_penalty_beyond_arithmetic_is_refused(web: httpx.Client) -> None:
+def test_a_repetition_penalty_that_would_overflow_is_refused(web: httpx.Client) -> None:
     response = web.post(PATH, content=_HI + ', "temperature": 1, "repetition_penalty": 1e-308}')
     assert response.status_code == 400
     assert error_of(response)["param"] == "repetition_penalty"
     assert error_of(response)["message"] == "repetition_penalty must be between 0.01 and 10; got 1e-308."
 
 
-def test_a_message_does_not_repeat_a_long_number(web: httpx.Client) -> None:
+def test_an_error_message_truncates_a_long_number(web: httpx.Client) -> None:
     response = web.post(PATH, content=_HI + f', "n": {"9" * 4300}}}')
     assert response.status_code == 400
     assert len(error_of(response)["message"]) < 200
 
 
-def test_nan_is_a_500_that_says_what_it_is_and_is_not_to_be_repeated(web: httpx.Client, builtin: AsyncLLM) -> None:
-    """As in the field: one byte of an emoji has a NaN embedding, and the system prompt is everybody's."""
+def test_nan_is_a_numerical_error_that_is_not_to_be_retried(web: httpx.Client, builtin: AsyncLLM) -> None:
+    """One byte of an emoji has a NaN embedding, and all requests share the system prompt."""
     (*_, byte) = load_tokenizer(builtin.spec.tokenizer).encode([Text("\N{GRINNING FACE}")])
-    weight = builtin._engine.model.language_model.get_input_embeddings().weight.data
+    weight = builtin._loop.engine.model.language_model.get_input_embeddings().weight.data
     before = weight[byte].clone()
 
     def ask(text: str, **fields: Any) -> httpx.Response:

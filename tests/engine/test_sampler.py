@@ -1,4 +1,4 @@
-"""Drawing tokens: what is drawn, what it depends on, and what it must not depend on."""
+"""Sampling: which tokens, what they depend on, and what they must not depend on."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from support.tiny_engine import prompt
 VOCABULARY = 40
 
 
-def row(seed: int = 0, index: int = 0, answer: tuple[int, ...] = (), **sampling: Any) -> Sequence:
+def sequence(seed: int = 0, index: int = 0, answer: tuple[int, ...] = (), **sampling: Any) -> Sequence:
     request = EngineRequest("r", prompt([1, 2, 3]), SamplingParams(**sampling), None, 0, seed, 99, frozenset())
     return Sequence(request, index, [1, 2, 3, *answer])
 
 
-def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+def logits(count: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
 
 
-def sample(table: torch.Tensor, rows: list[Sequence]) -> list[RawLogprob]:
+def sample(table: torch.Tensor, sequences: list[Sequence]) -> list[RawLogprob]:
     """The tokens alone."""
-    return sampler.sample(table, rows, torch.ones(0, dtype=torch.bool))[0]
+    return sampler.sample(table, sequences, torch.ones(0, dtype=torch.bool))[0]
 
 
-def drawn(table: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
-    """Relative frequencies of `count` draws with different seeds."""
-    tokens = [one.token_id for one in sample(table.repeat(count, 1), [row(seed, **sampling) for seed in range(count)])]
+def frequencies(table: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
+    """Relative frequencies of `count` samples with different seeds."""
+    tokens = [
+        one.token_id for one in sample(table.repeat(count, 1), [sequence(seed, **sampling) for seed in range(count)])
+    ]
     return torch.bincount(torch.tensor(tokens), minlength=VOCABULARY) / count
 
 
@@ -45,61 +47,65 @@ def test_uniform_is_uniform_and_depends_on_each_of_its_words() -> None:
     assert torch.histc(numbers, 10, 0, 1).min() > 400
 
 
-def test_greedy_takes_the_best() -> None:
+def test_greedy_takes_the_likeliest() -> None:
     table = logits(5)
     best = table.argmax(dim=-1).tolist()
-    assert [one.token_id for one in sample(table, [row(temperature=0) for _ in range(5)])] == best
+    assert [one.token_id for one in sample(table, [sequence(temperature=0) for _ in range(5)])] == best
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     expected = (logits()[0] / 1.3).softmax(dim=-1)
-    assert (drawn(logits(), 4000, temperature=1.3) - expected).abs().max() < 0.03
+    assert (frequencies(logits(), 4000, temperature=1.3) - expected).abs().max() < 0.03
 
 
 def test_top_k_and_top_p_keep_the_fewest_that_reach() -> None:
     order = logits()[0].argsort(descending=True)
     shares = logits()[0].softmax(dim=-1)[order]
-    assert set(drawn(logits(), 600, top_k=3).nonzero().flatten().tolist()) == set(order[:3].tolist())
+    assert set(frequencies(logits(), 600, top_k=3).nonzero().flatten().tolist()) == set(order[:3].tolist())
     kept = int((shares.cumsum(dim=-1) < 0.6).sum()) + 1
-    assert set(drawn(logits(), 800, top_p=0.6).nonzero().flatten().tolist()) == set(order[:kept].tolist())
+    assert set(frequencies(logits(), 800, top_p=0.6).nonzero().flatten().tolist()) == set(order[:kept].tolist())
 
 
 def test_top_p_counts_within_top_k() -> None:
     order = logits()[0].argsort(descending=True)
     within = logits()[0][order[:4]].softmax(dim=-1)
     kept = int((within.cumsum(dim=-1) < 0.7).sum()) + 1
-    both = drawn(logits(), 600, top_k=4, top_p=0.7)
+    both = frequencies(logits(), 600, top_k=4, top_p=0.7)
     assert set(both.nonzero().flatten().tolist()) == set(order[:kept].tolist())
 
 
 def test_top_p_over_a_flat_vocabulary_looks_past_the_best_few() -> None:
     table = torch.zeros(300, 2000)
     table[:, :5] = 0.01
-    tokens = [one.token_id for one in sample(table, [row(seed, top_p=0.9) for seed in range(300)])]
+    tokens = [one.token_id for one in sample(table, [sequence(seed, top_p=0.9) for seed in range(300)])]
     assert max(tokens) > 256
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    rows = [
-        row(1, temperature=0.7), row(2, top_p=0.5), row(3, temperature=0), row(4, top_k=2, logprobs=3),
-        row(5, 1, (7, 7, 8), frequency_penalty=1.5, presence_penalty=0.5), row(6, 0, (9,), repetition_penalty=1.4),
-    ]  # fmt: skip
-    together = sample(logits(len(rows)), rows)
-    for at, one in enumerate(rows):
-        assert sample(logits(len(rows))[at : at + 1], [one]) == [together[at]]
+def test_a_sequence_does_not_depend_on_the_batch() -> None:
+    sequences = [
+        sequence(1, temperature=0.7),
+        sequence(2, top_p=0.5),
+        sequence(3, temperature=0),
+        sequence(4, top_k=2, logprobs=3),
+        sequence(5, 1, (7, 7, 8), frequency_penalty=1.5, presence_penalty=0.5),
+        sequence(6, 0, (9,), repetition_penalty=1.4),
+    ]
+    together = sample(logits(len(sequences)), sequences)
+    for at, one in enumerate(sequences):
+        assert sample(logits(len(sequences))[at : at + 1], [one]) == [together[at]]
 
 
 def test_noise_depends_on_seed_choice_and_position() -> None:
     flat = torch.zeros(1, VOCABULARY)
-    draws = [row(1), row(2), row(1, 1), row(1, 0, (5,))]
-    tokens = {sample(flat.clone(), [one])[0].token_id for one in draws}
+    different = [sequence(1), sequence(2), sequence(1, 1), sequence(1, 0, (5,))]
+    tokens = {sample(flat.clone(), [one])[0].token_id for one in different}
     assert len(tokens) == 4
 
 
 def test_logprobs_are_the_models_own() -> None:
     table = logits()
     expected = table[0].log_softmax(dim=-1)
-    entry = sample(table, [row(temperature=0.5, seed=3, logprobs=4, repetition_penalty=2.0)])[0]
+    entry = sample(table, [sequence(temperature=0.5, seed=3, logprobs=4, repetition_penalty=2.0)])[0]
     assert entry.logprob == pytest.approx(float(expected[entry.token_id]))
     best = expected.topk(4)
     assert [token for token, _ in entry.top] == best.indices.tolist()
@@ -122,46 +128,48 @@ EXTREMES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1.0, 1e4, 1e30])
 @pytest.mark.parametrize("sampling", EXTREMES, ids=str)
-def test_the_smallest_values_take_the_best(sampling: dict[str, Any], size: float, dtype: torch.dtype) -> None:
+def test_the_smallest_values_take_the_likeliest(sampling: dict[str, Any], size: float, dtype: torch.dtype) -> None:
     table = logits(5).to(dtype) * size
     best = table.argmax(dim=-1).tolist()
-    assert [one.token_id for one in sample(table, [row(seed, **sampling) for seed in range(5)])] == best
+    assert [one.token_id for one in sample(table, [sequence(seed, **sampling) for seed in range(5)])] == best
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_top_k_above_the_vocabulary_is_the_vocabulary(dtype: torch.dtype) -> None:
     table = logits().to(dtype)
     for top_k in (VOCABULARY, VOCABULARY + 1, 2**63, 10**19, 10**400):
-        assert torch.equal(drawn(table, 300, top_k=top_k), drawn(table, 300))
-        assert torch.equal(drawn(table, 300, top_k=top_k, top_p=0.7), drawn(table, 300, top_p=0.7))
+        assert torch.equal(frequencies(table, 300, top_k=top_k), frequencies(table, 300))
+        assert torch.equal(frequencies(table, 300, top_k=top_k, top_p=0.7), frequencies(table, 300, top_p=0.7))
 
 
 @pytest.mark.parametrize("penalty", [0.01, 10])
-def test_penalties_leave_numbers_that_can_be_drawn_from(penalty: float) -> None:
+def test_penalties_leave_finite_logits(penalty: float) -> None:
     table = torch.full((1, VOCABULARY), torch.finfo(torch.float16).max)
     table[0, ::2] *= -1
     answer = tuple(range(VOCABULARY))
     for temperature in (0, 1e-5, 1):
-        (one,) = sample(table, [row(answer=answer, temperature=temperature, repetition_penalty=penalty)])
+        (one,) = sample(table, [sequence(answer=answer, temperature=temperature, repetition_penalty=penalty)])
         assert one.token_id % 2 == 1
 
 
-def test_the_seed_is_taken_with_its_sign() -> None:
+def test_seeds_may_be_negative() -> None:
     numbers = [uniform(seed, 0, 0) for seed in (-(2**63), -1, 0, 1, 2**63 - 1)]
     assert len(set(numbers)) == len(numbers)
     assert all(0 <= number < 1 for number in numbers)
 
 
-def test_logits_stay_as_they_are_for_a_second_try() -> None:
+def test_sampling_does_not_change_the_logits() -> None:
     table = logits(2)
     before = table.clone()
-    sample(table, [row(answer=(3, 3), repetition_penalty=2, frequency_penalty=1), row(temperature=0.5, top_k=3)])
+    sample(
+        table, [sequence(answer=(3, 3), repetition_penalty=2, frequency_penalty=1), sequence(temperature=0.5, top_k=3)]
+    )
     assert torch.equal(table, before)
 
 
 def test_penalties() -> None:
     table = torch.tensor([[0.0, 2.0, -2.0, 1.0, 1.5]])
-    base = row(answer=(3, 3, 4), temperature=0, logprobs=0)
+    base = sequence(answer=(3, 3, 4), temperature=0, logprobs=0)
 
     def after(**changes: Any) -> list[float]:
         request = dataclasses.replace(base.request, sampling=SamplingParams(temperature=0, **changes))

@@ -1,4 +1,4 @@
-"""What a sampling field may be: no value that passes is beyond what the arithmetic holds."""
+"""Ranges of the sampling fields: no accepted value overflows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("stop", ("",)),
     ("stop", (1,)),
 ]
-TAKEN: list[tuple[str, Any]] = [
+ACCEPTED: list[tuple[str, Any]] = [
     ("temperature", 1e-300),
     ("temperature", 100),
     ("top_p", 1e-300),
@@ -52,25 +52,25 @@ TAKEN: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_what_is_outside_is_refused_by_name(name: str, value: Any) -> None:
+def test_values_outside_the_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"^{name} must be ") as caught:
         SamplingParams(**{name: value})
     assert caught.value.param == name
 
 
-@pytest.mark.parametrize(("name", "value"), TAKEN)
-def test_what_is_inside_is_taken(name: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "value"), ACCEPTED)
+def test_values_inside_the_range_are_accepted(name: str, value: Any) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("value", [10**4000, -(10**4000), "9" * 10**6], ids=["long", "negative", "text"])
-def test_a_message_repeats_a_little_of_a_long_value(value: Any) -> None:
+def test_a_message_truncates_a_long_value(value: Any) -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(n=value)
     assert str(caught.value) == f"n must be a whole number between 1 and 128; got {str(value)[:100]}."
 
 
-def test_beams_go_with_whatever_is_greedy() -> None:
+def test_beams_need_a_greedy_temperature() -> None:
     assert SamplingParams(temperature=1e-6, num_beams=2).greedy
     with pytest.raises(RequestError, match="num_beams"):
         SamplingParams(temperature=1e-4, num_beams=2)

@@ -1,4 +1,4 @@
-"""The real web app and engine, a step of which is held: refusals, deadlines and leaving do not wait for it."""
+"""The real web app and engine with a step that is held: refusals, deadlines and disconnects do not wait for it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from support.api_server import PATH, serving, wait_until
 from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
 
 LONG: dict[str, Any] = {"model": "builtin", "max_tokens": 1500, "ignore_eos": True}
-PATIENCE_S = 60
+TIMEOUT_S = 60
 STEP = Engine.step
 
 
-class Gate:
-    """The engine's steps pass it. While it is closed, the first to come waits in it.
+class StepGate:
+    """Wraps the engine's steps. While it is closed, the next step waits in it.
 
     Attributes:
-        begun: steps so far, one that waits among them.
+        begun: steps so far, with one that waits.
         ended: steps so far.
     """
 
@@ -38,7 +38,7 @@ class Gate:
         self.begun = self.ended = 0
         self._open = threading.Event()
         self._open.set()
-        self._holds = threading.Event()
+        self._waiting = threading.Event()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -48,17 +48,17 @@ class Gate:
         finally:
             self._open.set()
 
-    def step_waits(self) -> None:
+    def wait_for_step(self) -> None:
         """Returns when a step waits."""
-        assert self._holds.wait(PATIENCE_S)
+        assert self._waiting.wait(TIMEOUT_S)
 
     def step(self, engine: Engine) -> list[Output]:
-        """Stands in the place of the engine's own, and calls it."""
+        """Replaces `Engine.step`, and calls it."""
         self.begun += 1
         if not self._open.is_set():
-            self._holds.set()
-            assert self._open.wait(PATIENCE_S)
-            self._holds.clear()
+            self._waiting.set()
+            assert self._open.wait(TIMEOUT_S)
+            self._waiting.clear()
         outputs = STEP(engine)
         self.ended += 1
         return outputs
@@ -67,30 +67,30 @@ class Gate:
 class Server:
     """A server that takes one request at a time."""
 
-    def __init__(self, url: str, llm: AsyncLLM, gate: Gate) -> None:
+    def __init__(self, url: str, llm: AsyncLLM, gate: StepGate) -> None:
         self.url = url
         self.llm = llm
         self.gate = gate
         self._numbers = itertools.count()
 
-    def at_rest(self) -> bool:
-        """Whether no step runs, and after the last one nobody was in."""
+    def is_idle(self) -> bool:
+        """Whether no step runs, and the engine is idle."""
         stats = self.llm.stats()
         return self.gate.begun == self.gate.ended == stats.steps and not stats.running + stats.waiting
 
-    def has_a_place(self) -> bool:
-        """Whether nobody is in, as seen from outside: a body is looked at, and found wrong."""
-        return httpx.post(f"{self.url}{PATH}", content=b"{", timeout=PATIENCE_S).status_code == 400
+    def accepts_requests(self) -> bool:
+        """Whether the server is below its limit: a body is read, and refused as invalid."""
+        return httpx.post(f"{self.url}{PATH}", content=b"{", timeout=TIMEOUT_S).status_code == 400
 
     def body(self, **fields: Any) -> dict[str, Any]:
-        """A question that has not been asked before, with a picture."""
+        """A new question, with an image."""
         messages = question(f"{next(self._numbers)}. {DEMO_QUESTION}", DEMO_IMAGE.read_bytes())
         return LONG | {"messages": messages} | fields
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    gate = Gate()
+    gate = StepGate()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", lambda engine: gate.step(engine))
         llm = AsyncLLM(ModelOptions(device="cpu"), EngineOptions(num_threads=1))
@@ -101,44 +101,44 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def empty(server: Server) -> Iterator[Server]:
-    """The server when nobody is in, and that it is so again at the end."""
-    wait_until(server.at_rest, PATIENCE_S)
+def idle(server: Server) -> Iterator[Server]:
+    """The server without requests, before and after the test."""
+    wait_until(server.is_idle, TIMEOUT_S)
     yield server
-    wait_until(server.at_rest, PATIENCE_S)
+    wait_until(server.is_idle, TIMEOUT_S)
     assert server.llm.stats().free_blocks == server.llm.stats().total_blocks
 
 
-async def test_a_refusal_waits_for_no_step(empty: Server) -> None:
-    async with httpx.AsyncClient(base_url=empty.url, timeout=PATIENCE_S) as client:
-        with empty.gate.closed():
-            first = asyncio.create_task(client.post(PATH, json=empty.body()))
-            await asyncio.to_thread(empty.gate.step_waits)
+async def test_a_refusal_does_not_wait_for_the_step(idle: Server) -> None:
+    async with httpx.AsyncClient(base_url=idle.url, timeout=TIMEOUT_S) as client:
+        with idle.gate.closed():
+            first = asyncio.create_task(client.post(PATH, json=idle.body()))
+            await asyncio.to_thread(idle.gate.wait_for_step)
             for _ in range(40):
-                refused = await client.post(PATH, json=empty.body())
+                refused = await client.post(PATH, json=idle.body())
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         first.cancel()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_time_that_is_up_is_told_before_the_step_ends(empty: Server, stream: bool) -> None:
-    async with httpx.AsyncClient(base_url=empty.url, timeout=PATIENCE_S) as client:
-        before = empty.gate.begun
-        with empty.gate.closed():
-            response = await client.post(PATH, json=empty.body(timeout=0.6, stream=stream))
+async def test_an_exceeded_deadline_is_answered_before_the_step_ends(idle: Server, stream: bool) -> None:
+    async with httpx.AsyncClient(base_url=idle.url, timeout=TIMEOUT_S) as client:
+        before = idle.gate.begun
+        with idle.gate.closed():
+            response = await client.post(PATH, json=idle.body(timeout=0.6, stream=stream))
             assert "deadline_exceeded" in response.text
-    await asyncio.to_thread(wait_until, empty.at_rest, PATIENCE_S)
-    assert empty.gate.begun - before <= 1  # the one that was held
+    await asyncio.to_thread(wait_until, idle.is_idle, TIMEOUT_S)
+    assert idle.gate.begun - before <= 1  # the one that was held
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_who_leaves_costs_no_step_but_the_one_that_runs(empty: Server, stream: bool) -> None:
-    async with httpx.AsyncClient(base_url=empty.url, timeout=PATIENCE_S) as client:
-        with empty.gate.closed():
-            before = empty.gate.begun
-            task = asyncio.create_task(client.post(PATH, json=empty.body(stream=stream)))
-            await asyncio.to_thread(empty.gate.step_waits)
+async def test_a_disconnect_costs_no_step_but_the_running_one(idle: Server, stream: bool) -> None:
+    async with httpx.AsyncClient(base_url=idle.url, timeout=TIMEOUT_S) as client:
+        with idle.gate.closed():
+            before = idle.gate.begun
+            task = asyncio.create_task(client.post(PATH, json=idle.body(stream=stream)))
+            await asyncio.to_thread(idle.gate.wait_for_step)
             task.cancel()
-            await asyncio.to_thread(wait_until, empty.has_a_place, PATIENCE_S)
-    await asyncio.to_thread(wait_until, empty.at_rest, PATIENCE_S)
-    assert empty.gate.begun - before == 1
+            await asyncio.to_thread(wait_until, idle.accepts_requests, TIMEOUT_S)
+    await asyncio.to_thread(wait_until, idle.is_idle, TIMEOUT_S)
+    assert idle.gate.begun - before == 1

@@ -116,7 +116,7 @@ def test_a_system_message_replaces_the_templates(key: str, start: str) -> None:
     assert prompt_text(render(key, "Be brief.", [question()])).startswith(start)
 
 
-def test_images_are_marked_where_the_checkpoint_wants_it() -> None:
+def test_images_are_marked_where_the_checkpoint_requires_it() -> None:
     spans = render("plain", None, [question()], image_marks=True)
     assert spans[:3] == [Control("<im_start>"), ImageSlot(), Control("<im_end>")]
 
@@ -183,7 +183,7 @@ def test_an_unknown_template_is_refused_with_those_there_are() -> None:
         ("my-finetune", "mpt", "mpt"),
     ],
 )
-def test_the_name_decides_and_where_it_is_silent_the_content(name: str, decoder: str, expected: str) -> None:
+def test_the_name_decides_and_otherwise_the_content(name: str, decoder: str, expected: str) -> None:
     assert choose_template(name, decoder, has_chatml=False, modern=True)[0] == expected
 
 

@@ -1,4 +1,4 @@
-"""Text as it comes: joined, it is the stripped answer, whatever the borders of the chunks."""
+"""Detokenized pieces: joined, they are the stripped answer, wherever the chunks end."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_earliest_of_several_stop_strings_counts() -> None:
     assert detokenizer.push([ord("c")]) == ""
 
 
-def test_what_only_looked_like_a_stop_string_comes_at_the_end() -> None:
+def test_the_beginning_of_a_stop_string_is_released_at_the_end() -> None:
     assert "".join(pieces("a##", ["###"])) == "a##"
 
 

@@ -1,4 +1,4 @@
-"""The processor with several pictures: one at a time, and somebody looks whether they are still wanted."""
+"""The processor with several images: one decoded at a time, a check before each, and the cache of tiles."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llava_serve import processor
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.errors import DeadlineExceededError, PromptTooLongError
+from llava_serve.images import decoder
 from llava_serve.images.decode import decode_image
 from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.images.tiles import digest
@@ -34,7 +35,7 @@ def subject() -> processor.Processor:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Image.Image]]:
-    """The pictures that were decoded; those that are alive are still held."""
+    """References to the images that were decoded; those that are alive are still held."""
     pictures: list[weakref.ref[Image.Image]] = []
 
     def decode(*args: Any, **kwargs: Any) -> Image.Image:
@@ -43,7 +44,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Image.Image]]:
         pictures.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr(processor, "decode_image", decode)
+    monkeypatch.setattr(decoder, "decode_image", decode)
     return pictures
 
 
@@ -65,7 +66,7 @@ def test_a_prompt_too_long_says_its_whole_length(subject: processor.Processor, d
     assert refusal.value.got == one + 29 * each
 
 
-def test_what_nobody_waits_for_ends_at_the_next_picture(subject: processor.Processor, decoded: list[Any]) -> None:
+def test_a_failed_check_ends_the_work_at_the_next_image(subject: processor.Processor, decoded: list[Any]) -> None:
     def check() -> None:
         if len(decoded) == 2:
             raise DeadlineExceededError("The time is up.")
@@ -76,12 +77,13 @@ def test_what_nobody_waits_for_ends_at_the_next_picture(subject: processor.Proce
 
 
 @pytest.mark.parametrize("tier", ["in this process", "replica"])
-async def test_a_caller_who_leaves_ends_the_work_at_the_next_picture(
+async def test_a_cancelled_caller_ends_the_work_at_the_next_image(
     subject: processor.Processor, decoded: list[Any], tier: str
 ) -> None:
     call: Any
     if tier == "replica":
-        stage = ImagePreprocessor(ModelOptions(), ImageOptions(max_per_request=100, cache_bytes=0))
+        stage = ImagePreprocessor(ModelOptions(), ImageOptions())
+        stage._processor.processor = subject  # which decodes here, where it can be watched
         call = stage.prepare(about(60), None, time.time() + 60)
     else:
         call = ThreadedProcessor(subject, 2).prepare(lambda: about(60), deadline=time.time() + 60)
@@ -90,12 +92,12 @@ async def test_a_caller_who_leaves_ends_the_work_at_the_next_picture(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    seen = len(decoded)
+    count = len(decoded)
     await asyncio.sleep(0.5)
-    assert len(decoded) <= seen + 1 < 60
+    assert len(decoded) <= count + 1 < 60
 
 
-def test_a_picture_seen_before_is_not_decoded_again(decoded: list[Any]) -> None:
+def test_a_cached_image_is_not_decoded_again(decoded: list[Any]) -> None:
     subject = processor.Processor(open_checkpoint("builtin"), ImageOptions(max_per_request=100))
     first, again = subject.prepare(about(2)), subject.prepare(about(3))
     assert len(decoded) == 1
@@ -103,11 +105,11 @@ def test_a_picture_seen_before_is_not_decoded_again(decoded: list[Any]) -> None:
         set(again.digests) == set(first.digests) == {digest(first.tiles[0], first.image_sizes[0], subject.spec.image)}
     )
     assert again.image_sizes == (first.image_sizes[0],) * 3
-    with pytest.raises(PromptTooLongError):  # what is known is counted like the rest
+    with pytest.raises(PromptTooLongError):  # cached images count like others
         subject.prepare(about(30))
 
 
-def test_the_tiles_used_last_are_kept_within_a_bound() -> None:
+def test_the_most_recent_tiles_are_cached_within_a_limit() -> None:
     def image(name: str, size: int) -> CachedTiles:
         return CachedTiles((1, 1), 1, np.zeros(size, np.uint8), name)
 
@@ -123,7 +125,7 @@ def test_the_tiles_used_last_are_kept_within_a_bound() -> None:
     assert subject.get(b"a") is known
     subject.put(b"large", image("large", 11))
     assert subject.get(b"large") is None
-    assert subject.get(b"a") is known  # what cannot be kept takes no room from the others
+    assert subject.get(b"a") is known  # an image that does not fit evicts nothing
     subject.put(b"d", image("d", 10))
     assert subject.get(b"d") is not None
     assert [subject.get(key) for key in (b"a", b"c")] == [None] * 2

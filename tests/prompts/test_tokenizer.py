@@ -69,7 +69,7 @@ def test_a_users_text_has_none(yi_like: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("image_token", [None, "<image>"])
-def test_nor_with_a_json_tokenizer(json_folder: Path, image_token: str | None) -> None:
+def test_a_users_text_has_none_with_a_json_tokenizer(json_folder: Path, image_token: str | None) -> None:
     tokenizer = load_tokenizer(read_tokenizer(json_folder, [], image_token))
     spans: list[Text | Control | ImageSlot] = [
         Control("<|im_start|>"),

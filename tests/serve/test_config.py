@@ -124,12 +124,14 @@ def test_a_wrong_value_is_refused_where_serve_takes_any_dict(config: Config) -> 
 
 def test_a_deployment_that_is_not_named_is_refused(config: Config) -> None:
     application(config)["deployments"].pop()
-    assert check(config) == ["applications[0].deployments: LlavaModel is missing; Serve would give it one whole CPU"]
+    assert check(config) == [
+        "applications[0].deployments: LlavaModel is missing; Serve would reserve a whole CPU for it"
+    ]
 
 
 def test_what_does_not_fit_is_refused(config: Config) -> None:
     deployment(config, "LlavaModel")["autoscaling_config"]["max_replicas"] = 2
-    assert check(config, cpus=2) == ["the replicas take up to 3.25 CPUs, and there are 2"]
+    assert check(config, cpus=2) == ["the replicas need up to 3.25 CPUs, and there are 2"]
     assert check(config) == []
 
 

@@ -18,7 +18,7 @@ PRINTS: dict[str, list[str]] = {
     "driver.py": ["The circle is red.", "There are two shapes in the picture. stop", "Refused: "],
     "task.py": ["What colour is the circle? The circle is red.", "How many shapes are there? There are two"],
     "actor.py": ["What colour is the circle? The circle is red.", "How many shapes", "Is there a star? No,"],
-    "streaming.py": ["There is a red circle and a blue square in the picture.", "Left."],
+    "streaming.py": ["There is a red circle and a blue square in the picture.", "Closed."],
     "asynchronous.py": [
         "What colour is the circle? The circle is red.",
         "How many shapes are there? There are two",

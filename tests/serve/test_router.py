@@ -1,4 +1,4 @@
-"""The choice of a model replica, without Ray: what was seen draws, and load decides."""
+"""The choice of a model replica, without Ray: by what it has cached, within a limit on its load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def idle(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 0)
 
 
-def test_a_key_stays_where_it_was_seen() -> None:
+def test_a_key_stays_where_it_is_cached() -> None:
     affinity = Affinity(SLACK)
     for number in range(50):
         first = affinity.choose(f"picture {number}", idle("a", "b", "c"))
@@ -25,7 +25,7 @@ def test_a_key_stays_where_it_was_seen() -> None:
         assert affinity.choose(f"picture {number}", loads) == first
 
 
-def test_a_replica_with_much_more_to_do_gives_the_key_away_and_both_have_seen_it() -> None:
+def test_an_overloaded_replica_shares_the_key_with_another() -> None:
     affinity = Affinity(SLACK)
     first = affinity.choose("hot", idle("a", "b"))
     [other] = {"a", "b"} - {first}
@@ -46,7 +46,7 @@ def test_new_keys_are_spread_when_nothing_else_decides() -> None:
     assert all(200 < count < 300 for count in chosen.values())
 
 
-def test_processes_that_do_not_know_of_each_other_choose_alike() -> None:
+def test_processes_that_do_not_communicate_choose_the_same_replica() -> None:
     here, there = Affinity(SLACK), Affinity(SLACK)
     for number in range(50):
         assert here.choose(str(number), idle("a", "b", "c")) == there.choose(str(number), idle("c", "a", "b"))
@@ -75,7 +75,7 @@ def test_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_distinct_keys_are_balanced_as_by_two_random_choices(replicas: int) -> None:
     names = [str(number) for number in range(replicas)]
-    draw = random.Random(replicas)
+    rng = random.Random(replicas)
     affinity = Affinity(SLACK)
     number = iter(range(10**9))
 
@@ -83,7 +83,7 @@ def test_distinct_keys_are_balanced_as_by_two_random_choices(replicas: int) -> N
         return affinity.choose(f"picture {next(number)}", loads)
 
     def by_chance(loads: dict[str, int]) -> str:
-        return min(draw.sample(names, 2), key=loads.__getitem__)
+        return min(rng.sample(names, 2), key=loads.__getitem__)
 
     def excess(choose: object) -> float:
         """Of the most loaded replica above the mean, with 8 requests per replica that end in random order."""
@@ -93,7 +93,7 @@ def test_distinct_keys_are_balanced_as_by_two_random_choices(replicas: int) -> N
             loads = {name: running.count(name) for name in names}
             running.append(choose(loads))  # type: ignore[operator]
             if len(running) > 8 * replicas:
-                running.pop(draw.randrange(len(running)))
+                running.pop(rng.randrange(len(running)))
             total += max(running.count(name) for name in names) - len(running) / replicas
         return total / 5000
 

@@ -1,4 +1,4 @@
-"""The main job over the real application: right answers, and the same ones whatever the way in."""
+"""The main job over the real application: right answers, the same over HTTP, in Python and on the command line."""
 
 from __future__ import annotations
 

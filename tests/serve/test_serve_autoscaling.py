@@ -1,6 +1,6 @@
-"""Both tiers follow the load, up and down, and nobody's request fails on the way.
+"""Both tiers scale with the load, up and down, and no request fails meanwhile.
 
-pytest tests/test_serve_autoscaling.py --log-cli-level=INFO    # tells the seconds
+pytest tests/serve/test_serve_autoscaling.py --log-cli-level=INFO    # logs the seconds
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TARGETS = {"ImagePreprocessor": 1, "LlavaModel": 4}
 SHORT = {"look_back_period_s": 11, "upscale_delay_s": 2, "downscale_delay_s": 5}  # Serve hears of the load every 10 s
-PATIENCE_S = 600
+TIMEOUT_S = 600
 
 log = logging.getLogger(__name__)
 
@@ -51,33 +51,33 @@ def photograph() -> str:
     return data_url(file.getvalue(), "jpeg")
 
 
-class Guests:
+class Clients:
     """Clients that ask one question after another.
 
     Attributes:
-        answers: of all so far. What is not one is raised by `leave`.
+        answers: of all clients so far. `stop` raises their errors.
     """
 
     def __init__(self, client: AsyncOpenAI) -> None:
         self._client = client
         self._photo = photograph()
         self._tasks: list[asyncio.Task[None]] = []
-        self._leaving = False
+        self._stopping = False
         self.answers = 0
 
-    def come(self, *, with_photos: int, with_long_answers: int) -> None:
-        """So many more."""
-        self._leaving = False
+    def start(self, *, with_photos: int, with_long_answers: int) -> None:
+        """Adds this many clients."""
+        self._stopping = False
         for number in range(with_photos + with_long_answers):
-            self._tasks.append(asyncio.create_task(self._stay(number, photo=number < with_photos)))
+            self._tasks.append(asyncio.create_task(self._ask_repeatedly(number, photo=number < with_photos)))
 
-    async def leave(self) -> None:
-        """All that came, each with its last answer."""
-        self._leaving = True
+    async def stop(self) -> None:
+        """Stops all clients, each after its last answer."""
+        self._stopping = True
         await asyncio.gather(*self._tasks)
 
     async def ask(self, text: str, *, photo: bool = False, max_tokens: int = 20) -> None:
-        """One question, and an answer of just so many tokens."""
+        """One question, and an answer of exactly this many tokens."""
         parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if photo:
             parts.insert(0, {"type": "image_url", "image_url": {"url": self._photo}})
@@ -91,21 +91,21 @@ class Guests:
         assert answer.usage.completion_tokens == max_tokens
         self.answers += 1
 
-    async def _stay(self, number: int, *, photo: bool) -> None:
-        while not self._leaving:
-            await self.ask(f"Guest {number}: what is this?", photo=photo, max_tokens=1 if photo else 200)
+    async def _ask_repeatedly(self, number: int, *, photo: bool) -> None:
+        while not self._stopping:
+            await self.ask(f"Client {number}: what is this?", photo=photo, max_tokens=1 if photo else 200)
 
-    async def two_stay(self) -> None:
+    async def light_load(self) -> None:
         """A question with a photograph and one with a long answer: too little for two replicas."""
         await asyncio.gather(self.ask("One", photo=True), self.ask("Two", max_tokens=200))
 
 
 async def wait_for(wanted: int, running: LocalCluster, meanwhile: Callable[[], Any]) -> dict[str, float]:
-    """Seconds until each tier has so many replicas."""
+    """Seconds until each tier has this many replicas."""
     start = time.monotonic()
     reached: dict[str, float] = {}
     while len(reached) < len(TARGETS):
-        assert time.monotonic() < start + PATIENCE_S, f"only {reached} came to {wanted}"
+        assert time.monotonic() < start + TIMEOUT_S, f"only {reached} came to {wanted}"
         await meanwhile()
         for name in TARGETS:
             if name not in reached and len(replicas(name, running)) == wanted:
@@ -116,9 +116,9 @@ async def wait_for(wanted: int, running: LocalCluster, meanwhile: Callable[[], A
 async def test_replicas_follow_the_load_up_and_down_and_no_request_fails() -> None:
     with local_cluster(config_that_scales_soon(), num_cpus=2) as running:
         async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-            guests = Guests(client)
-            guests.come(with_photos=8, with_long_answers=12)
+            clients = Clients(client)
+            clients.start(with_photos=8, with_long_answers=12)
             up = await wait_for(2, running, lambda: asyncio.sleep(0.5))
-            await guests.leave()
-            down = await wait_for(1, running, guests.two_stay)
-            log.info("Two replicas after %s s, one after %s s; %d answers.", up, down, guests.answers)
+            await clients.stop()
+            down = await wait_for(1, running, clients.light_load)
+            log.info("Two replicas after %s s, one after %s s; %d answers.", up, down, clients.answers)

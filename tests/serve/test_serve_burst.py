@@ -1,4 +1,4 @@
-"""Bursts of clients that leave at once, under Serve's defaults and under the production profile: nothing is left."""
+"""Bursts of disconnects, under Serve's defaults and under the production profile: no work remains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from deployments.tools.local_cluster import local_cluster
 from deployments.tools.serve_env import read_serve_env
-from support.bursts import at_rest, burst, counted_config, left
+from support.bursts import at_rest, burst, counted_config, remaining
 from support.paths import ROOT
 
 CLIENTS = 100
@@ -19,7 +19,7 @@ WITHIN_S = 0.4
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("profile", ["default", "production"])
-async def test_ten_bursts_of_a_hundred_leave_nothing(
+async def test_ten_bursts_of_a_hundred_disconnects_leave_no_work(
     profile: str, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
     settings = None if profile == "default" else read_serve_env(ROOT / f"{profile}.env")
@@ -27,4 +27,4 @@ async def test_ten_bursts_of_a_hundred_leave_nothing(
         rest = await at_rest(running.url)
         for _ in range(10):
             await burst(running.url, CLIENTS, WITHIN_S)
-            await asyncio.to_thread(wait_until, lambda: left(running.url) == rest)
+            await asyncio.to_thread(wait_until, lambda: remaining(running.url) == rest)

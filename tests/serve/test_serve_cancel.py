@@ -1,4 +1,4 @@
-"""A client that leaves ends its work: the engine is empty soon after, whenever and however it left."""
+"""A disconnect ends the work: soon after, the engine is empty, whenever and however the client disconnects."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions
 from llava_serve.processor import Processor
 from llava_serve.types import TextPart
-from support.bursts import LONG, burst, read_until_it_is_left
+from support.bursts import LONG, burst, read_until_timeout
 
 Stats = Callable[[], dict[str, Any]]
 
 
 async def tokens_when_quiet(stats: Stats) -> int:
-    """Waits until the engine is empty and stays so; returns the tokens that it has drawn since its start."""
+    """Waits until the engine is empty and stays so; returns the tokens that it has generated since its start."""
     deadline = time.monotonic() + 120
     before: int | None = None
     while True:
@@ -37,29 +37,29 @@ async def tokens_when_quiet(stats: Stats) -> int:
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "unstreamed"])
-async def test_a_client_that_leaves_frees_the_engine(
+async def test_a_disconnect_frees_the_engine(
     served: Any, engine_stats: Stats, wait_until: Callable[[Callable[[], bool]], None], stream: bool
 ) -> None:
     before = await tokens_when_quiet(engine_stats)
     async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        task = asyncio.create_task(read_until_it_is_left(client, 60, stream=stream))
+        task = asyncio.create_task(read_until_timeout(client, 60, stream=stream))
         await asyncio.to_thread(wait_until, lambda: engine_stats()["running"] > 0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert await tokens_when_quiet(engine_stats) - before < LONG
 
 
-async def test_a_client_cannot_hide_that_it_left(served: Any, engine_stats: Stats) -> None:
+async def test_a_client_cannot_hide_its_disconnect(served: Any, engine_stats: Stats) -> None:
     before = await tokens_when_quiet(engine_stats)
     hidden = {"x-request-disconnect-disabled": "?1"}
     async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        await read_until_it_is_left(client, 1.0, stream=False, extra_headers=hidden)
+        await read_until_timeout(client, 1.0, stream=False, extra_headers=hidden)
     assert await tokens_when_quiet(engine_stats) - before < LONG
 
 
-async def test_a_burst_of_clients_that_leave_leaves_nothing(served: Any, engine_stats: Stats) -> None:
+async def test_a_burst_of_disconnects_leaves_no_work(served: Any, engine_stats: Stats) -> None:
     before = await tokens_when_quiet(engine_stats)
-    await burst(served.url, 40, within_s=1.5)  # most of them come as far as the engine
+    await burst(served.url, 40, within_s=1.5)  # most of them reach the engine
     assert await tokens_when_quiet(engine_stats) - before < LONG
 
 
@@ -78,6 +78,6 @@ async def test_an_abort_ends_a_call_whose_cancel_is_lost(served: Any, ray_job: N
         return tokens
 
     aborts = AbortSender(serve.get_deployment_handle("LlavaModel", "llava"))
-    assert 0 < await tokens_of("left while it ran", abort_after_first=True) < LONG
+    assert 0 < await tokens_of("aborted while it ran", abort_after_first=True) < LONG
     # An abort may also overtake the call that it is about.
-    assert await tokens_of("left while it ran", abort_after_first=False) == 0
+    assert await tokens_of("aborted while it ran", abort_after_first=False) == 0

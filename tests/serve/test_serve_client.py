@@ -32,7 +32,7 @@ from llava_serve.errors import (
     UnknownModelError,
 )
 from llava_serve.types import PreparedPrompt, TextPart
-from support.cluster import house
+from support.cluster import limited_ingress
 from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
@@ -142,50 +142,53 @@ def test_the_errors_are_the_librarys(llava: LlavaClient) -> None:
         LlavaClient("lama")
 
 
-def test_the_house_is_the_same_as_for_http(served: Any, ray_job: None) -> None:
-    with house(served, "narrow", max_in_flight=1) as url:
+def test_the_limit_counts_requests_over_http_too(served: Any, ray_job: None) -> None:
+    with limited_ingress(served, "narrow", max_in_flight=1) as url:
         narrow = LlavaClient("narrow")
-        guest = narrow.stream(HELLO, FOREVER)
-        next(guest)
+        first = narrow.stream(HELLO, FOREVER)
+        next(first)
         with pytest.raises(CapacityError):
             narrow.chat(HELLO, GREEDY)
         ask = {"model": "builtin", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
         refused = httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60)
         assert refused.status_code == 429
-        guest.close()
+        first.close()
         answered = time.monotonic() + 60
         while httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).status_code != 200:
-            assert time.monotonic() < answered, "the place was not freed"
+            assert time.monotonic() < answered, "the request is still in flight"
 
 
 def test_a_request_is_no_larger_than_over_http(served: Any, ray_job: None, llava: LlavaClient) -> None:
-    with house(served, "low", max_body_bytes=1000) as _, pytest.raises(BodyTooLargeError, match=r"0\.000954 MiB"):
+    with (
+        limited_ingress(served, "low", max_body_bytes=1000) as _,
+        pytest.raises(BodyTooLargeError, match=r"0\.000954 MiB"),
+    ):
         LlavaClient("low").ask(DEMO_IMAGE, DEMO_QUESTION)
     with pytest.raises(BodyTooLargeError, match="60 MiB"):  # more than the transport takes: not sent at all
         llava.chat(question("What are these?", *[bytes(16 << 20)] * 4))
 
 
-def test_nobody_has_more_time_than_the_application_gives(served: Any, ray_job: None) -> None:
-    with house(served, "brief", max_timeout_s=0.3) as _, pytest.raises(DeadlineExceededError):
+def test_a_timeout_is_limited_by_the_application(served: Any, ray_job: None) -> None:
+    with limited_ingress(served, "brief", max_timeout_s=0.3) as _, pytest.raises(DeadlineExceededError):
         LlavaClient("brief").chat(HELLO, FOREVER, timeout=120)
 
 
 def test_a_drain_waits_for_a_client_and_refuses_the_next(served: Any, ray_job: None) -> None:
-    with house(served, "leaving"):
-        leaving = LlavaClient("leaving")
-        guest = leaving.stream(HELLO, SamplingParams(max_new_tokens=60, ignore_eos=True), timeout=240)
-        tokens = len(next(guest).token_ids)
-        drain = serve.get_app_handle("leaving").broadcast("drain")  # begins when its results are asked for
+    with limited_ingress(served, "draining"):
+        draining = LlavaClient("draining")
+        first = draining.stream(HELLO, SamplingParams(max_new_tokens=60, ignore_eos=True), timeout=240)
+        tokens = len(next(first).token_ids)
+        drain = serve.get_app_handle("draining").broadcast("drain")  # begins when its results are asked for
         drained = Thread(target=drain.results)
         drained.start()
 
-        def knock_until_the_drain_has_begun() -> None:
+        def chat_until_the_drain_has_begun() -> None:
             while True:
-                leaving.chat(HELLO, SamplingParams(max_new_tokens=1))
+                draining.chat(HELLO, SamplingParams(max_new_tokens=1))
 
         with pytest.raises(CapacityError, match="shutting down"):
-            knock_until_the_drain_has_begun()
-        tokens += sum(len(chunk.token_ids) for chunk in guest)
+            chat_until_the_drain_has_begun()
+        tokens += sum(len(chunk.token_ids) for chunk in first)
         assert tokens == 60
         drained.join(60)
         assert not drained.is_alive()
@@ -205,12 +208,12 @@ async def test_an_abort_ends_a_call_whose_cancel_is_lost(ray_job: None) -> None:
                 tokens += sum(len(chunk.token_ids) for chunk in item)
         return tokens
 
-    assert await tokens_of("left on its way") < 1500
+    assert await tokens_of("aborted in flight") < 1500
     # An abort may also overtake the call that it is about.
-    assert await tokens_of("left on its way") == 0
+    assert await tokens_of("aborted in flight") == 0
 
 
-def test_a_stream_that_is_left_frees_the_engine(
+def test_a_closed_stream_frees_the_engine(
     llava: LlavaClient, engine_stats: Callable[[], dict[str, Any]], wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
     before = engine_stats()["generated_tokens"]

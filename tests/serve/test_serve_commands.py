@@ -27,7 +27,7 @@ from support.paths import CONFIG
 pytestmark = pytest.mark.extended
 
 
-def test_answers_on_their_way_are_finished() -> None:
+def test_requests_in_flight_are_finished() -> None:
     config = read_config(CONFIG, port=free_port())
     pieces: list[str] = []
     finish: list[str | None] = []
@@ -105,7 +105,7 @@ def test_a_wrong_answer_fails_the_demo() -> None:
 
 
 def serve() -> subprocess.Popen[str]:
-    """`make serve` on a free port, when it says that it serves."""
+    """`make serve` on a free port, once it prints that it serves."""
     command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", str(free_port())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -115,7 +115,7 @@ def serve() -> subprocess.Popen[str]:
     return process
 
 
-def test_serve_ends_in_order_at_an_interrupt() -> None:
+def test_serve_ends_normally_at_an_interrupt() -> None:
     process = serve()
     below = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in child.name() for child in below)
@@ -131,17 +131,17 @@ def test_serve_ends_when_the_application_does() -> None:
     [runner] = psutil.Process(process.pid).children()
     below = runner.children(recursive=True)
     runner.kill()
-    _, told = process.communicate(timeout=120)
+    _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "ended by itself" in told
-    log = Path(told.split("Log: ")[1].strip())
+    assert "ended by itself" in printed
+    log = Path(printed.split("Log: ")[1].strip())
     assert log.exists()
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive
     shutil.rmtree(log.parent)
 
 
-def test_a_model_that_cannot_be_loaded_is_told_with_the_log(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported_with_the_log(tmp_path: Path) -> None:
     config = read_config(CONFIG, port=free_port())
     config["applications"][0]["args"]["model"] = str(tmp_path)  # as a folder that is there, and not where a replica is
     with pytest.raises(LocalClusterError) as failure, local_cluster(config, num_cpus=2):

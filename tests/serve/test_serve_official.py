@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from support.cluster import house
+from support.cluster import limited_ingress
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 
 Stats = Callable[[], dict[str, Any]]
@@ -32,24 +32,24 @@ def endless(**fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def narrow(served: Any, ray_job: None) -> Iterator[str]:
-    """The URL of a door that lets one request in at a time."""
-    with house(served, "narrow", max_in_flight=1) as url:
+    """The URL of an ingress that allows one request in flight."""
+    with limited_ingress(served, "narrow", max_in_flight=1) as url:
         yield f"{url}/v1"
 
 
 @pytest.fixture
 def at_rest(engine_stats: Stats, wait_until: Wait) -> Iterator[int]:
-    """Gives the tokens drawn before the test; after it, the engine must come to rest without the endless answer."""
+    """Gives the tokens generated before the test; after it, the engine must be idle without the endless answer."""
     before = engine_stats()["generated_tokens"]
     yield before
     wait_until(lambda: engine_stats()["running"] == engine_stats()["waiting"] == 0)
     assert engine_stats()["generated_tokens"] - before < 1500
 
 
-def test_a_full_house_is_tried_again_after_the_time_that_it_names(narrow: str, at_rest: int) -> None:
+def test_at_capacity_the_client_retries_after_the_seconds_of_retry_after(narrow: str, at_rest: int) -> None:
     with OpenAI(base_url=narrow, api_key="none", max_retries=0) as first:
-        inside = first.chat.completions.create(**endless(stream=True))
-        next(inside)
+        running = first.chat.completions.create(**endless(stream=True))
+        next(running)
         with pytest.raises(openai.RateLimitError) as refusal:
             first.chat.completions.create(model="builtin", messages=HELLO, max_tokens=2)
         assert refusal.value.response.headers["retry-after"] == "1"
@@ -57,7 +57,7 @@ def test_a_full_house_is_tried_again_after_the_time_that_it_names(narrow: str, a
 
         def note(response: httpx.Response) -> None:
             tries.append((response.status_code, time.monotonic()))
-            inside.close()
+            running.close()
 
         hooked = openai.DefaultHttpxClient(event_hooks={"response": [note]})
         with OpenAI(base_url=narrow, api_key="none", max_retries=10, http_client=hooked) as second:
@@ -70,7 +70,7 @@ def test_a_full_house_is_tried_again_after_the_time_that_it_names(narrow: str, a
     assert all(later - earlier >= 1 for (_, earlier), (_, later) in itertools.pairwise(tries))
 
 
-def test_an_unstreamed_answer_that_takes_too_long_is_left(client: Any, at_rest: int) -> None:
+def test_a_client_timeout_ends_an_unstreamed_answer(client: Any, at_rest: int) -> None:
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=1.0).chat.completions.create(**endless())
 
@@ -103,7 +103,7 @@ async def test_the_asynchronous_contexts(served: Any, at_rest: int) -> None:
             assert DEMO_ANSWER in ((await stream.get_final_completion()).choices[0].message.content or "")
         async with await client.chat.completions.create(**endless(stream=True)) as stream:
             assert (await anext(aiter(stream))).choices[0].delta.role == "assistant"
-        # A left stream has freed its connection, and the client goes on.
+        # A closed stream frees its connection, and the client goes on.
         assert [model.id async for model in client.models.list()] == ["builtin"]
 
 

@@ -1,4 +1,4 @@
-"""The small parts of the deployments, without a cluster: grouping a stream, draining the house, deadlines."""
+"""The small parts of the deployments, without a cluster: grouping a stream, aborts, draining, deadlines, headers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def chunk(number: int) -> Chunk:
     return Chunk(0, f"{number} ", (number,))
 
 
-async def counting(until: int, ended: list[int], fail: bool = False) -> AsyncGenerator[Chunk]:
-    """Chunks as fast as they are taken; notes where it was left."""
+async def counting(count: int, ended: list[int], fail: bool = False) -> AsyncGenerator[Chunk]:
+    """Chunks as fast as they are read; records where the stream ended."""
     number = 0
     try:
-        for number in range(until):
+        for number in range(count):
             await asyncio.sleep(0)
             yield chunk(number)
         if fail:
@@ -77,15 +77,15 @@ async def test_closing_the_groups_closes_the_stream() -> None:
 
 
 async def test_an_error_comes_after_what_was_there_before_it() -> None:
-    seen: list[Chunk] = []
+    received: list[Chunk] = []
 
     async def read() -> None:
         async for group in coalesce(counting(5, [], fail=True)):
-            seen.extend(group)
+            received.extend(group)
 
     with pytest.raises(EngineDeadError):
         await read()
-    assert sum(len(each.token_ids) for each in seen) == 5
+    assert sum(len(each.token_ids) for each in received) == 5
 
 
 def test_an_abort_is_remembered_for_a_call_that_comes_after_it() -> None:
@@ -110,7 +110,7 @@ def test_an_abort_is_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> 
     wait_until(lambda: "one" not in calls)
 
 
-def test_a_deadline_is_looked_at() -> None:
+def test_a_deadline_is_checked() -> None:
     check_deadline(time.time() + 60)
     with pytest.raises(DeadlineExceededError):
         check_deadline(time.time())
@@ -136,16 +136,16 @@ async def ask(app: ASGIApp, headers: list[tuple[bytes, bytes]] | None = None) ->
     return sent
 
 
-async def test_a_drain_waits_for_those_inside_and_refuses_the_next() -> None:
-    let_go = asyncio.Event()
+async def test_a_drain_waits_for_requests_in_flight_and_refuses_new_ones() -> None:
+    finish = asyncio.Event()
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await let_go.wait()
+        await finish.wait()
         await PlainTextResponse("done")(scope, receive, send)
 
     limiter = ConcurrencyLimiter(1, 1000)
     app = RequestContextMiddleware(AdmissionMiddleware(answer, limiter, 1000))
-    inside = asyncio.create_task(ask(app))
+    first = asyncio.create_task(ask(app))
     await asyncio.sleep(0)
     drained = asyncio.create_task(limiter.drain())
     await asyncio.sleep(0)
@@ -153,20 +153,21 @@ async def test_a_drain_waits_for_those_inside_and_refuses_the_next() -> None:
     assert refusal[0]["status"] == 429
     assert dict(refusal[0]["headers"])[b"retry-after"]
     assert not drained.done()
-    let_go.set()
-    assert (await inside)[0]["status"] == 200
+    finish.set()
+    assert (await first)[0]["status"] == 200
     await drained
 
 
-async def test_the_headers_that_steer_serve_are_taken_off() -> None:
-    seen: list[bytes] = []
+async def test_headers_that_control_serve_are_removed() -> None:
+    received: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.extend(name for name, _ in scope["headers"])
+        received.extend(scope["headers"])
 
-    steering = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"accept", b"*/*")]
-    await ask(HeaderFilterMiddleware(app), steering)
-    assert seen == [b"accept"]
+    kept = [(b"accept", b"*/*"), (b"x-request-id", b"trace-1")]
+    headers = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"x-session-id", b"1")]
+    await ask(HeaderFilterMiddleware(app), [*headers, (b"X-Request-ID", b"a\xffb"), *kept])
+    assert received == kept
 
 
 async def test_an_answer_carries_its_id_once() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import local_cluster
 from deployments.tools.serve_env import ServeEnvError, read_serve_env
-from support.bursts import at_rest, burst, counted_config, left
+from support.bursts import at_rest, burst, counted_config, remaining
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG, ROOT
 
@@ -38,7 +38,7 @@ def production_client(production: str) -> Iterator[OpenAI]:
 
 
 def post(url: str, headers: dict[str, str]) -> Any:
-    """The answer to a small question, with all that HTTP says about it."""
+    """The response to a small question, with its status and headers."""
     body = {"model": "builtin", "messages": question("Hello"), "max_tokens": 2}
     headers = {"content-type": "application/json"} | headers
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
@@ -67,7 +67,7 @@ def test_a_picture_beyond_grpcs_own_limit_is_answered(production_client: OpenAI)
 
 
 @pytest.mark.extended
-def test_an_answer_says_its_id_once_and_serve_is_not_steered(production: str, served: Any) -> None:
+def test_an_answer_has_its_id_once_and_a_client_cannot_control_serve(production: str, served: Any) -> None:
     for url in (production, served.url):
         # Serve would read "0.001" as this request's time and answer 408 before the application is asked.
         response = post(url, {"x-request-id": "mine", "x-request-timeout-seconds": "0.001"})
@@ -76,12 +76,12 @@ def test_an_answer_says_its_id_once_and_serve_is_not_steered(production: str, se
 
 
 @pytest.mark.extended
-async def test_a_burst_of_clients_that_leave_leaves_nothing(
+async def test_a_burst_of_disconnects_leaves_no_work(
     production: str, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
     rest = await at_rest(production)
     await burst(production, 20, within_s=0.4)
-    wait_until(lambda: left(production) == rest)
+    wait_until(lambda: remaining(production) == rest)
 
 
 def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A replica that dies is loud to those it served, and replaced for those who come after."""
+"""A replica that dies fails the requests in it, and is replaced for later ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_model_replica_that_is_killed_is_replaced(client: Any, served: Any) ->
     psutil.wait_procs([replica], timeout=20)
     with pytest.raises(openai.APIError, match="replica"):
         list(stream)
-    # Serve holds requests until a new replica is there; nothing is retried by the client.
+    # Serve queues requests until a new replica runs; the client retries nothing.
     assert ask(client, max_tokens=20, timeout=200).choices[0].message.content == before
 
 
@@ -43,7 +43,7 @@ def test_a_replica_of_another_tier_that_is_killed_is_replaced(
     psutil.wait_procs([replica], timeout=20)
 
     def answered() -> bool:
-        """Whoever comes before Serve has seen the death may be told of a fault, and is never left without an answer."""
+        """Until Serve notices the death, a request may get an error; it always gets a response."""
         try:
             return bool(ask(client, max_tokens=20).choices[0].message.content == before)
         except openai.InternalServerError:

@@ -1,4 +1,4 @@
-"""What is wrong is refused with a sentence and the right status, and harms nobody else."""
+"""A bad request is refused with a sentence and the right status, and affects no other request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ask(client: Any, messages: list[dict[str, Any]], **fields: Any) -> Any:
     return client.chat.completions.create(model="builtin", messages=messages, temperature=0, max_tokens=20, **fields)
 
 
-def test_a_picture_that_is_none_is_refused_and_the_next_request_is_answered(client: Any) -> None:
+def test_data_that_is_no_picture_is_refused_and_the_next_request_is_answered(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         ask(client, question(DEMO_QUESTION, b"not a picture"))
     body = refusal.value.body
@@ -35,12 +35,12 @@ def test_a_prompt_that_is_too_long_says_so_before_a_stream_begins(client: Any, s
     assert refusal.value.code == "context_length_exceeded"
 
 
-def test_a_model_that_is_not_here_is_refused(client: Any) -> None:
+def test_an_unknown_model_is_refused(client: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-4", messages=question("Hello"))
 
 
-def test_time_that_is_up_is_told(client: Any) -> None:
+def test_an_expired_deadline_is_reported(client: Any) -> None:
     with pytest.raises(openai.APIStatusError) as refusal:
         ask(client, question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()), extra_body={"timeout": 0.001})
     assert refusal.value.status_code == 504

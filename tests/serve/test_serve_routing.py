@@ -1,4 +1,4 @@
-"""Two model replicas on a real Ray: second questions find what the first left, and a hot picture is shared."""
+"""Two model replicas on a real Ray: second questions hit the cache of the first, and a hot picture is shared."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def stats(model: DeploymentHandle) -> list[dict[str, Any]]:
     return found
 
 
-async def test_second_questions_about_a_picture_find_it(served: Any, model: DeploymentHandle) -> None:
+async def test_second_questions_about_a_picture_hit_its_cache(served: Any, model: DeploymentHandle) -> None:
     pictures = [picture() for _ in range(PICTURES)]
     async with AsyncOpenAI(base_url=f"{served.url}/routing/v1", api_key="none", max_retries=0, timeout=120) as client:
 
@@ -130,14 +130,14 @@ async def test_a_hot_picture_overflows_to_the_other_replica(
     prepared = prepare("What is this?", picture())
     await ask(model, prepared)
     long = SamplingParams(max_new_tokens=1000, ignore_eos=True)
-    piled = [asyncio.create_task(ask(model, prepared, long)) for _ in range(2 * slack)]
+    calls = [asyncio.create_task(ask(model, prepared, long)) for _ in range(2 * slack)]
     deadline = time.monotonic() + 60
-    while sum(running := [each["running"] for each in await stats(model)]) < len(piled):
+    while sum(running := [each["running"] for each in await stats(model)]) < len(calls):
         assert time.monotonic() < deadline, running
         await asyncio.sleep(0.05)
-    for task in piled:
+    for task in calls:
         task.cancel()
-    await asyncio.gather(*piled, return_exceptions=True)
+    await asyncio.gather(*calls, return_exceptions=True)
     assert min(running) > 0
     assert max(running) > slack
 

@@ -1,4 +1,4 @@
-"""The tiers are what they claim: the picture tier is light, and nothing of a local run stays behind."""
+"""Only the model tier imports torch, Ray exports the metrics, and a port in use is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.demo import DEMO_IMAGE, question
 from support.paths import CONFIG
 
 EXPORTED_AFTER_S = 12
-"""Ray's processes tell their figures every ten seconds."""
+"""Ray's processes export their metrics every ten seconds."""
 
 PREPARE = """
 import asyncio, sys, time
@@ -55,13 +55,11 @@ def test_only_the_model_replica_has_torch(client: Any, served: Any, name: str, h
 
 
 @pytest.mark.extended
-def test_the_figures_come_to_rays_metrics(
-    client: Any, ray_job: None, wait_until: Callable[[Callable[[], bool]], None]
-) -> None:
+def test_ray_exports_the_metrics(client: Any, ray_job: None, wait_until: Callable[[Callable[[], bool]], None]) -> None:
     [node] = ray.nodes()
     endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
-    def figures() -> Counter[str]:
+    def metrics() -> Counter[str]:
         """Of this application, over all replicas: sums of counters, and the counts of histograms."""
         with urllib.request.urlopen(endpoint, timeout=30) as response:
             families = text_string_to_metric_families(response.read().decode())
@@ -79,8 +77,8 @@ def test_the_figures_come_to_rays_metrics(
         )
 
     ask(1)
-    time.sleep(EXPORTED_AFTER_S)  # what was asked before this test is there now
-    before = figures()
+    time.sleep(EXPORTED_AFTER_S)  # earlier requests are exported now
+    before = metrics()
     ask(3)
     ask(5)
     expected = {
@@ -91,8 +89,8 @@ def test_the_figures_come_to_rays_metrics(
         "images_total": 4,
         "prepare_seconds_count": 2,
     }
-    wait_until(lambda: all((figures() - before)[name] >= more for name, more in expected.items()))
-    now = figures()
+    wait_until(lambda: all((metrics() - before)[name] >= more for name, more in expected.items()))
+    now = metrics()
     assert {name: now[name] - before[name] for name in expected} == expected
 
 

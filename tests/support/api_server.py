@@ -1,4 +1,4 @@
-"""The web app on a real socket, and a backend whose pace and failures a test decides."""
+"""The web app on a real socket, and a backend whose pace and failures a test sets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 from openai import OpenAI
 from starlette.types import ASGIApp
 
 from llava_serve.api.app import create_app
+from llava_serve.api.http_server import server_of
 from llava_serve.config import ApiOptions
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
 
@@ -29,39 +29,40 @@ PATH = "/v1/chat/completions"
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Runs an app under uvicorn on a free port; gives its URL."""
-    door = socket.socket()
-    door.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = server_of(app, graceful_timeout_s=2)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.005)
     try:
-        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
-        door.close()
+        listener.close()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:
     """Returns as soon as the condition holds."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.005)
 
 
 @dataclass
 class PacedBackend:
-    """Says `words`, one chunk each, `pace_s` apart.
+    """Generates `words`, one chunk each, `pace_s` apart.
 
     Attributes:
         prepare_s: how long a prompt takes.
         fail_at: raise `failure` instead of the chunk with this number; -1 raises it while preparing.
-        cut_short: end without a finish reason, as a request does that was aborted behind.
-        working: requests on which work goes on.
-        seen: what was prepared and how it was to be drawn.
+        cut_short: end without a finish reason, as an aborted request does.
+        working: requests that are being prepared or generated.
+        asked: the messages and `conv_mode` of each request that was prepared.
+        samplings, deadlines, priorities: of the requests, in order.
     """
 
     words: Sequence[str] = ("A ", "red ", "circle.")
@@ -72,8 +73,8 @@ class PacedBackend:
     cut_short: bool = False
     model_name: str = "paced"
     working: int = 0
-    seen: list[tuple[Sequence[Message], str | None]] = field(default_factory=list)
-    drawn: list[SamplingParams] = field(default_factory=list)
+    asked: list[tuple[Sequence[Message], str | None]] = field(default_factory=list)
+    samplings: list[SamplingParams] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
 
@@ -83,7 +84,7 @@ class PacedBackend:
         self.working += 1
         try:
             assert not isinstance(asked, Query)
-            self.seen.append((asked, conv_mode))
+            self.asked.append((asked, conv_mode))
             self.deadlines.append(deadline)
             await asyncio.sleep(self.prepare_s)
             self._fail(-1)
@@ -96,7 +97,7 @@ class PacedBackend:
     ) -> AsyncGenerator[list[Chunk]]:
         self.working += 1
         try:
-            self.drawn.append(sampling)
+            self.samplings.append(sampling)
             self.priorities.append(priority)
             for number, word in enumerate(self.words):
                 await asyncio.sleep(self.pace_s)

@@ -1,4 +1,4 @@
-"""Clients that leave, one or many at once, and what is left of their requests."""
+"""Clients that disconnect, one or many at once, and what remains of their requests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG
 
 LONG = 1500
-"""Tokens of an answer that nobody waits for: one that ran on would show in the engine's count by itself."""
+"""Tokens of an answer that no client waits for: one that ran on would show in the engine's count by itself."""
 
 
 def long_answer(client: AsyncOpenAI, *, stream: bool, **fields: Any) -> Any:
-    """Asks for more tokens than anyone waits for."""
+    """Asks for more tokens than the client waits for."""
     return client.chat.completions.create(
         model="builtin",
         messages=question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()),
@@ -31,9 +31,9 @@ def long_answer(client: AsyncOpenAI, *, stream: bool, **fields: Any) -> Any:
     )
 
 
-async def read_until_it_is_left(client: AsyncOpenAI, patience_s: float, *, stream: bool, **fields: Any) -> None:
+async def read_until_timeout(client: AsyncOpenAI, timeout_s: float, *, stream: bool, **fields: Any) -> None:
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             answer = await long_answer(client, stream=stream, **fields)
             if stream:
                 async for _ in answer:
@@ -43,11 +43,11 @@ async def read_until_it_is_left(client: AsyncOpenAI, patience_s: float, *, strea
 
 
 async def burst(url: str, clients: int, within_s: float) -> None:
-    """All at once; each leaves at a moment of its own, half of them from a stream."""
-    draw = random.Random(clients)
+    """All clients ask at once; each disconnects at a random time, half of them from a stream."""
+    rng = random.Random(clients)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        patience = [draw.uniform(0, within_s) for _ in range(clients)]
-        await asyncio.gather(*(read_until_it_is_left(client, s, stream=n % 2 == 0) for n, s in enumerate(patience)))
+        timeouts = [rng.uniform(0, within_s) for _ in range(clients)]
+        await asyncio.gather(*(read_until_timeout(client, s, stream=n % 2 == 0) for n, s in enumerate(timeouts)))
 
 
 def counted_config() -> dict[str, Any]:
@@ -60,18 +60,18 @@ def counted_config() -> dict[str, Any]:
     return config
 
 
-def left(url: str) -> dict[str, Any]:
-    """What is still there of all requests: see `benchmarks.counted`."""
-    with urllib.request.urlopen(f"{url}/left", timeout=60) as response:
+def remaining(url: str) -> dict[str, Any]:
+    """What remains of all requests: see `benchmarks.counted`."""
+    with urllib.request.urlopen(f"{url}/remaining", timeout=60) as response:
         counts: dict[str, Any] = json.loads(response.read())
     return counts
 
 
 async def at_rest(url: str) -> dict[str, Any]:
-    """What is there where nobody asks; what is made once, at the first requests, is no leak."""
+    """What remains without requests; what the first requests create once is no leak."""
     await burst(url, 4, within_s=2)
     before: dict[str, Any] = {}
-    while (now := await asyncio.to_thread(left, url)) != before or now["sequences"]:
+    while (now := await asyncio.to_thread(remaining, url)) != before or now["sequences"]:
         before = now
         await asyncio.sleep(1)
     assert now["blocks"] == 0

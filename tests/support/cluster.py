@@ -1,4 +1,4 @@
-"""Another ingress over the tiers of the session's application, with limits of its own: cheap, and as real."""
+"""A second ingress over the tiers of the session's application, with limits of its own; and the replicas' processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llava_serve.config import ApiOptions
 
 
 @contextmanager
-def house(served: Any, name: str, **options: Any) -> Iterator[str]:
+def limited_ingress(served: Any, name: str, **options: Any) -> Iterator[str]:
     """Runs it as the application `name` while the block runs; gives its URL. The options are those of `ApiOptions`.
 
     This process must be a job on the session's cluster.
     """
     tiers = [serve.get_deployment_handle(tier, "llava") for tier in ("ImagePreprocessor", "LlavaModel")]
-    door = serve.deployment(serve.ingress()(Ingress)).options(
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64, graceful_shutdown_timeout_s=5
     )
-    serve.run(door.bind("builtin", ApiOptions(**options), *tiers), name=name, route_prefix=f"/{name}")
+    serve.run(ingress.bind("builtin", ApiOptions(**options), *tiers), name=name, route_prefix=f"/{name}")
     try:
         yield f"{served.url}/{name}"
     finally:

@@ -1,4 +1,4 @@
-"""Where the tests' files are."""
+"""The folders of the tests' files."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class TinySpec:
 
 
 class TinyModel:
-    """A random decoder; a tile of one colour gives features that are a fixed random map of the colour."""
+    """A random decoder; the features of a tile are a fixed random map of its colour."""
 
     def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -77,13 +77,13 @@ class TinyModel:
         return embeddings
 
 
-def picture(colour: tuple[int, int, int], tiles: int = 1) -> np.ndarray[Any, Any]:
+def image(colour: tuple[int, int, int], tiles: int = 1) -> np.ndarray[Any, Any]:
     """uint8 [tiles, 2, 2, 3]; each tile a little brighter than the one before."""
     return np.stack([np.full((2, 2, 3), [min(255, value + at) for value in colour], np.uint8) for at in range(tiles)])
 
 
 def prompt(*parts: int | list[int] | np.ndarray[Any, Any]) -> PreparedPrompt:
-    """Ids, lists of ids, and pictures, in order."""
+    """Ids, lists of ids, and images, in order."""
     ids: list[int] = []
     spans, tiles = [], []
     for part in parts:
@@ -109,13 +109,13 @@ Answer = list[list[int]]
 
 
 def outcomes(engine: Engine, *requests: Request) -> list[Answer | LlavaServeError]:
-    """Each request's ids or error, all requests added at once; the engine's books are looked at after each step."""
+    """Each request's ids or error, all requests added at once; checks the engine's blocks after each step."""
     answers: dict[str, Answer] = {}
     failed: dict[str, LlavaServeError] = {}
     for one, sampling in requests:
         name = f"r{next(_names)}"
         answers[name] = [[] for _ in range(sampling.n)]
-        engine.add(engine.limits.accept(name, one, sampling))
+        engine.add(engine.validator.accept(name, one, sampling))
     while engine.has_work:
         for output in engine.step():
             assert output.request_id not in failed, "nothing follows an error"
@@ -130,7 +130,7 @@ def outcomes(engine: Engine, *requests: Request) -> list[Answer | LlavaServeErro
 
 
 def run(engine: Engine, *requests: Request) -> list[Answer]:
-    """As `outcomes`, where nothing fails."""
+    """As `outcomes`; nothing may fail."""
     answers = outcomes(engine, *requests)
     for answer in answers:
         assert not isinstance(answer, LlavaServeError), answer
@@ -138,23 +138,23 @@ def run(engine: Engine, *requests: Request) -> list[Answer]:
 
 
 def check_blocks(subject: Engine) -> None:
-    """Every count is the number of holders; nothing is lost, nothing counted twice, and what is cached is finite."""
+    """Every reference count is the number of holders, no block is lost, and what is cached is finite."""
     kv, scheduler = subject._kv, subject._scheduler
     held = Counter(kv.cached_blocks)
     for group in scheduler.running:
-        for row in group.rows:
-            assert row.extent is not None
-            held.update(range(row.extent.start, row.extent.start + row.extent.size))
-    assert all(row.extent is None for group in scheduler.waiting for row in group.rows)
-    assert kv.counts == [held[block] for block in range(kv.num_blocks)]
-    assert kv.num_free == sum(count == 0 for count in kv.counts)
+        for sequence in group.sequences:
+            assert sequence.extent is not None
+            held.update(range(sequence.extent.start, sequence.extent.start + sequence.extent.size))
+    assert all(sequence.extent is None for group in scheduler.waiting for sequence in group.sequences)
+    assert kv.ref_counts == [held[block] for block in range(kv.num_blocks)]
+    assert kv.num_free == sum(count == 0 for count in kv.ref_counts)
     for half in itertools.chain(*subject._runner._memory.layers):
-        good = half[:, : kv.num_blocks * kv.block_size].isfinite().all(dim=2).all(dim=0).view(-1, kv.block_size)
-        assert bool(good[list(kv.cached_blocks)].all())
+        finite = half[:, : kv.num_blocks * kv.block_size].isfinite().all(dim=2).all(dim=0).view(-1, kv.block_size)
+        assert bool(finite[list(kv.cached_blocks)].all())
 
 
 def engine(model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8, **options: Any) -> Engine:
-    """An engine with a cache of so many blocks."""
+    """An engine with a KV cache of `blocks` blocks."""
     config = model.language_model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = config.hidden_size // config.num_attention_heads
@@ -163,8 +163,8 @@ def engine(model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8,
     return Engine(model, EngineOptions(kv_cache_bytes=cache, block_size=block_size, **options))
 
 
-def alone(model: TinyModel, one: PreparedPrompt, count: int) -> list[int]:
-    """Greedy ids by transformers itself, with no cache: a full forward pass per token."""
+def reference_ids(model: TinyModel, one: PreparedPrompt, count: int) -> list[int]:
+    """Greedy ids by transformers itself, without a cache: a full forward pass per token."""
     language_model = model.language_model
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""Copies of the golden checkpoints that differ from them, and what such a copy has to compute, worked out plainly."""
+"""Modified copies of the golden checkpoints, and a plain reference computation of their logits."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def expected_logits(
     Args:
         config: of the checkpoint.
         weights: of the decoder, the projector and `image_newline`, in the original's names.
-        tower: a folder with the tower's config and its processor's, and the weights that count.
+        tower: a folder with the tower's config and its processor's, and the weights in use.
         prepared: the prompt.
         join: [tiles, features, hidden] to [positions, hidden].
     """

@@ -1,1 +1,1 @@
-"""What the engine computes with: every tensor is in here."""
+"""The part of the engine that computes. All of its tensors are here."""

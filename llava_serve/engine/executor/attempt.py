@@ -1,4 +1,4 @@
-"""Work for one sequence, whose failure is to be its request's alone."""
+"""Runs work of one sequence so that a failure can fail its request only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def attempt(work: Callable[[], T]) -> T | Exception:
-    """What the work gives, or the exception that it raises.
+    """The result of the work, or the exception that it raises.
 
     Raises:
-        OutOfMemoryError, AcceleratorError, MemoryError: they come from a device and concern all sequences, whichever
-            meets them first.
+        OutOfMemoryError, AcceleratorError, MemoryError: they concern all sequences of the device, whichever
+            raises them first.
     """
     try:
         return work()

@@ -1,4 +1,4 @@
-"""An engine from options: opens the checkpoint, chooses device and precision, loads the weights."""
+"""Builds an engine from options: opens the checkpoint, chooses device and precision, loads the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_serve.model.llava import Llava
 
 
 def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
-    """Loads the model and sizes its cache.
+    """Loads the model and sizes its KV cache.
 
     Raises:
         CheckpointError: the model cannot be loaded, or its device is not there.
@@ -54,5 +54,5 @@ def resolve_dtype(asked: str, device: torch.device, declared: str) -> torch.dtyp
 
 
 def available_cores() -> int:
-    """Cores that this process may use; a Ray replica's OMP_NUM_THREADS says nothing about them."""
+    """CPU cores that this process may use. Not OMP_NUM_THREADS: Ray sets it to the CPUs that a replica reserves."""
     return len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""A decoder through torch.compile, for CPUs: the many small operations between its products become a few.
+"""A decoder through torch.compile, for CPUs: it fuses the many small operations between the matrix products.
 
-What cannot be traced stands in the graph as an operation of ours: attention, which writes to the KV memory and knows
-the sequences of the step, and the packed products (`packing`). Attention finds its step on the thread that calls.
+What cannot be traced is a custom operator in the graph: attention, which writes to the KV pool, and the packed linear
+layers (`packed_linear`). The attention operator takes its step from a thread-local variable.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from llava_serve.errors import CheckpointError
 
 IMPLEMENTATION = "llava_serve_compiled"
 """The name under which transformers' models find the attention that can be compiled."""
-LEAST_ROWS = 2
-"""Of a step: torch would make one row a graph of its own."""
-FEW_ROWS = 32
-"""Up to here the graph's own loops run on one thread: to wake the others costs more than they save."""
+MIN_TOKENS = 2
+"""Fewest tokens of a step: torch specializes a graph to a size of one."""
+SMALL_STEP_TOKENS = 32
+"""Up to this number of tokens the graph's own loops run on one thread: waking the others costs more than they save."""
 
-Trial = Callable[[int], tuple[torch.Tensor, Step]]
-"""Gives embeddings [rows, hidden] and a step of so many rows that changes nothing."""
+DummyStep = Callable[[int], tuple[torch.Tensor, Step]]
+"""Makes embeddings [tokens, hidden] and a step of a number of tokens; it changes no sequence."""
 
 _running = threading.local()
 
@@ -60,7 +60,7 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`Step.attend` of the step that runs, in the form of transformers' `AttentionInterface`."""
+    """`Step.attend` of the running step, in the form of transformers' `AttentionInterface`."""
     return torch.ops.llava_serve.attend(query, key, value, module.layer_idx, scaling, sliding_window), None
 
 
@@ -68,11 +68,11 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 
 
 class CompiledDecoder:
-    """A decoder as two graphs, of any number of rows above one: for few rows and for many.
+    """A decoder as two graphs with a dynamic number of tokens, at least `MIN_TOKENS`: for small and for large steps.
 
     Args:
-        decoder: one of transformers' models without its head, with `IMPLEMENTATION` for attention. Its weights are not
-            to change any more.
+        decoder: one of transformers' models without its head, with `IMPLEMENTATION` for attention. Its weights must
+            not be replaced any more.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -82,23 +82,23 @@ class CompiledDecoder:
             ).last_hidden_state
             return hidden
 
-        # guards on the hundreds of modules and weights would be looked at in every step
+        # guards on the hundreds of modules and weights would be checked in every step
         guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-        self._few, self._many = (
+        self._small, self._large = (
             torch.compile(forward, fullgraph=True, isolate_recompiles=True, options=guards | more)  # type: ignore[call-overload]
             for more in ({"cpp.threads": 1}, {})
         )
 
     @torch.inference_mode()
-    def warm_up(self, trial: Trial) -> None:
-        """Writes both graphs.
+    def warm_up(self, dummy_step: DummyStep) -> None:
+        """Compiles both graphs.
 
         Raises:
             CheckpointError: there is no compiler.
         """
         try:
-            for rows in (FEW_ROWS, 2 * FEW_ROWS):
-                embeddings, step = trial(rows)
+            for size in (SMALL_STEP_TOKENS, 2 * SMALL_STEP_TOKENS):
+                embeddings, step = dummy_step(size)
                 inputs, positions = embeddings[None], step.positions[None]
                 torch._dynamo.mark_dynamic(inputs, 1)
                 torch._dynamo.mark_dynamic(positions, 1)
@@ -106,18 +106,20 @@ class CompiledDecoder:
         except InductorError as error:
             if not isinstance(error.inner_exception, InvalidCxxCompiler):
                 raise
-            message = "There is no C++ compiler (g++), which `compile` takes. Without it the model runs, more slowly."
+            message = (
+                "`compile` needs a C++ compiler (g++), and there is none. Without `compile` the model runs more slowly."
+            )
             raise CheckpointError(message) from None
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
-        """Last hidden states [rows, hidden] of input embeddings [rows, hidden], at least `LEAST_ROWS`."""
+        """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden], at least `MIN_TOKENS`."""
         return self._run(embeddings[None], step.positions[None], step)[0]
 
     def _run(self, inputs: torch.Tensor, positions: torch.Tensor, step: Step) -> torch.Tensor:
-        graph = self._few if inputs.shape[1] <= FEW_ROWS else self._many
+        graph = self._small if inputs.shape[1] <= SMALL_STEP_TOKENS else self._large
         _running.step = step
         try:
             hidden: torch.Tensor = graph(inputs, positions)
         finally:
-            del _running.step  # and with it the KV memory
+            del _running.step  # and with it the KV pool
         return hidden

@@ -1,4 +1,4 @@
-"""Puts the engine's attention into a transformers language model."""
+"""A transformers language model with the engine's attention."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llava_serve.engine.executor.attention import Step
 class Decoder:
     """A causal language model over packed steps.
 
-    Llama, Mistral and Qwen2 find the attention through transformers' `AttentionInterface`, and the step among the
-    arguments of their call. MPT looks for neither: its attention modules are replaced.
+    Llama, Mistral and Qwen2 call the attention through transformers' `AttentionInterface`, and pass on the step from
+    their own arguments. MPT supports neither: its attention modules are replaced.
 
     Args:
-        language_model: one of transformers' causal LMs; its attention is changed for good.
-        compile: through torch.compile, on a CPU. MPT goes without, and so do quantized layers.
+        language_model: one of transformers' causal LMs; its attention is replaced permanently.
+        compile: through torch.compile, on a CPU. Not applied to MPT and quantized layers.
     """
 
     def __init__(self, language_model: Any, *, compile: bool = False) -> None:
@@ -36,29 +36,29 @@ class Decoder:
                 if isinstance(block.attn, MptAttention):
                     block.attn = _MptAttention(block.attn, language_model.device)
                 self._replaced.append(block.attn)
-            # a mask of four dimensions is passed on as it is: it spares the [tokens, tokens] that nobody reads
+            # a mask of four dimensions is passed on unchanged, and no unused [tokens, tokens] mask is built
             self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
         elif compile and floats:
             language_model.set_attn_implementation(compiled.IMPLEMENTATION)
             self._compiled = compiled.CompiledDecoder(self._decoder)
         else:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
-        self.recordable = floats and not self._replaced
-        """Its steps can be CUDA graphs: no biased attention, and no quantized layers, whose kernels ask the host."""
+        self.capturable = floats and not self._replaced
+        """Its steps can be captured as CUDA graphs: no ALiBi, and no quantized layers, whose kernels synchronize."""
 
     @property
-    def least_rows(self) -> int:
-        """Of a step."""
-        return compiled.LEAST_ROWS if self._compiled else 1
+    def min_tokens(self) -> int:
+        """Fewest tokens of a step."""
+        return compiled.MIN_TOKENS if self._compiled else 1
 
-    def warm_up(self, trial: compiled.Trial) -> None:
-        """Compiles what is to be compiled.
+    def warm_up(self, dummy_step: compiled.DummyStep) -> None:
+        """Compiles the decoder, where that is asked for.
 
         Raises:
             CheckpointError: there is no compiler.
         """
         if self._compiled is not None:
-            self._compiled.warm_up(trial)
+            self._compiled.warm_up(dummy_step)
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
@@ -83,7 +83,7 @@ class Decoder:
 
 
 class _MptAttention(nn.Module):
-    """MPT's attention over the engine's memory, with the weights of the module that it replaces."""
+    """MPT's attention over the KV pool, with the weights of the module that it replaces."""
 
     step: Step
 
@@ -96,7 +96,7 @@ class _MptAttention(nn.Module):
         self._slopes = -build_mpt_alibi_tensor(self._heads, 2, device=device)[:, 0, 0]
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        """[1, tokens, hidden] -> the same; the bias and mask that MPT made are not used."""
+        """[1, tokens, hidden] -> the same. The bias and mask that MPT passes are not used."""
         packed = self.Wqkv(hidden_states)
         if self._clip:
             packed = packed.clamp(min=-self._clip, max=self._clip)

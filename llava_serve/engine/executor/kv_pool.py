@@ -1,4 +1,4 @@
-"""The KV memory itself: one line of positions per layer and head, written in place."""
+"""The tensors of the KV cache: contiguous positions per layer and head, written in place."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llava_serve.model.numerics import are_finite
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Where `length` tokens of a packed step, from `row`, are written: at `targets` [length], or else from `start`."""
+class KVWrite:
+    """`length` tokens of a packed step, from `offset`, are written to positions `targets` [length], or from `start`."""
 
-    row: int
+    offset: int
     length: int
     start: int = 0
     targets: torch.Tensor | None = None
@@ -27,7 +27,7 @@ class Run:
 class KVPool:
     """Keys and values of all layers, [layers, 2, kv_heads, positions, head_dim].
 
-    A sequence's positions are neighbours, so that its keys and values are views.
+    A sequence's positions are contiguous, so that its keys and values are views.
     """
 
     def __init__(
@@ -39,31 +39,31 @@ class KVPool:
         self.layers = [(layer[0], layer[1]) for layer in self._memory]
 
     def copy(self, copies: Iterable[Copy]) -> None:
-        """Carries out the copies in order."""
-        for move in copies:
-            source = self._memory[..., move.source : move.source + move.length, :]
-            if abs(move.source - move.target) < move.length:
+        """Does the copies in order."""
+        for one in copies:
+            source = self._memory[..., one.source : one.source + one.length, :]
+            if abs(one.source - one.target) < one.length:
                 source = source.clone()
-            self._memory[..., move.target : move.target + move.length, :].copy_(source)
+            self._memory[..., one.target : one.target + one.length, :].copy_(source)
 
-    def write(self, layer: int, runs: Iterable[Run], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes keys and values [kv_heads, tokens, head_dim], run by run."""
+    def write(self, layer: int, writes: Iterable[KVWrite], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes keys and values [kv_heads, tokens, head_dim] of a packed step."""
         for memory, new in zip(self.layers[layer], (keys, values), strict=True):
-            for run in runs:
-                part = new.narrow(1, run.row, run.length)
-                if run.targets is None:
-                    memory.narrow(1, run.start, run.length).copy_(part)
+            for write in writes:
+                part = new.narrow(1, write.offset, write.length)
+                if write.targets is None:
+                    memory.narrow(1, write.start, write.length).copy_(part)
                 else:
-                    memory.index_copy_(1, run.targets, part)
+                    memory.index_copy_(1, write.targets, part)
 
     def finite(self, start: int, length: int) -> torch.Tensor:
-        """Whether the keys and values of all layers at positions [start, start + length) are, as bool [1]."""
+        """Whether the keys and values of all layers at positions [start, start + length) are finite, as bool [1]."""
         return are_finite(self._memory[..., start : start + length, :])[None]
 
 
 def _allocate(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory with any content. On a CPU it is taken from the system only as it is first written, in large pages where
-    there are any: with small ones the first write of a prompt takes as long as a decode step."""
+    """Uninitialized memory. A CPU's operating system provides it at the first write, in huge pages where it can: with
+    small ones the first write of a prompt takes as long as a decode step."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(elements, dtype=dtype, device=device)
     memory = mmap.mmap(-1, elements * dtype.itemsize)

@@ -29,7 +29,7 @@ class VisionLanguageModel(Protocol):
         ...
 
     def image_embeddings(self, features: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """[tiles, features, channels] of one picture of (width, height) -> [span, hidden]."""
+        """[tiles, features, channels] of one image of (width, height) -> [span, hidden]."""
         ...
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

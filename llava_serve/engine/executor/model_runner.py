@@ -1,4 +1,4 @@
-"""Carries out a schedule on the device: tower, copies, one packed forward pass, logits where a token is drawn."""
+"""Runs a schedule on the device: tower, copies, one packed forward pass, logits where a token is sampled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.attempt import attempt
-from llava_serve.engine.executor.attention import PackedStep, Span
+from llava_serve.engine.executor.attention import PackedSequence, PackedStep
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs
 from llava_serve.engine.executor.decoder import Decoder
@@ -31,23 +31,23 @@ class StepResult:
     """What a step has computed.
 
     Attributes:
-        logits: [draws, vocabulary] of the segments that draw, in their order, in float32 or better.
-        judged: sequences whose numbers were looked at.
-        finite: bool [judged]: they are neither NaN nor infinity. Still on the device.
-        failures: by request id; what else there is of such a request is of no use.
+        logits: [sampled, vocabulary] of the segments that need sampling, in their order, in float32 or better.
+        checked: sequences whose logits or keys and values were checked for NaN and infinity.
+        finite: bool [checked], on the device: there were none.
+        failures: by request id. The logits of such a request are not to be used.
     """
 
     logits: torch.Tensor
-    judged: list[Sequence]
+    checked: list[Sequence]
     finite: torch.Tensor
     failures: dict[str, Exception]
 
 
 class ModelRunner:
-    """Owns every tensor of the engine: the KV memory and the pictures' features.
+    """Owns the engine's tensors: the KV pool, and the features of images.
 
     Args:
-        blocks: of the KV memory, which has one position more: the graphs' spare one.
+        blocks: of the KV pool, which has one more position for padding.
     """
 
     def __init__(self, model: VisionLanguageModel, blocks: int, options: EngineOptions) -> None:
@@ -60,76 +60,79 @@ class ModelRunner:
         self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
         self._decoder = Decoder(model.language_model, compile=options.compile and model.device.type == "cpu")
         self._graphs: DecodeGraphs | None = None
-        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.recordable
+        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.capturable
         if fast and options.cuda_graphs and positions >= 2 * options.max_num_seqs:
             keys = min(positions, model.spec.context_length)
             graphs = DecodeGraphs(self._decoder, model.embed, self._memory, options.max_num_seqs, keys, positions)
             self._graphs = graphs if graphs.capture() else None
 
     def warm_up(self) -> float:
-        """Compiles what is to be compiled, and gives what a tile takes.
+        """Compiles the decoder, where that is asked for, and measures the tower.
 
         Returns:
-            seconds of a tile through the tower, but for the first time, in which libraries set up what they need.
+            Seconds of a tile through the tower, at its second run: at the first, libraries set up what they need.
         """
-        self._decoder.warm_up(self._trial)
+        self._decoder.warm_up(self._dummy_step)
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
         for _ in range(2):
-            began = time.perf_counter()
-            float(self._model.tower_features(tile).sum())  # on CUDA this waits for it
-        return time.perf_counter() - began
+            started = time.perf_counter()
+            float(self._model.tower_features(tile).sum())  # waits for it on CUDA
+        return time.perf_counter() - started
 
-    def _trial(self, rows: int) -> tuple[torch.Tensor, PackedStep]:
-        """Embeddings and step of so many rows, of which one writes to the spare position of the memory."""
-        spare = self._memory.layers[0][0].shape[1] - 1
-        step = PackedStep(self._memory, [Span(0, 1, spare, 0)], self._model.dtype, self._model.device, rows - 1)
+    def _dummy_step(self, num_tokens: int) -> tuple[torch.Tensor, PackedStep]:
+        """Embeddings and step of a number of tokens; one writes to the padding position, the others are padding."""
+        dummy = PackedSequence(0, 1, base=self._memory.layers[0][0].shape[1] - 1, start=0)
+        step = PackedStep(self._memory, [dummy], self._model.dtype, self._model.device, num_tokens - 1)
         return self._model.embed(torch.zeros_like(step.positions)), step
 
     def run(self, schedule: Schedule) -> StepResult:
-        """Does the step's work."""
+        """Computes a step."""
         for digest in schedule.evicted:
             self._features.pop(digest, None)
         self._encode(schedule.tile_jobs)
         self._memory.copy(schedule.copies)
         failures: dict[str, Exception] = {}
         logits = self._forward(schedule, failures) if schedule.segments else torch.empty(0, 0)
-        return StepResult(logits, *self._judge(schedule.segments, logits), failures)
+        return StepResult(logits, *self._check_finite(schedule.segments, logits), failures)
 
     def _forward(self, schedule: Schedule, failures: dict[str, Exception]) -> torch.Tensor:
-        """One packed forward pass. Returns logits [draws, vocabulary]; adds to the failures."""
-        spans = self._pack(schedule.segments)
-        if self._graphs is not None and all(_decodes(segment) for segment in schedule.segments):
-            return self._graphs.run([segment.sequence.token_ids[-1] for segment in schedule.segments], spans)
-        padding = max(self._decoder.least_rows, self._filled(schedule.num_tokens)) - schedule.num_tokens
-        step = PackedStep(
-            self._memory, spans, self._model.dtype, self._model.device, padding, self._alike(schedule.segments)
-        )
-        hidden = self._decoder.forward(self._embed(schedule.segments, padding, failures), step)
-        drawn = [
-            span.row + span.length - 1 for span, segment in zip(spans, schedule.segments, strict=True) if segment.draws
+        """One packed forward pass. Returns logits [sampled, vocabulary]; adds to the failures."""
+        segments = schedule.segments
+        sequences = self._pack(segments)
+        if self._graphs is not None and all(_decodes(segment) for segment in segments):
+            return self._graphs.run([segment.sequence.token_ids[-1] for segment in segments], sequences)
+        device, num_tokens = self._model.device, schedule.num_tokens
+        padding = max(self._decoder.min_tokens, self._padded(num_tokens)) - num_tokens
+        prefixes = self._shared_prefixes(segments)
+        step = PackedStep(self._memory, sequences, self._model.dtype, device, padding, prefixes)
+        hidden = self._decoder.forward(self._embed(segments, padding, failures), step)
+        last = [
+            one.offset + one.length - 1
+            for one, segment in zip(sequences, segments, strict=True)
+            if segment.needs_sampling
         ]
-        if not drawn and hidden.is_cuda:
-            torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the pacer times this step
-        rows = [*drawn, *[0] * (self._filled(len(drawn)) - len(drawn))]
-        return self._decoder.logits(hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)])[: len(drawn)]
+        if not last and hidden.is_cuda:
+            torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the engine times this step
+        indices = [*last, *[0] * (self._padded(len(last)) - len(last))]
+        return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[: len(last)]
 
-    def _judge(self, segments: tuple[Segment, ...], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
-        """Which logits to draw from, and which keys and values that are to enter the prefix cache, are finite.
+    def _check_finite(self, segments: tuple[Segment, ...], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+        """Whether the logits to sample from, and the keys and values of new full blocks, are finite.
 
-        A causal kernel multiplies what it hides by 0, which leaves NaN as it is: one position spoils earlier ones of
-        its tile, and in a chunk of a prompt there may be no logits that tell. So the blocks themselves are looked at.
+        Logits alone do not suffice: a chunk of a prompt may have none. And NaN at one position spreads to earlier ones
+        of its tile, since kernels multiply the positions that a causal mask hides by 0.
         """
-        judged = [segment.sequence for segment in segments if segment.draws]
-        flags = [are_finite(logits, -1)] if judged else []
+        checked = [segment.sequence for segment in segments if segment.needs_sampling]
+        flags = [are_finite(logits, -1)] if checked else []
         for segment in segments:
-            if segment.filled:
-                start = self._base(segment) + segment.filled.start * self._block_size
-                flags.append(self._memory.finite(start, len(segment.filled) * self._block_size))
-                judged.append(segment.sequence)
-        return judged, torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool)
+            if blocks := segment.new_full_blocks:
+                start = self._base(segment) + blocks.start * self._block_size
+                flags.append(self._memory.finite(start, len(blocks) * self._block_size))
+                checked.append(segment.sequence)
+        return checked, torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool)
 
-    def forget(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence's prefill."""
         for key in [key for key in self._embeddings if key[0] is sequence]:
             del self._embeddings[key]
@@ -148,26 +151,26 @@ class ModelRunner:
                 self._features[job.digest] = part.new_empty((job.total, *part.shape[1:]))
             self._features[job.digest][job.first : job.first + len(part)] = part
 
-    def _pack(self, segments: tuple[Segment, ...]) -> list[Span]:
+    def _pack(self, segments: tuple[Segment, ...]) -> list[PackedSequence]:
         lengths = [segment.end - segment.start for segment in segments]
-        rows = itertools.accumulate(lengths, initial=0)
-        spans = []
-        for segment, row, length in zip(segments, rows, lengths, strict=False):
-            spans.append(Span(row, length, self._base(segment), segment.start))
-        return spans
+        offsets = itertools.accumulate(lengths, initial=0)
+        return [
+            PackedSequence(offset, length, self._base(segment), segment.start)
+            for segment, offset, length in zip(segments, offsets, lengths, strict=False)
+        ]
 
     def _base(self, segment: Segment) -> int:
-        """Where the memory of a segment's sequence begins."""
+        """Where the extent of a segment's sequence begins in the KV pool."""
         extent = segment.sequence.extent
-        assert extent is not None, "a scheduled sequence has its place"
+        assert extent is not None, "a scheduled sequence has an extent"
         return extent.start * self._block_size
 
-    def _filled(self, rows: int) -> int:
-        """What a product of so many rows is filled up to."""
-        return padded(rows) if self._model.device.type == "cpu" else rows
+    def _padded(self, size: int) -> int:
+        """The number of tokens to which a product of `size` tokens is padded."""
+        return padded(size) if self._model.device.type == "cpu" else size
 
-    def _alike(self, segments: tuple[Segment, ...]) -> list[SharedPrefix]:
-        """Decoding rows, which come first, that begin alike. On CUDA all extents are read in one go as it is."""
+    def _shared_prefixes(self, segments: tuple[Segment, ...]) -> list[SharedPrefix]:
+        """Those of the decoding sequences, which come first. None on CUDA, where one call reads all extents."""
         if self._model.device.type != "cpu":
             return []
         computed = [
@@ -177,21 +180,21 @@ class ModelRunner:
         return find_shared_prefixes(computed, self._block_size)
 
     def _embed(self, segments: tuple[Segment, ...], padding: int, failures: dict[str, Exception]) -> torch.Tensor:
-        """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for pictures; then padding."""
+        """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for images; then padding."""
         ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
         tokens = torch.tensor([*ids, *[0] * padding], device=self._model.device)
         embeddings = self._model.embed(tokens.clamp(min=0))
-        row = 0
+        offset = 0
         for segment in segments:
             if IMAGE_TOKEN_ID in segment.sequence.token_ids[segment.start : segment.end]:
-                merge = partial(self._merge, embeddings[row : row + segment.end - segment.start], segment)
-                if error := attempt(merge):  # a picture that does not fit its prompt
+                merge = partial(self._merge, embeddings[offset : offset + segment.end - segment.start], segment)
+                if error := attempt(merge):  # an image that does not fit its prompt
                     failures[segment.sequence.request.request_id] = error
-            row += segment.end - segment.start
+            offset += segment.end - segment.start
         return embeddings
 
     def _merge(self, embeddings: torch.Tensor, segment: Segment) -> None:
-        """Writes the pictures of a segment into its embeddings [tokens, hidden]."""
+        """Writes the images of a segment into its embeddings [tokens, hidden]."""
         prompt = segment.sequence.request.prompt
         for at, (start, end) in enumerate(prompt.image_spans):
             first, last = max(start, segment.start), min(end, segment.end)
@@ -201,15 +204,17 @@ class ModelRunner:
             if key not in self._embeddings:
                 features = self._features[prompt.digests[at]]
                 self._embeddings[key] = self._model.image_embeddings(features, prompt.image_sizes[at])
-            picture = self._embeddings[key]
-            embeddings[first - segment.start : last - segment.start] = picture[first - start : last - start]
+            image = self._embeddings[key]
+            embeddings[first - segment.start : last - segment.start] = image[first - start : last - start]
             if last == end:
                 del self._embeddings[key]
 
 
 def _decodes(segment: Segment) -> bool:
-    """The segment is a sequence's last token, and that is text."""
-    return segment.draws and segment.end - segment.start == 1 and segment.sequence.token_ids[-1] != IMAGE_TOKEN_ID
+    """The segment is the last token of a sequence, and it is text."""
+    return (
+        segment.needs_sampling and segment.end - segment.start == 1 and segment.sequence.token_ids[-1] != IMAGE_TOKEN_ID
+    )
 
 
 def _kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
@@ -222,10 +227,10 @@ def _kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
 
 
 def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
-    """Blocks of KV memory within the budget: bytes on a CPU, a fraction of what is free on CUDA and steps do not need.
+    """Blocks of the KV cache: within `kv_cache_bytes` on a CPU, on CUDA a share of the memory that steps leave free.
 
     Raises:
-        CheckpointError: there is no room for one block.
+        CheckpointError: there is no memory for one block.
     """
     layers, kv_heads, head_dim = _kv_shape(model)
     budget = options.kv_cache_bytes
@@ -241,8 +246,8 @@ def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
 
 
 def _step_bytes(model: VisionLanguageModel, options: EngineOptions) -> int:
-    """What the largest step takes beside weights and KV memory, and rather too much of it: kept features, activations,
-    logits with their sorted copies, and what libraries and graphs hold."""
+    """An upper bound of the largest step's memory beside weights and KV cache: cached features, activations, logits
+    with their sorted copies, and what libraries and graphs hold."""
     config = model.language_model.config
     wide: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     activations: int = options.max_batch_tokens * (4 * wide + 10 * config.hidden_size) * model.dtype.itemsize

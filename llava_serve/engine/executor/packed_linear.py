@@ -1,8 +1,8 @@
-"""Linear layers laid out once for the CPU's matrix units.
+"""Linear layers with weights in oneDNN's blocked layout.
 
-oneDNN multiplies from a blocked layout. A plain `nn.Linear` is brought into it at every call, which for the few rows of
-a decode step costs more than the product itself. And it writes a kernel of its own for each number of rows that it
-meets, which costs more than the product of a prompt: let there be few numbers of rows, that come again (`padded`).
+oneDNN multiplies from a blocked layout. A plain `nn.Linear` is converted to it at every call, which for the few tokens
+of a decode step costs more than the product itself. And oneDNN compiles a kernel for each number of tokens, which costs
+more than the product of a prompt: so the number of tokens is padded to one of a few sizes (`padded`).
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-_EXACT = 16
-"""Numbers of rows up to which none are added: there are few of them."""
+_MAX_UNPADDED = 16
+"""Largest number of tokens that is not padded."""
 
-# Layers that transformers' models give the same input: one product instead of three saves most where rows are few.
+# Layers that get the same input in transformers' models: one product instead of three saves most where tokens are few.
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def padded(rows: int) -> int:
-    """What `rows` are filled up to: a multiple of 16, or of the power of two that adds an eighth at most."""
-    if rows <= _EXACT:
-        return rows
-    unit = max(_EXACT, 1 << (rows.bit_length() - 4))
-    return -(-rows // unit) * unit
+def padded(size: int) -> int:
+    """The number of tokens to which `size` are padded: a multiple of 16, or of the power of two that adds at most an
+    eighth."""
+    if size <= _MAX_UNPADDED:
+        return size
+    unit = max(_MAX_UNPADDED, 1 << (size.bit_length() - 4))
+    return -(-size // unit) * unit
 
 
 class PackedLinear(nn.Module):
-    """Linear layers of one input, kept in oneDNN's own layout as one product: for inference on a CPU only.
+    """Linear layers of the same input as one product in oneDNN's layout: for inference on a CPU only.
 
-    torch.compile cannot trace that layout: to it, a product is an operation with a number.
+    torch.compile cannot trace that layout: it traces a custom operator, which finds the layer by a number.
 
     Args:
-        linears: their outputs stand one after the other.
+        linears: their outputs are concatenated.
     """
 
     _numbers = itertools.count()
@@ -59,7 +60,7 @@ class PackedLinear(nn.Module):
         return self.multiply(inputs)
 
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`forward` where nothing is traced."""
+        """`forward` outside of tracing."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
         return product
 
@@ -79,14 +80,14 @@ def _multiplied(inputs: torch.Tensor, number: int, out_features: int) -> torch.T
 
 
 class MergedProjections(nn.Module):
-    """Several layers of one input, computed as one product by whichever is called first: their order does not matter.
+    """Projections of the same input (q, k, v; gate, up), computed as one product by the first that is called.
 
-    The outputs of the others are kept until they are called for the same input, or any is called for another one.
+    The outputs of the others are kept until they are called with the same input, or any is called with another one.
     """
 
     _inputs: torch.Tensor | None = None
     _outputs: tuple[torch.Tensor, ...] = ()
-    _waiting: int = 0
+    _remaining: int = 0
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -97,16 +98,16 @@ class MergedProjections(nn.Module):
         """[..., in_features] -> [..., out_features] of the layer `index`."""
         if inputs is not self._inputs:
             self._outputs = torch.split_with_sizes(self._packed(inputs), self._sizes, dim=-1)
-            self._inputs, self._waiting = inputs, len(self._sizes)
+            self._inputs, self._remaining = inputs, len(self._sizes)
         output = self._outputs[index]
-        self._waiting -= 1
-        if not self._waiting:
+        self._remaining -= 1
+        if not self._remaining:
             self._inputs, self._outputs = None, ()
         return output
 
 
 class _Projection(nn.Module):
-    """Stands where one of the merged layers stood."""
+    """Takes the place of one of the merged layers."""
 
     def __init__(self, merged: MergedProjections, index: int) -> None:
         super().__init__()
@@ -123,20 +124,20 @@ def pack_linears(model: nn.Module) -> None:
     """Replaces every plain linear layer of a model, in place, where oneDNN has a layout for its precision."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
-    packable = {torch.float32}
+    dtypes = {torch.float32}
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # not on processors without AVX-512
-        packable.add(torch.bfloat16)
+        dtypes.add(torch.bfloat16)
 
-    def plain(module: object) -> TypeGuard[nn.Linear]:
-        return type(module) is nn.Linear and module.weight.dtype in packable
+    def packable(module: object) -> TypeGuard[nn.Linear]:
+        return type(module) is nn.Linear and module.weight.dtype in dtypes
 
     for module in model.modules():
         for names in _MERGED:
-            linears = [child for name in names if plain(child := getattr(module, name, None))]
+            linears = [child for name in names if packable(child := getattr(module, name, None))]
             if len(linears) == len(names) and len({linear.bias is None for linear in linears}) == 1:
                 merged = MergedProjections(linears)
                 for index, name in enumerate(names):
                     setattr(module, name, _Projection(merged, index))
         for name, child in module.named_children():
-            if plain(child):
+            if packable(child):
                 setattr(module, name, PackedLinear([child]))

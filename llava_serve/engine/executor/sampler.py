@@ -1,4 +1,4 @@
-"""Draws the next tokens of a batch, vectorised over its rows."""
+"""Samples the next tokens of a batch, vectorised over its sequences."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llava_serve.engine.sequence import RawLogprob, Sequence
 from llava_serve.types import SamplingParams
 
 _MASK = (1 << 64) - 1
-_FEW = 256
-"""Best tokens that are looked at before the whole vocabulary is sorted."""
+_PARTIAL_SORT = 256
+"""Best tokens that are sorted before the whole vocabulary is."""
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing else: SplitMix64's finaliser over the three."""
+    """A number in [0, 1) that depends on its arguments only: SplitMix64's finaliser over the three."""
     state = seed & _MASK
     for word in (choice, position):
         state = (state + 0x9E3779B97F4A7C15 * (word + 1)) & _MASK
@@ -27,12 +27,12 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor) -> tuple[list[RawLogprob], list[bool]]:
-    """Draws one token per row.
+    """Samples one token per sequence.
 
     Args:
-        logits: [rows, vocabulary] in float32 or float64; not changed.
-        sequences: whose rows they are.
-        flags: bool of any number. They come along, so that the device is waited for once.
+        logits: [sequences, vocabulary] in float32 or float64; not changed.
+        sequences: those of the logits, in their order.
+        flags: bool [any]. They are copied from the device with the tokens, to synchronize once.
 
     Returns:
         The tokens, and the flags. Log-probabilities are the model's own, before temperature and penalties; they are
@@ -44,13 +44,15 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
     if any(_penalizes(sequence.request.sampling) for sequence in sequences):
         logits = logits.clone()
         penalize(logits, sequences)
-    drawing = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
+    not_greedy = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     best = logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
-    drawn = _draw(logits[drawing], [sequences[row] for row in drawing]) if drawing else best[:0]
-    tokens: list[int] = torch.cat([best, drawn, flags]).tolist()
-    start = len(sequences) + len(drawing)
-    for row, token in zip(drawing, tokens[len(sequences) : start], strict=True):
-        tokens[row] = token
+    sampled = best[:0]
+    if not_greedy:
+        sampled = _random_sample(logits[not_greedy], [sequences[index] for index in not_greedy])
+    tokens: list[int] = torch.cat([best, sampled, flags]).tolist()
+    start = len(sequences) + len(not_greedy)
+    for index, token in zip(not_greedy, tokens[len(sequences) : start], strict=True):
+        tokens[index] = token
     entries = [
         RawLogprob(token, 0.0) if table is None else _entry(table, token, sequence.request.sampling.logprobs or 0)
         for token, table, sequence in zip(tokens[: len(sequences)], tables, sequences, strict=True)
@@ -59,12 +61,12 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
 
 
 def _logprobs(logits: torch.Tensor, sequences: list[Sequence]) -> list[torch.Tensor | None]:
-    """Per row [vocabulary], where the request asks for them."""
-    asked = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
+    """Per sequence [vocabulary], where the request asks for them."""
+    asked = [index for index, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
     tables: list[torch.Tensor | None] = [None] * len(sequences)
     if asked:
-        for row, table in zip(asked, logits[asked].log_softmax(dim=-1), strict=True):
-            tables[row] = table
+        for index, table in zip(asked, logits[asked].log_softmax(dim=-1), strict=True):
+            tables[index] = table
     return tables
 
 
@@ -79,78 +81,80 @@ def _penalizes(sampling: SamplingParams) -> bool:
 
 
 def penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
-    """Lowers the scores of tokens that were there: changes `logits` [rows, vocabulary] in place.
+    """Applies the penalties to `logits` [sequences, vocabulary] in place.
 
-    Repetition counts prompt and answer, as transformers does; presence and frequency the answer, as OpenAI does.
+    Repetition counts prompt and output tokens, as transformers does; presence and frequency the output, as OpenAI does.
     """
-    for row, sequence in enumerate(sequences):
+    for index, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sampling.repetition_penalty != 1:
-            seen = torch.tensor(sorted({token for token in sequence.token_ids if token >= 0}), device=logits.device)
-            score = logits[row, seen]
+            present = torch.tensor(sorted({token for token in sequence.token_ids if token >= 0}), device=logits.device)
+            score = logits[index, present]
             penalty = sampling.repetition_penalty
-            logits[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
+            logits[index, present] = torch.where(score < 0, score * penalty, score / penalty)
         if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_output:
             counts = Counter(sequence.token_ids[sequence.num_prompt :])
             tokens = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-            logits[row, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+            logits[index, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """Inverse transform sampling: the noise of a row is one number, whatever the batch and the device.
+def _random_sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Inverse transform sampling: the noise of a sequence is one number, whatever the batch and the device.
 
     Returns:
-        ids [rows].
+        ids [sequences].
     """
     samplings = [sequence.request.sampling for sequence in sequences]
-    # less the greatest: a small temperature makes -inf of the others then, and never infinity of two
+    # the maximum is subtracted first: a small temperature then makes -inf of the others, and never infinity of two
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column([one.temperature for one in samplings], logits)
-    narrow = [row for row, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
-    if narrow:
-        chosen = [samplings[row] for row in narrow]
-        logits[narrow] = _truncate(logits[narrow], [one.top_k for one in chosen], [one.top_p for one in chosen])
-    noise = [uniform(row.request.seed, row.index, row.num_output) for row in sequences]
-    # In float64: sums of float32 are rounded so that a token of no mass may seem to have some.
+    truncated = [index for index, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
+    if truncated:
+        chosen = [samplings[index] for index in truncated]
+        logits[truncated] = _truncate(logits[truncated], [one.top_k for one in chosen], [one.top_p for one in chosen])
+    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output) for sequence in sequences]
+    # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = _column(noise, mass) * mass[:, -1:]
     tokens = torch.searchsorted(mass, target, right=True)[:, 0]
-    # rounding may put the target at the very end: the last token that has any mass is meant
+    # rounding may put the target at the very end: then the last token with any mass is taken
     last = (mass < mass[:, -1:]).sum(dim=-1)
     return torch.minimum(tokens, last)
 
 
 def _truncate(logits: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
-    """Keeps the `top_k` best (0: all), of these the fewest that reach `top_p`, one at least; the others become -inf.
+    """Keeps the `top_k` best (0: all), of these the fewest that reach `top_p`, at least one. The others become -inf.
 
-    Sorting a vocabulary is slow: the best few are looked at first, and nearly always are enough.
+    Sorting a vocabulary is slow: the best few are sorted first, and nearly always suffice.
     """
     vocabulary = logits.shape[-1]
     keep = torch.tensor([[min(k, vocabulary) or vocabulary] for k in top_k], device=logits.device)
-    limit = _column(top_p, logits).clamp(min=torch.finfo(logits.dtype).tiny)  # a share that rounds to 0 is not none
-    for wanted in (min(vocabulary, max([_FEW, *top_k])), vocabulary):
+    limit = _column(top_p, logits).clamp(
+        min=torch.finfo(logits.dtype).tiny
+    )  # a share that rounds to 0 would keep no token
+    for wanted in (min(vocabulary, max([_PARTIAL_SORT, *top_k])), vocabulary):
         values, order = logits.topk(wanted, dim=-1)
         values = values.masked_fill(torch.arange(wanted, device=logits.device) >= keep, float("-inf"))
         whole = torch.where(keep < vocabulary, values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
         shares = (values - whole).exp()
-        before = shares.cumsum(dim=-1) - shares
-        if bool(((keep <= wanted) | (before[:, -1:] >= limit)).all()):
+        preceding = shares.cumsum(dim=-1) - shares
+        if bool(((keep <= wanted) | (preceding[:, -1:] >= limit)).all()):
             break
-    values = values.masked_fill((before >= limit) & (limit < 1), float("-inf"))
+    values = values.masked_fill((preceding >= limit) & (limit < 1), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, values)
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    """[rows, 1], in the precision and on the device of `like`."""
+    """[sequences, 1], in the precision and on the device of `like`."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def best_continuations(logits: torch.Tensor, search: BeamSearch) -> list[Candidate]:
-    """The best continuations of a beam search, best first, as many as it wants.
+def best_candidates(logits: torch.Tensor, search: BeamSearch) -> list[Candidate]:
+    """The best extensions of a beam search, best first, `num_candidates` of them.
 
     Args:
-        logits: [active rows, vocabulary] in float32 or float64.
-        search: whose rows they are.
+        logits: [active beams, vocabulary] in float32 or float64.
+        search: that of the beams.
     """
     vocabulary = logits.shape[-1]
     scores = logits.log_softmax(dim=-1)

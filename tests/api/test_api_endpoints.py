@@ -1,4 +1,4 @@
-"""What surrounds the questions: keys, sizes, ids, addresses, and the API's own description."""
+"""All around a chat completion: API keys, body sizes, request ids, other endpoints, the API's own description."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_models_are_listed_for_the_official_client(web: httpx.Client) -> None:
     ("method", "path", "status", "code"),
     [("GET", "/v2", 404, "unknown_url"), ("GET", "/v1/chat/completions", 405, "method_not_allowed")],
 )
-def test_a_wrong_address_is_answered_in_openais_shape(
+def test_an_unknown_endpoint_is_answered_in_openais_shape(
     web: httpx.Client, method: str, path: str, status: int, code: str
 ) -> None:
     response = web.request(method, path)
@@ -39,7 +39,7 @@ def test_a_wrong_address_is_answered_in_openais_shape(
 
 
 def test_a_large_body_is_refused_by_its_declared_length(web: httpx.Client) -> None:
-    """Before it is sent: the answer comes though not one byte of the body does."""
+    """The answer comes before any byte of the body is sent."""
     with socket.create_connection((web.base_url.host, web.base_url.port), timeout=5) as client:
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100001\r\n\r\n")
         answer = client.recv(65536)
@@ -57,7 +57,7 @@ def test_a_large_body_is_refused_by_its_bytes(web: httpx.Client) -> None:
     assert error_of(response)["code"] == "request_too_large"
 
 
-def test_keys_are_demanded_where_they_are_configured() -> None:
+def test_keys_are_required_where_they_are_configured() -> None:
     with app_over(PacedBackend(), api_keys=("one", "zwei-ü")) as web:
         for header in ({}, {"Authorization": "Bearer two"}, {"Authorization": "one"}, {"Authorization": "Basic one"}):
             for response in (web.get("/v1/models", headers=header), web.post(PATH, headers=header), web.get("/v2")):

@@ -1,0 +1,93 @@
+"""Samples the next tokens of a step. A failure in one sequence fails its request only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
+from llava_serve.engine.executor.attempt import attempt
+from llava_serve.engine.executor.model_runner import StepResult
+from llava_serve.engine.executor.sampler import best_candidates, sample
+from llava_serve.engine.sequence import RawLogprob, Sequence
+from llava_serve.model.numerics import numerical_error
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledStep:
+    """The next tokens of a step's sequences.
+
+    Attributes:
+        tokens: of each sequence outside a beam search.
+        beams: of each search, what its beams become.
+        failures: by request id. Tokens of such a request are not to be used.
+    """
+
+    tokens: list[tuple[Sequence, RawLogprob]]
+    beams: list[tuple[BeamSearch, list[Extension] | Hypothesis]]
+    failures: dict[str, Exception]
+
+
+def sample_step(
+    step: StepResult, sequences: list[Sequence], searches: Mapping[str, BeamSearch], dtype: torch.dtype
+) -> SampledStep:
+    """Samples the next token of each sequence. The beams of a search are extended together.
+
+    Args:
+        sequences: those of the step's logits, in their order.
+        searches: by request id.
+        dtype: of the model.
+    """
+    beams: dict[str, list[int]] = {}
+    single: list[int] = []
+    for index, sequence in enumerate(sequences):
+        if sequence.request.request_id in searches:
+            beams.setdefault(sequence.request.request_id, []).append(index)
+        else:
+            single.append(index)
+    sampled = SampledStep([], [], dict(step.failures))
+    own = [sequences[index] for index in single]
+    tokens, finite = _sample_each(step.logits[single] if beams else step.logits, own, step.finite)
+    for sequence, is_finite in zip(step.checked, finite, strict=True):
+        if not is_finite:
+            sampled.failures.setdefault(sequence.request.request_id, numerical_error(dtype))
+    for sequence, token in zip(own, tokens, strict=True):
+        if isinstance(token, Exception):
+            sampled.failures.setdefault(sequence.request.request_id, token)
+        else:
+            sampled.tokens.append((sequence, token))
+    for name, indices in beams.items():
+        if name in sampled.failures:
+            continue
+        extended = attempt(partial(_extend, searches[name], step.logits[indices]))
+        if isinstance(extended, Exception):
+            sampled.failures[name] = extended
+        else:
+            sampled.beams.append((searches[name], extended))
+    return sampled
+
+
+def _extend(search: BeamSearch, logits: torch.Tensor) -> list[Extension] | Hypothesis:
+    return search.advance(best_candidates(logits, search))
+
+
+def _sample_each(
+    logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor
+) -> tuple[list[RawLogprob | Exception], list[bool]]:
+    """As `sample`. If that fails, samples one by one: each sequence gets its token or its own exception."""
+    batch = attempt(partial(sample, logits, sequences, flags))
+    if not isinstance(batch, Exception):
+        return [*batch[0]], batch[1]
+    each: list[RawLogprob | Exception] = []
+    for index, sequence in enumerate(sequences):
+        single = attempt(partial(sample, logits[index : index + 1], [sequence], flags[:0]))
+        each.append(single if isinstance(single, Exception) else single[0][0])
+    if not any(isinstance(one, Exception) for one in each):
+        _logger.error("The tokens of a step could not be sampled as a batch, but one by one.", exc_info=batch)
+    return each, flags.tolist()

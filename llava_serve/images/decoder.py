@@ -1,0 +1,50 @@
+"""Encoded bytes to an image's tiles: the one step of preparing a prompt that works on a stranger's file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from llava_serve.checkpoints.spec import ImageProcessing
+from llava_serve.config import ImageOptions
+from llava_serve.images.decode import decode_image
+from llava_serve.images.tile_cache import CachedTiles
+from llava_serve.images.tiles import digest, make_tiles, num_features
+
+Check = Callable[[], None]
+"""Raises, once the work is no longer wanted."""
+
+
+class Decoder(Protocol):
+    """Decodes images. For several threads."""
+
+    def tiles_of(self, data: bytes, room: int, check: Check | None = None) -> CachedTiles:
+        """An image as model input.
+
+        Args:
+            data: an encoded image.
+            room: positions that are left in the prompt; an image that takes as many gets neither tiles nor digest.
+            check: where decoding can be ended, what this raises ends it.
+
+        Raises:
+            InvalidImageError: not an image, damaged, or over a limit.
+        """
+
+
+class InProcessDecoder:
+    """Decodes in the caller's thread, which nothing can end."""
+
+    def __init__(self, options: ImageOptions, processing: ImageProcessing) -> None:
+        self._options = options
+        self._processing = processing
+
+    def tiles_of(self, data: bytes, room: int, check: Check | None = None) -> CachedTiles:
+        """As `Decoder` says. The decoded image lives only in here: a large one takes hundreds of megabytes."""
+        image = decode_image(data, self._options)
+        count = num_features(image.size, self._processing)
+        if count >= room:
+            return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
+        tiles = make_tiles(image, self._processing)
+        return CachedTiles(image.size, count, tiles, digest(tiles, image.size, self._processing))
