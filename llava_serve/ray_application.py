@@ -22,9 +22,13 @@ def application_package() -> str:
     """
     if not all(map(find_spec, _NEEDED)):
         raise ImportError("Ray Serve is not installed: pip install 'llava-serve[serve]'.")
-    home = Path(__file__).resolve().parent.parent
-    for name in NAMES:
-        spec = find_spec(name)
-        if spec and spec.origin and Path(spec.origin).resolve().parent.parent == home:
-            return name
+    for name in filter(is_application, NAMES):
+        return name
     raise ImportError("The Ray Serve application is not installed beside this library.")
+
+
+def is_application(name: str) -> bool:
+    """Whether the package of this name is the application that belongs to this library."""
+    spec = find_spec(name)
+    home = Path(__file__).resolve().parent.parent
+    return bool(spec and spec.origin and Path(spec.origin).resolve().parent.parent == home)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -17,7 +16,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.cli.ports import bound_socket
 from llava_serve.config import ApiOptions, ModelOptions
 from llava_serve.errors import CheckpointError, RequestError
-from llava_serve.ray_application import NAMES
+from llava_serve.ray_application import NAMES, is_application
 
 from .. import PACKAGE
 
@@ -128,7 +127,7 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
     """Raises `ConfigError` if what the application needs is not here."""
     import_path = str(application.get("import_path", ""))
     package = import_path.partition(".")[0]
-    if package in NAMES and find_spec(package) is None:
+    if package in NAMES and not is_application(package):
         raise ConfigError(f"{path}: {import_path}: this installation has the application as {PACKAGE}.app:build_app.")
     if import_path not in IMPORT_PATHS:
         return

@@ -28,7 +28,7 @@ def read_serve_env(path: Path) -> dict[str, str]:
         ServeEnvError: the file does not exist, or a line is no setting of Serve.
     """
     if path != Path("production") and not path.is_file():
-        raise ServeEnvError(f"There is no profile {path}.")
+        raise ServeEnvError(f"There is no profile {path}; the one that ships is called production.")
     text = packaged(PROFILE) if path == Path("production") else path.read_text(encoding="utf-8")
     profile: dict[str, str] = {}
     for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items():

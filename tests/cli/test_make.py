@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,26 +60,47 @@ def test_a_shim_that_stands_for_no_python_is_not_quoted(clone: Path) -> None:
     assert "pyenv" not in done.stderr
 
 
+@pytest.fixture
+def pythons(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts programs first on the path that say their version, or none, and note that they shall make an environment."""
+
+    def put(*there: str) -> None:
+        for name in ("python3.11", "python3.12", "python3.13"):
+            version = name.removeprefix("python") if name in there else ""
+            (clone / "programs").mkdir(exist_ok=True)
+            lines = (f'[ "$1" = -c ] && echo {version}', f'[ "$2" = venv ] && echo {name} > taken', "exit 1")
+            script(clone / "programs" / name, *lines)
+        monkeypatch.setenv("PATH", str(clone / "programs"), prepend=":")
+
+    return put
+
+
 @pytest.mark.parametrize(
-    ("named", "there", "chosen"),
+    ("there", "named", "taken"),
     [
-        ("", ["python3.11", "python3.12", "python3.13"], "python3.11"),
-        ("", ["python3.12", "python3.13"], "python3.13"),
-        ("python3.12", ["python3.11", "python3.12"], "python3.12"),
+        (["python3.11", "python3.12", "python3.13"], [], "python3.11"),
+        (["python3.12", "python3.13"], [], "python3.13"),
+        (["python3.11", "python3.12"], ["PYTHON=python3.12"], "python3.12"),
     ],
 )
 def test_the_python_that_is_taken(
-    clone: Path, monkeypatch: pytest.MonkeyPatch, named: str, there: list[str], chosen: str
+    clone: Path, pythons: Callable[..., None], there: list[str], named: list[str], taken: str
 ) -> None:
-    programs = clone / "programs"
-    programs.mkdir()
-    for name in ("python3.11", "python3.12", "python3.13"):
-        version = name.removeprefix("python") if name in there else ""
-        # Says its version where it is there, and writes down that it is asked for an environment.
-        script(programs / name, f'[ "$1" = -c ] && echo {version}', f'[ "$2" = venv ] && echo {name} > taken', "exit 1")
-    monkeypatch.setenv("PATH", str(programs), prepend=":")
-    setup(clone, *([f"PYTHON={named}"] if named else []))
-    assert (clone / "taken").read_text().strip() == chosen
+    pythons(*there)
+    setup(clone, *named)
+    assert (clone / "taken").read_text().strip() == taken
+
+
+def test_a_python_that_is_named_replaces_another(clone: Path, pythons: Callable[..., None]) -> None:
+    pythons("python3.11", "python3.12")
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    script(clone / ".venv" / "bin" / "python", "echo 3.11")
+    (clone / ".venv" / ".installed").touch()
+    for same in ([], ["PYTHON=python3.11"]):
+        assert setup(clone, *same).returncode == 0
+        assert not (clone / "taken").exists()
+    setup(clone, "PYTHON=python3.12")
+    assert (clone / "taken").read_text().strip() == "python3.12"
 
 
 @pytest.mark.slow
