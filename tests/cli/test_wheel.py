@@ -165,7 +165,7 @@ def test_the_packaged_config_can_be_printed_and_served_from_a_file(with_ray: Ins
     assert "did you mean num_replicas?" in done.stderr
 
 
-def test_a_config_of_the_repository_is_told_the_packages_name(with_ray: Installed) -> None:
+def test_a_config_of_the_repository_is_reported_the_packages_name(with_ray: Installed) -> None:
     done = with_ray.run("llava-serve", "serve", str(ROOT / "serve_config.yaml"), "--port", "0")
     assert done.returncode == 2
     assert done.stderr.endswith("this installation has the application as llava_serve_deployments.app:build_app.\n")
