@@ -112,21 +112,19 @@ class LinkHost(Options):
 
         try:
             url = URL(f"//{given}")
-        except (InvalidURL, UnicodeError):
-            url = URL("")
-        if not url.raw_host or url.userinfo or str(url) != f"//{url.netloc.decode('ascii')}":
-            raise ValueError("a host is a name or an address, such as images.example.org or 10.0.0.5:9000")
-        return given
+            if url.raw_host and not url.userinfo and str(url) == f"//{url.netloc.decode('ascii')}":
+                return given
+        except (InvalidURL, ValueError):
+            pass
+        raise ValueError("a host is a name or an address, such as images.example.org or 10.0.0.5:9000")
 
 
 def _as_links(given: Any) -> Any:
     if given is False:  # what YAML makes of a plain off
         return "off"
-    return (
-        [{"host": each} if isinstance(each, str) else each for each in given]
-        if isinstance(given, list | tuple)
-        else given
-    )
+    if isinstance(given, list | tuple):
+        return [{"host": each} if isinstance(each, str) else each for each in given]
+    return given
 
 
 class ImageOptions(Options):

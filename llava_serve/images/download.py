@@ -102,11 +102,11 @@ def _parse(link: str, base: URL | None = None) -> URL:
     """The one place where a link is taken apart."""
     try:
         url = URL(link) if base is None else base.join(link)
-    except (InvalidURL, UnicodeError) as error:  # the latter for lone surrogates, which JSON can hold
-        raise FetchError("it is not a valid URL") from error
-    if url.scheme not in ("http", "https") or not url.raw_host or not 0 < port_of(url) < 1 << 16:
-        raise FetchError("it is not a valid URL")
-    return url
+        if url.scheme in ("http", "https") and url.raw_host and 0 < port_of(url) < 1 << 16:
+            return url
+    except (InvalidURL, ValueError):  # the latter for lone surrogates, and hosts that have no ASCII form
+        pass
+    raise FetchError("it is not a valid URL")
 
 
 def port_of(url: URL) -> int:

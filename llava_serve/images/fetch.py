@@ -25,9 +25,6 @@ from llava_serve.images.transport import Budget, FetchError, FetchLimits
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
-_LIMITS = FetchLimits(read_s=20, total_s=300)
-"""Of a link that the library's own user names: nobody else waits for it."""
-
 
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
     """The bytes of a picture in a request. A request never reads this machine's files or network;
@@ -121,8 +118,9 @@ def _file_of(image: Image.Image) -> bytes | None:
 
 
 def _download(url: str, options: ImageOptions) -> bytes:
+    limits = FetchLimits(read_s=20, total_s=300, total_bytes=options.max_bytes)  # nobody else waits for it
     try:
-        return _downloader().fetch(url, options.max_bytes, Budget(_LIMITS))
+        return _downloader().fetch(url, options.max_bytes, Budget(limits))
     except FetchError as error:
         raise InvalidImageError(f"The picture at {url} cannot be fetched: {error}.") from error
 

@@ -129,6 +129,8 @@ def test_public_is_never_private(host: str) -> None:
         "http://0177.0.0.1/",
         "http://256.1.1.1/",
         "http://\uff11\uff12\uff17.0.0.1/",
+        "http://[::1%\u00fc]/",
+        "http://\ud800/",
         "http://pictures.test:port/",
         "http://pictures.test:99999/",
         "http://pictures.test:0/",
@@ -160,6 +162,14 @@ def test_what_is_no_url(url: str) -> None:
 def test_what_is_not_listed(url: str, why: str) -> None:
     names = Names()
     assert refusal(reader("pictures.test", names=names), url) == why
+    assert names.asked == []
+
+
+@pytest.mark.parametrize("port", [1, 22, 81, 444, 8080, 65535])
+def test_public_has_two_ports(port: int) -> None:
+    names = Names(open_test=["8.8.8.8"])
+    public = RequestLinks(ImageOptions(links="public"), names)
+    assert refusal(public, f"http://open.test:{port}/a.png") == HOST_REFUSED
     assert names.asked == []
 
 
@@ -216,14 +226,18 @@ def test_redirects_are_judged_again(server: PictureServer, target: str, why: str
 PIECES = "http https : / // @ # ? [ ] % %00 %2e .. . \\ xn-- ::1 127.0.0.1 0x7f pictures.test 80 -1"
 
 
-def test_urls_at_random() -> None:
+def test_urls_at_random(server: PictureServer) -> None:
     """Whatever a stranger spells is refused with a sentence, and nothing but ASCII comes to the resolver."""
     draw = random.Random(0)
     pieces = [*PIECES.split(), "\u00fc", "\u3002", "\u2488", "\u202e", "\ud800", "\t", " "]
     names = Names(pictures_test=[])
     public = RequestLinks(ImageOptions(links="public"), names)
-    for _ in range(2000):
-        url = draw.choice(["http://", "https://", "HTTP://"]) + "".join(draw.choices(pieces, k=draw.randrange(8)))
-        refusal(public, url)
-    assert len(set(names.asked)) > 100
+    for _ in range(500):
+        rest = "".join(draw.choices(pieces, k=draw.randrange(8)))
+        refusal(public, draw.choice(["http://", "https://", "HTTP://"]) + rest)
+        if "\ud800" not in rest:  # no header holds it
+            server.answers["/away"] = redirect(rest.encode().decode("latin-1"))
+            assert refusal(near(server), url_of(server, "/away"))
+    assert len(set(names.asked)) > 50
+    assert len(server.heads) > 400
     assert all(name.isascii() and name.isprintable() for name in names.asked)
