@@ -23,11 +23,11 @@ from ray.serve.handle import DeploymentHandle
 from deployments.app import AppArgs
 from deployments.backend import HandleBackend
 from deployments.coalesce import coalesce
-from deployments.handle_calls import Failure
 from deployments.ingress import Ingress
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ApiOptions, ImageOptions, ModelOptions
+from llava_serve.errors import Failure
 from llava_serve.processor import Processor
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams, TextPart
 

@@ -1,7 +1,7 @@
 """Calls to other deployments that end with their caller, and fail with the library's own errors.
 
-An error of the library is the result of a call, as a `Failure`, and is raised at the caller: Serve logs what a call
-raises as an error with its traceback, and a client's mistake is none.
+An error of the library is the result of a call, as an `errors.Failure`, and is raised at the caller: Serve logs what a
+call raises as an error with its traceback, and a client's mistake is none.
 
 The caller cancels its call. Serve sometimes loses a cancel that arrives before the call starts, so the caller aborts
 the call by its id as well.
@@ -13,7 +13,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_serve.api.errors import wire_error
 from llava_serve.deadline import deadline_scope
-from llava_serve.errors import CapacityError, EngineDeadError, LlavaServeError
+from llava_serve.errors import CapacityError, EngineDeadError, Failure, LlavaServeError
 
 SERVE_LOGGER = "ray.serve"
 """Serve's own, which writes the replicas' logs."""
@@ -42,13 +41,6 @@ REMEMBERED_S = 60.0
 REMEMBERED_CALLS = 100_000
 """More than 1,600 disconnects per second for `REMEMBERED_S`. Beyond it the oldest abort is forgotten; its call has most
 likely arrived already. If not, that call runs to its end or its deadline."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The result, or the last item, of a call that ended with an error of the library."""
-
-    error: LlavaServeError
 
 
 def returns_failure(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | Failure]]:

@@ -21,6 +21,8 @@ caller: no path of the server, no library's text, no traceback. Every class can 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class LlavaServeError(Exception):
     """Root of the tree.
@@ -109,3 +111,13 @@ class NumericalError(LlavaServeError):
 
 class EngineDeadError(LlavaServeError):
     """The engine's loop has ended; the replica is to be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a value: the result, or the last item, of a call between Ray deployments that failed.
+
+    It stands here, since every Ray job that calls the application has the library, and not every one its deployments.
+    """
+
+    error: LlavaServeError
