@@ -43,7 +43,7 @@ class AppArgs(ModelOptions):
 
 def build_app(args: AppArgs) -> Application:
     """Chains the deployments: the ingress has a handle to each of the other two."""
-    preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images)
+    preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images, args.engine.max_model_len)
     model = serve.deployment(LlavaModel).bind(args.model_options, args.engine)
     ingress = serve.deployment(serve.ingress()(Ingress))
     return ingress.bind(args.model_name, args.api, preprocessor, model)

@@ -23,10 +23,12 @@ class ImagePreprocessor:
     Args:
         model: which checkpoint's description to follow; its weights are not read.
         images: limits of the images. They are decoded in child processes, which can be ended.
+        max_model_len: as in `EngineOptions`.
     """
 
-    def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
+    def __init__(self, model: ModelOptions, images: ImageOptions, max_model_len: int | None = None) -> None:
         spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
+        spec = spec.limited_to(max_model_len)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
         processor = Processor(spec, images.isolated)
         self._processor = ThreadedProcessor(processor, _num_cpus(), PreprocessorMetrics().prepared)

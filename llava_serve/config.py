@@ -68,6 +68,7 @@ class EngineOptions(Options):
     Attributes:
         max_num_seqs: sequences that run in one batch.
         max_waiting: sequences in the queue; one more raises `CapacityError`.
+        max_model_len: positions of a prompt and its answer; None takes the checkpoint's context.
         max_batch_tokens: positions computed per step, prefill and decode together.
         max_batch_tiles: tiles through the vision tower per step.
         kv_cache_bytes: memory of the KV cache on a CPU.
@@ -82,6 +83,7 @@ class EngineOptions(Options):
 
     max_num_seqs: int = Field(default=64, ge=1)
     max_waiting: int = Field(default=256, ge=0)
+    max_model_len: int | None = Field(default=None, ge=2)
     max_batch_tokens: int = Field(default=2048, ge=16)
     max_batch_tiles: int = Field(default=8, ge=1)
     kv_cache_bytes: int = Field(default=1 << 30, ge=1)

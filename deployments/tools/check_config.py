@@ -79,6 +79,7 @@ def check_application(application: Mapping[str, Any], path: str) -> Iterator[str
         if name not in DEPLOYMENTS:
             yield unknown(f"{path}deployments[{number}].name: {name}", name, DEPLOYMENTS)
         yield from check_routing(deployments_of(application)[number], f"{path}deployments[{number}].")
+        yield from check_gpus(deployments_of(application)[number], f"{path}deployments[{number}].")
     for name in DEPLOYMENTS:
         if name not in named:
             yield f"{path}deployments: {name} is missing; Serve would reserve a whole CPU for it"
@@ -99,6 +100,16 @@ def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
         arguments = routing.get("request_router_kwargs") or {}
         path += "request_router_config.request_router_kwargs."
         yield from list(unknown_keys(arguments, RoutingOptions, path)) or wrong_values(arguments, RoutingOptions, path)
+
+
+def check_gpus(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Checks that no replica reserves GPUs that it would not use."""
+    gpus = (deployment.get("ray_actor_options") or {}).get("num_gpus") or 0
+    if gpus > 1:
+        yield (
+            f"{path}ray_actor_options.num_gpus: {gpus:g}; a replica runs its model on one GPU, so more would lie idle: "
+            "set 1, and more replicas"
+        )
 
 
 def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llava_serve.api.keys import accepted_keys
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.cli.ports import bound_socket
-from llava_serve.config import ApiOptions, ModelOptions
+from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
 from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.ray_application import NAMES, is_application
 
@@ -135,10 +135,12 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
     try:
         model = ModelOptions(**{name: arguments[name] for name in ModelOptions.model_fields if name in arguments})
         api = ApiOptions(**arguments.get("api", {}))
+        engine = EngineOptions(**arguments.get("engine", {}))
     except ValidationError:
         return  # the strict check says where
     try:
-        open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+        spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+        spec.limited_to(engine.max_model_len)
         accepted_keys(api)
     except (CheckpointError, RequestError) as error:
         raise ConfigError(str(error)) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from llava_serve.checkpoints.files import find_folder, read_json
+from llava_serve.checkpoints.files import read_json
+from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.hf import read_hf
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import is_original, read_original

@@ -1,4 +1,4 @@
-"""Finding and reading a checkpoint's small files."""
+"""Reading a checkpoint's small files, and finding its weight files."""
 
 from __future__ import annotations
 
@@ -6,87 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_serve.checkpoints.model_name import is_hub_id
 from llava_serve.errors import CheckpointError
-
-BUILTIN = Path(__file__).parent.parent / "builtin"
-_DESCRIPTION = ("*.json", "*.model", "*.jinja")
-_WEIGHTS = ("*.safetensors", "*.bin")
-
-
-def find_folder(name: str, what: str, *parents: Path, weights: bool = True) -> Path:
-    """The folder that `name` means: `builtin`, a folder, or a hub id.
-
-    Args:
-        name: as the user wrote it.
-        what: it is for, in the message of an error.
-        parents: folders that a relative name is looked up in, first match wins; none is the working directory.
-        weights: download the weights, too, if the folder comes from the hub.
-
-    Raises:
-        CheckpointError: there is none, the hub's cache does not hold all of it, and the hub does not give it.
-    """
-    if name == "builtin":
-        return BUILTIN
-    for parent in parents or (Path(),):
-        folder = parent / Path(name).expanduser()
-        if folder.is_dir():
-            return folder.resolve()
-    if not is_hub_id(name):
-        raise CheckpointError(f"There is no folder {name!r} for the {what}.")
-    return _from_hub(name, what, weights=weights).resolve()
-
-
-def _from_hub(name: str, what: str, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = [*_DESCRIPTION, *(_WEIGHTS if weights else ())]
-    partial: Path | None = None
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
-        if not _lacks(folder, weights=weights):
-            return folder
-        partial = folder
-    except LocalEntryNotFoundError as error:
-        begun = getattr(error, "snapshot_path", None)
-        partial = None if begun is None else Path(begun)
-    except (HFValidationError, OSError) as error:
-        raise _absent(name, what, None) from error
-    # A partial revision is completed, so that all tiers serve the same one.
-    revision = None if partial is None else partial.name
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, OSError) as error:
-        raise _absent(name, what, partial) from error
-    if _lacks(folder, weights=weights):
-        raise _absent(name, what, folder)
-    return folder
-
-
-def _lacks(folder: Path, *, weights: bool) -> bool:
-    """Whether a snapshot lacks a necessary file. The hub's client finds every missing file, but only if it keeps the
-    listing of the repository, which older ones did not."""
-    if not (folder / "config.json").is_file():
-        return True
-    if not weights:
-        return False
-    try:
-        return not weight_files(folder) and first_file(folder, "adapter_config.json", "mm_projector.bin") is None
-    except CheckpointError:
-        return True
-
-
-def _absent(name: str, what: str, partial: Path | None) -> CheckpointError:
-    if partial is not None:
-        return CheckpointError(
-            f"The {what} {name!r} is only partly in the local hub cache ({partial}), and the rest cannot be "
-            "downloaded. Download it again, or name a folder."
-        )
-    return CheckpointError(
-        f"The {what} {name!r} is neither a folder nor in the local hub cache, and it cannot be downloaded. "
-        "Download it first, or name a folder."
-    )
 
 
 def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
@@ -137,3 +57,8 @@ def weight_files(folder: Path) -> list[Path]:
 def first_file(folder: Path, *names: str) -> Path | None:
     """The first of some files that exists."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes, for a person."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
-from llava_serve.checkpoints.files import find_folder, first_file, read_json, weight_files
+from llava_serve.checkpoints.files import first_file, read_json, weight_files
+from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
 from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer

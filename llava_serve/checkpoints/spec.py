@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from llava_serve.errors import CheckpointError
 
 Aspect = Literal["square", "pad", "anyres"]
 Merge = Literal["flat", "spatial", "spatial_unpad"]
@@ -132,3 +135,18 @@ class CheckpointSpec:
     @property
     def vocab_size(self) -> int:
         return int(self.text_config["vocab_size"])
+
+    def limited_to(self, max_model_len: int | None) -> CheckpointSpec:
+        """The same with a shorter context; None keeps it.
+
+        Raises:
+            CheckpointError: the model has no such context.
+        """
+        if max_model_len is None:
+            return self
+        if max_model_len > self.context_length:
+            raise CheckpointError(
+                f"engine.max_model_len is {max_model_len}, and the context of {self.name} has {self.context_length} "
+                "positions (config.json): choose no more."
+            )
+        return dataclasses.replace(self, context_length=max_model_len)

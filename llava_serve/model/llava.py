@@ -17,7 +17,8 @@ from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, tile_grid
-from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers
+from llava_serve.model.memory import check_memory
+from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, weight_bytes
 from llava_serve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Llava(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         quantization: Quantization | None = None,
+        *,
+        kv_cache_bytes: int = 0,
     ) -> Llava:
         """Loads a checkpoint, tensor by tensor.
 
@@ -64,9 +67,11 @@ class Llava(nn.Module):
             device: where the model runs.
             dtype: of all weights, but for quantized layers.
             quantization: of the language model's linear layers, without its head.
+            kv_cache_bytes: that come on top of the weights; a warning says if there is no room for them.
 
         Raises:
-            CheckpointError: a tensor is missing, surplus, or of the wrong shape; a file is missing or damaged.
+            CheckpointError: a tensor is missing, surplus, or of the wrong shape; a file is missing or damaged; the
+                weights do not fit the free memory.
         """
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
@@ -75,7 +80,9 @@ class Llava(nn.Module):
             model = cls(spec, text_config)
         if quantization is not None:
             quantize_layers(model.language_model, quantization, dtype)
-        load_weights(model, tensors, spec, torch.device(device), dtype)
+        device = torch.device(device)
+        check_memory(spec.name, weight_bytes(model, dtype), kv_cache_bytes, device, dtype)
+        load_weights(model, tensors, spec, device, dtype)
         model.eval().requires_grad_(False)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return model

@@ -46,6 +46,22 @@ def load_weights(
         language_model.tie_weights()
 
 
+def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights once they are loaded. The model is on the meta device."""
+    tied = _tied_names(model)
+    each = (
+        parameter.numel() * _bytes_each(parameter, dtype)
+        for name, parameter in model.named_parameters()
+        if name not in tied
+    )
+    return int(sum(each))
+
+
+def _bytes_each(parameter: nn.Parameter, dtype: torch.dtype) -> float:
+    kind = type(parameter).__name__  # bitsandbytes' own, which is imported only where it is used
+    return {"Int8Params": 1.0, "Params4bit": 0.5}.get(kind, float(dtype.itemsize))
+
+
 def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
     """Replaces the linear layers of a language model, without its head, by bitsandbytes' in 8 or 4 bits. `load_weights`
     quantizes the weights while loading.

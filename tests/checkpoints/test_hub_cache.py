@@ -20,8 +20,9 @@ MODEL = "someone/llava-tiny"
 REVISION = "a" * 40
 WEIGHTS = {".safetensors", ".bin"}
 OPEN = """
-import sys
+import logging, sys
 from llava_serve import checkpoints, errors
+logging.basicConfig(level=logging.INFO)
 try:
     spec = checkpoints.open_checkpoint(sys.argv[1], weights=sys.argv[2] != "description")
     print(spec if sys.argv[2] == "spec" else spec.path)
@@ -36,13 +37,17 @@ class Hub:
     Attributes:
         folder: the repository's files.
         cache: of its client.
-        given: names of the files that were asked for.
+        given: names of the files that were downloaded.
+        sizes: what it says of files, where that is not the truth.
+        log: of the last call.
     """
 
     folder: Path
     cache: Path
     url: str = ""
     given: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    log: str = ""
 
     @property
     def snapshot(self) -> Path:
@@ -55,6 +60,7 @@ class Hub:
         settings = {"HF_HOME": str(self.cache), "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", OPEN, model, what]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+        self.log = done.stderr
         return done.stdout.strip()
 
 
@@ -74,16 +80,17 @@ def hub(llava_15: Path, tmp_path: Path) -> Iterator[Hub]:
                 self.reply(json.dumps([entry(file) for file in sorted(there.folder.iterdir())]).encode())
             elif path.startswith(f"{MODEL}/resolve"):
                 name = path.rsplit("/", 1)[1]
-                there.given.append(name)
-                self.reply((there.folder / name).read_bytes())
+                if self.command == "GET":
+                    there.given.append(name)
+                self.reply((there.folder / name).read_bytes(), there.sizes.get(name))
             else:
                 self.send_error(404)
 
         do_HEAD = do_GET  # noqa: N815 (the server's own naming)
 
-        def reply(self, body: bytes) -> None:
+        def reply(self, body: bytes, size: int | None = None) -> None:
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(size or len(body)))
             self.send_header("X-Repo-Commit", REVISION)
             self.send_header("ETag", f'"{oid(body)}"')
             self.end_headers()
@@ -129,6 +136,35 @@ def test_the_description_is_fetched_without_the_weights_and_they_are_fetched_whe
     hub.given.clear()
     assert Path(hub.open("weights", offline=True)) == Path(hub.open("weights")) == hub.snapshot
     assert not hub.given
+
+
+def test_the_size_is_shown_before_the_download_and_the_progress_while_it_lasts(hub: Hub) -> None:
+    hub.open("weights")
+    size = sum(file.stat().st_size for file in hub.snapshot.iterdir())
+    files = len(list(hub.snapshot.iterdir()))
+    assert f"Downloading {MODEL}: {size / 1e6:.1f} MB in {files} files, to {hub.cache}" in hub.log
+    assert f"{files}/{files}" in hub.log  # of the progress bar
+    hub.open("weights")
+    assert "Downloading" not in hub.log
+
+
+def test_a_download_that_the_disk_cannot_hold_is_refused_before_it_begins(hub: Hub) -> None:
+    hub.sizes["pytorch_model-00002-of-00002.bin"] = 10**15
+    assert hub.open("description") == str(hub.snapshot)
+    hub.given.clear()
+    message = hub.open("weights")
+    assert message.startswith(f"The model {MODEL!r} needs 1000000.0 GB of disk, and {hub.cache}/hub has ")
+    assert "HF_HOME" in message
+    assert not kept(hub) & WEIGHTS
+
+
+def test_a_second_copy_of_the_weights_stays_on_the_hub(hub: Hub) -> None:
+    (hub.folder / "model.safetensors").write_bytes(b"not read here")
+    hub.sizes["pytorch_model-00002-of-00002.bin"] = 10**15
+    assert hub.open("weights") == str(hub.snapshot)
+    assert "model.safetensors" in hub.given
+    assert not [name for name in hub.given if name.startswith("pytorch_model-")]
+    assert hub.open("weights", offline=True) == str(hub.snapshot)
 
 
 @pytest.mark.parametrize("gap", ["config.json", "tokenizer.model"])

@@ -122,6 +122,17 @@ def test_a_wrong_value_is_refused_where_serve_takes_any_dict(config: Config) -> 
     assert second.startswith("applications[0].deployments[2].request_router_config.max_backoff_s: ")
 
 
+def test_more_gpus_than_one_replica_uses_are_refused(config: Config) -> None:
+    options = deployment(config, "LlavaModel")["ray_actor_options"]
+    options["num_gpus"] = 1
+    assert check(config) == []
+    options["num_gpus"] = 2
+    assert check(config) == [
+        "applications[0].deployments[2].ray_actor_options.num_gpus: 2; a replica runs its model on one GPU, so more "
+        "would lie idle: set 1, and more replicas"
+    ]
+
+
 def test_a_deployment_that_is_not_named_is_refused(config: Config) -> None:
     application(config)["deployments"].pop()
     assert check(config) == [

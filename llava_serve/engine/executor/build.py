@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -24,8 +25,10 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
     if device.type == "cpu":
         torch.set_num_threads(engine.num_threads or available_cores())
     spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+    spec = spec.limited_to(engine.max_model_len)
     dtype = resolve_dtype(model.dtype, device, spec.torch_dtype)
-    llava = Llava.load(spec, device, dtype, model.quantization)
+    kv_cache_bytes = engine.kv_cache_bytes if device.type == "cpu" else 0  # CUDA's takes what is left
+    llava = Llava.load(spec, device, dtype, model.quantization, kv_cache_bytes=kv_cache_bytes)
     if device.type == "cpu":
         pack_linears(llava)
     return Engine(llava, engine)
@@ -35,8 +38,13 @@ def resolve_device(asked: str) -> torch.device:
     """`auto` is CUDA where there is a device.
 
     Raises:
-        CheckpointError: torch does not find the device.
+        CheckpointError: it is not the name of one device, or torch does not find the device.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", asked):
+        raise CheckpointError(
+            f"device is auto, cpu, cuda or cuda:N, and {asked[:100]!r} is none of them. An engine runs on one device; "
+            "further devices take further replicas."
+        )
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(asked if asked != "auto" else "cuda" if found else "cpu")
     if device.type == "cuda" and (device.index or 0) >= found:
