@@ -4,8 +4,8 @@
 
 Each size is the one before it times two, up to what a request may hold or beyond. The web app with the model that ships
 answers over a socket in this process, and pictures are decoded here, too: the time is that of the whole process, the
-least of the rounds. Time of the processor, so that other work on the machine changes it little. `exponent` is the slope of its logarithm over the largest three sizes: 1 is a straight line, 2 a
-square; where a limit ends the work it is less.
+least of the rounds. Other work on the machine changes it little. `exponent` is the slope of its logarithm over the
+largest three sizes: 1 is a straight line, 2 a square; where a limit ends the work it is less.
 """
 
 from __future__ import annotations
