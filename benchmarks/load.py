@@ -29,12 +29,14 @@ class Trace:
     Attributes:
         arrivals: when each piece of the text arrived.
         tokens: of the whole answer.
+        text: of the whole answer.
     """
 
     sent: float
     data: list[tuple[float, bytes]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     tokens: int = 0
+    text: str = ""
 
     def read(self) -> None:
         """Parses the events. An event arrives with the last of its bytes."""
@@ -47,8 +49,9 @@ class Trace:
                 event = json.loads(text[6:])
                 if event.get("usage"):
                     self.tokens = event["usage"]["completion_tokens"]
-                if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                if new := "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ())):
                     self.arrivals.append(came)
+                    self.text += new
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, job: Job, extra: dict[str, Any]) -> Trace:

@@ -1,7 +1,8 @@
-"""Grouped bars as an SVG file, with no library."""
+"""Grouped bars and small line plots as SVG files, with no library."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,4 +31,29 @@ def write_bars(path: Path, title: str, labels: Sequence[str], series: Mapping[st
         parts.append(f'<text x="{_MARGIN + at * group:.1f}" y="{bottom + 16}">{label}</text>')
     frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
     head = f'<svg {frame} font-family="sans-serif" font-size="11">'
+    path.write_text("\n".join([head, *parts, "</svg>", ""]))
+
+
+def write_lines(path: Path, title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """A small plot for each series, both axes logarithmic and of the same scale; a line of slope 1 lies behind it."""
+    columns, cell, decade = 4, 180, 40
+    rows = -(-len(series) // columns)
+    parts = [f'<text x="10" y="20" font-size="14">{title}; the grey line has slope 1</text>']
+    for number, (name, points) in enumerate(series.items()):
+        left, bottom = 20 + number % columns * cell, 30 + (number // columns + 1) * cell - 30
+        first, last = points[0], points[-1]
+        lowest = min(taken for _, taken in points)
+        at = [
+            (left + decade * math.log10(size / first[0]), bottom - decade * math.log10(taken / lowest))
+            for size, taken in points
+        ]
+        width = at[-1][0] - left
+        parts += [
+            f'<text x="{left}" y="{bottom + 14}">{name}</text>',
+            f'<text x="{left}" y="{bottom + 26}" fill="#777">{first[0]:g} to {last[0]:g}: {last[1]:g} ms</text>',
+            f'<path d="M{left} {bottom}l{width:.1f} {-width:.1f}" stroke="#ccc"/>',
+            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}" fill="none" stroke="{_COLOURS[0]}"/>',
+        ]
+    frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {20 + columns * cell} {40 + rows * cell}"'
+    head = f'<svg {frame} font-family="sans-serif" font-size="10">'
     path.write_text("\n".join([head, *parts, "</svg>", ""]))

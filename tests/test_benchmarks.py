@@ -19,6 +19,8 @@ COMMANDS = [
     "engine_costs gaps",
     "engine_costs memory",
     "engine_costs steps",
+    "hostile",
+    "linear",
     "load {url}",
     "overhead",
     "pictures",
@@ -27,7 +29,18 @@ COMMANDS = [
     "routing",
     "serve_clients --url {url}",
 ]
-PARTS = {"__init__", "counted", "make_checkpoint", "options", "paced", "plot", "ray_job", "workload"}
+PARTS = {
+    "__init__",
+    "counted",
+    "hostile_inputs",
+    "in_process",
+    "make_checkpoint",
+    "options",
+    "paced",
+    "plot",
+    "ray_job",
+    "workload",
+}
 """Modules that the benchmarks share."""
 
 

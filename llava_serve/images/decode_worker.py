@@ -50,6 +50,7 @@ def main(make_decoder: Callable[[ImageOptions, ImageProcessing], Decoder] = InPr
     decoder = make_decoder(options, processing)
     Image.init()
     _limit_memory(options.decode_memory_bytes)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # decoders in C print what is wrong with an image
     channel.send(b"{}")
     while request := channel.recv(MESSAGE_BYTES):
         reply = _decode(decoder, memory, *json.loads(request))

@@ -13,6 +13,7 @@ from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.images.decode import decode_image
 from support.demo import DEMO_IMAGE, DEMO_QUESTION
+from support.good_images import GOOD, TRANSPARENT
 from support.odd_images import (
     SCENE,
     chunk,
@@ -54,14 +55,32 @@ ASKED: dict[str, Callable[[], Any]] = {
 }
 
 
-def test_the_builtin_model_answers_odd_images() -> None:
+def answers(images: list[Any]) -> list[str]:
     llm = LLM("builtin", device="cpu", engine=EngineOptions(num_threads=1))
-    images = [write() for write in ASKED.values()]
-    answers = llm.generate(
-        [DEMO_QUESTION] * len(images), images=images, sampling=SamplingParams(temperature=0, max_new_tokens=16)
-    )
-    said = {name: answer.text for name, answer in zip(ASKED, answers, strict=True)}
+    sampling = SamplingParams(temperature=0, max_new_tokens=16)
+    return [each.text for each in llm.generate([DEMO_QUESTION] * len(images), images=images, sampling=sampling)]
+
+
+def test_the_builtin_model_answers_odd_images() -> None:
+    said = dict(zip(ASKED, answers([write() for write in ASKED.values()]), strict=True))
     assert all("red" in text for text in said.values()), said
+
+
+def test_the_builtin_model_answers_every_form_of_an_image() -> None:
+    """Of the same scene in colour and in grey."""
+    forms = [*GOOD.items(), *((f"{name}, transparent", form) for name, form in TRANSPARENT.items())]
+    assert len(forms) >= 80
+    said = answers([write() for _, (write, _) in forms])
+    wrong = {
+        name: text
+        for (name, (_, seen)), text in zip(forms, said, strict=True)
+        if ("red" if is_coloured(seen) else "black") not in text
+    }
+    assert not wrong
+
+
+def is_coloured(image: Image.Image) -> bool:
+    return bool(np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=-1).max() > 100)
 
 
 def test_the_builtin_model_sees_what_a_person_sees() -> None:

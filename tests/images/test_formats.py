@@ -6,119 +6,31 @@ import gzip
 import io
 import struct
 import time
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
 from llava_serve.images.decode import decode_image
 from llava_serve.images.jpeg import MAX_SCANS
+from support.good_images import GOOD
 from support.odd_images import (
     GREY,
     SCENE,
     chunk,
     difference,
     encoded,
-    exif_block,
     jpeg_with,
     png_with,
     tiff,
 )
 
 OPTIONS = ImageOptions()
-BILEVEL = GREY.convert("1", dither=Image.Dither.NONE)
-INDEXED = SCENE.quantize(4)
-BLANK = Image.new("RGB", SCENE.size, "lime")
-P5 = b"P5\n%d %d\n255\n" % SCENE.size + GREY.tobytes()
-P6 = b"P6\n%d %d\n255\n" % SCENE.size + SCENE.tobytes()
-TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma")
-
-
-def inverted_cmyk() -> Image.Image:
-    return Image.fromarray(255 - np.asarray(SCENE.convert("CMYK")), "CMYK")
 
 
 def with_markers(data: bytes, transform: int) -> bytes:
     return jpeg_with(data, (0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([transform])))
-
-
-GOOD: dict[str, tuple[Callable[[], bytes], Image.Image]] = {
-    "PNG": (lambda: encoded(SCENE), SCENE),
-    "PNG L": (lambda: encoded(GREY), GREY),
-    "PNG 1": (lambda: encoded(BILEVEL), BILEVEL),
-    "PNG P": (lambda: encoded(INDEXED), INDEXED),
-    "PNG P of 2 bits": (lambda: encoded(INDEXED, bits=2), INDEXED),
-    "PNG optimised": (lambda: encoded(SCENE, optimize=True), SCENE),
-    "APNG": (lambda: encoded(SCENE, save_all=True, append_images=[BLANK]), SCENE),
-    "APNG with a default image": (
-        lambda: encoded(SCENE, save_all=True, default_image=True, append_images=[BLANK, SCENE]),
-        SCENE,
-    ),
-    "JPEG": (lambda: encoded(SCENE, "JPEG", quality=90), SCENE),
-    "JPEG grey": (lambda: encoded(GREY, "JPEG", quality=90), GREY),
-    "JPEG progressive": (lambda: encoded(SCENE, "JPEG", quality=90, progressive=True), SCENE),
-    "JPEG 4:4:4": (lambda: encoded(SCENE, "JPEG", quality=90, subsampling=0), SCENE),
-    "JPEG 4:2:2": (lambda: encoded(SCENE, "JPEG", quality=90, subsampling=1), SCENE),
-    "JPEG restarts": (lambda: encoded(SCENE, "JPEG", quality=90, restart_marker_blocks=3), SCENE),
-    "JPEG CMYK": (lambda: encoded(SCENE.convert("CMYK"), "JPEG", quality=95), SCENE),
-    "JPEG RGB": (lambda: encoded(SCENE, "JPEG", quality=95, keep_rgb=True), SCENE),
-    "JPEG with comments": (lambda: jpeg_with(encoded(SCENE, "JPEG", quality=90), *[(0xFE, b"a" * 9)] * 500), SCENE),
-    "MPO": (lambda: encoded(SCENE, "MPO", quality=90, save_all=True, append_images=[BLANK]), SCENE),
-    "MPO turned": (
-        lambda: encoded(SCENE, "MPO", quality=90, save_all=True, append_images=[BLANK], exif=exif_block(6)),
-        SCENE.rotate(-90, expand=True),
-    ),
-    "WebP": (lambda: encoded(SCENE, "WEBP", quality=95), SCENE),
-    "WebP lossless": (lambda: encoded(SCENE, "WEBP", lossless=True), SCENE),
-    "WebP animated": (lambda: encoded(SCENE, "WEBP", quality=95, save_all=True, append_images=[BLANK] * 3), SCENE),
-    "WebP with a profile": (lambda: encoded(SCENE, "WEBP", quality=95, icc_profile=b"garbage"), SCENE),
-    "GIF": (lambda: encoded(INDEXED, "GIF"), INDEXED),
-    "GIF 87a": (lambda: encoded(INDEXED, "GIF").replace(b"GIF89a", b"GIF87a", 1), INDEXED),
-    "GIF interlaced": (lambda: encoded(INDEXED, "GIF", interlace=1), INDEXED),
-    "GIF animated": (lambda: encoded(INDEXED, "GIF", save_all=True, append_images=[BLANK] * 3), INDEXED),
-    "GIF with a comment": (lambda: encoded(INDEXED, "GIF", comment=b"a" * 100_000), INDEXED),
-    "BMP": (lambda: encoded(SCENE, "BMP"), SCENE),
-    "BMP grey": (lambda: encoded(GREY, "BMP"), GREY),
-    "BMP 1": (lambda: encoded(BILEVEL, "BMP"), BILEVEL),
-    "BMP P": (lambda: encoded(INDEXED, "BMP"), INDEXED),
-    "BMP of 32 bits": (lambda: encoded(SCENE.convert("RGBA"), "BMP"), SCENE),
-    "PPM P5": (lambda: P5, GREY),
-    "PPM P6": (lambda: P6, SCENE),
-    "PPM with comments": (lambda: P6.replace(b"P6\n", b"P6 # by hand\n# again\n", 1), SCENE),
-    "PPM by Pillow": (lambda: encoded(SCENE, "PPM"), SCENE),
-    "AVIF": (lambda: encoded(SCENE, "AVIF", quality=90), SCENE),
-    "AVIF grey": (lambda: encoded(GREY, "AVIF", quality=90), GREY),
-    "AVIF 4:4:4": (lambda: encoded(SCENE, "AVIF", quality=90, subsampling="4:4:4"), SCENE),
-    "AVIF sequence": (lambda: encoded(SCENE, "AVIF", quality=90, save_all=True, append_images=[BLANK]), SCENE),
-    **{f"TIFF {name}": (partial(encoded, SCENE, "TIFF", compression=name), SCENE) for name in TIFF_COMPRESSIONS},
-    "TIFF group 3": (lambda: encoded(BILEVEL, "TIFF", compression="group3"), BILEVEL),
-    "TIFF group 4": (lambda: encoded(BILEVEL, "TIFF", compression="group4"), BILEVEL),
-    "TIFF L": (lambda: encoded(GREY, "TIFF"), GREY),
-    "TIFF P": (lambda: encoded(INDEXED, "TIFF"), INDEXED),
-    "TIFF CMYK": (lambda: encoded(SCENE.convert("CMYK"), "TIFF"), SCENE),
-    "TIFF YCbCr": (lambda: encoded(SCENE.convert("YCbCr"), "TIFF"), SCENE),
-    "TIFF LAB": (lambda: encoded(lab(), "TIFF"), SCENE),
-    "TIFF of two pages": (lambda: encoded(SCENE.copy(), "TIFF", save_all=True, append_images=[BLANK.copy()]), SCENE),
-    "TIFF big-endian": (lambda: tiff(np.asarray(SCENE), order=">"), SCENE),
-    "TIFF tiles": (lambda: tiff(np.asarray(SCENE), tile=64), SCENE),
-    "TIFF planes": (lambda: tiff(np.asarray(SCENE), planar=True), SCENE),
-    "BigTIFF": (lambda: tiff(np.asarray(SCENE), big=True), SCENE),
-    "BigTIFF, big-endian": (lambda: tiff(np.asarray(SCENE), big=True, order=">"), SCENE),
-    "TIFF white is zero": (lambda: tiff(255 - np.asarray(GREY)[..., None], photometric=0), GREY),
-}
-
-
-def lab() -> Image.Image:
-    from PIL import ImageCms
-
-    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    made = ImageCms.profileToProfile(SCENE, *profiles, outputMode="LAB")
-    assert made is not None
-    return made
 
 
 @pytest.mark.parametrize("name", GOOD)

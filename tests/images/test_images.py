@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -183,9 +185,26 @@ def test_data_urls() -> None:
     assert read_request_source("data:image/png;base64,aGk=", OPTIONS) == b"hi"
     assert read_request_source("DATA:image/png;charset=x;BASE64,aG\nk=", OPTIONS) == b"hi"
     assert read_request_source("data:,a%20b", OPTIONS) == b"a b"
-    for url in ("data:image/png;base64", "data:image/png;base64,a", "data:image/png;base64,%%%%"):
+    for url in ("data:image/png;base64", "data:image/png;base64,a", "data:image/png;base64,%%%%", "data:;base64,é"):
         with pytest.raises(InvalidImageError, match="data: URL"):
             read_request_source(url, OPTIONS)
+
+
+def test_percent_encoded_data_is_decoded_whole() -> None:
+    every = bytes(range(256)) * 2
+    for quoted in (quote_from_bytes(every), quote_from_bytes(every, safe="=?\t\r\n "), "é=_"):
+        assert read_request_source("data:," + quoted, OPTIONS) == unquote_to_bytes(quoted)
+
+
+@pytest.mark.parametrize("url", ["data:image/png," + "%41" * 3_000_000, "data:;base64," + "QUFB " * 2_000_000])
+def test_data_urls_are_decoded_in_little_memory(url: str) -> None:
+    """No object for each escape, nor for each piece between white space."""
+    tracemalloc.start()
+    data = read_request_source(url, OPTIONS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert set(data) == {0x41}
+    assert peak < 5 * len(url)
 
 
 def test_local_sources_are_equal(tmp_path: Path) -> None:
