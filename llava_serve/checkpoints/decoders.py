@@ -1,13 +1,25 @@
-"""Checks of a language model's config, the same for both layouts."""
+"""The language models that are supported, and the checks of their configs: the same for both layouts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llava_serve.errors import CheckpointError
 
-_LLAMA_3_VOCABULARY = 128_000
-_ROTARY = ("default", "linear")
+DECODERS = frozenset(
+    {
+        *("apertus", "arcee", "bitnet", "cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "glm", "glm4"),
+        *("granite", "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "mpt", "olmo2", "olmo3"),
+        *("phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
+    }
+)
+"""`model_type` of the language models whose steps the tests compare with transformers' own forward pass. Another one
+may differ without an error: its attention is bounded or has sinks, or there are states beside the keys and values."""
+
+ROTARY_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""How rotary positions may be scaled. The tables of `dynamic` and `longrope` depend on the longest sequence of a step,
+which holds those of other requests."""
 
 
 def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
@@ -20,25 +32,24 @@ def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
     Raises:
         CheckpointError: names the model, and those that are supported.
     """
-    name = _unsupported(text)
-    if name is not None:
-        raise CheckpointError(
-            f"config.json: the language model of this {where} is {name}, which is not supported yet; "
-            "LLaMA 1 and 2, Vicuna, Yi and Mistral are, and MPT in the original's layout."
-        )
-
-
-def _unsupported(text: dict[str, Any]) -> str | None:
     kind = text["model_type"]
-    if kind not in ("llama", "mistral", "mpt"):
-        return str(kind)
-    rotary = rotary_type(text)
-    if kind == "llama" and (rotary == "llama3" or int(text.get("vocab_size") or 0) >= _LLAMA_3_VOCABULARY):
-        return "Llama-3"
-    return None if rotary in _ROTARY else f"a {kind} with {rotary!r} rotary positions"
+    if kind not in DECODERS:
+        raise CheckpointError(
+            f"config.json: the language model of this {where} is {kind}, which is not supported; these are: "
+            f"{', '.join(sorted(DECODERS))}."
+        )
+    for rotary in rotary_types(text):
+        if rotary not in ROTARY_TYPES:
+            raise CheckpointError(
+                f"config.json: the language model of this {where} is a {kind} with {rotary!r} rotary positions, which "
+                f"are not supported; {', '.join(sorted(ROTARY_TYPES))} are."
+            )
 
 
-def rotary_type(text: dict[str, Any]) -> str:
-    """How rotary positions are scaled: `rope_parameters` since transformers 5, `rope_scaling` before."""
+def rotary_types(text: dict[str, Any]) -> Iterator[str]:
+    """How rotary positions are scaled: `rope_parameters` since transformers 5, in some models by the kind of layer, and
+    `rope_scaling` before."""
     settings = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    return str(settings.get("rope_type") or settings.get("type") or "default")
+    by_kind = [one for one in settings.values() if isinstance(one, dict)]
+    for one in by_kind or [settings]:
+        yield str(one.get("rope_type") or one.get("type") or "default")

@@ -18,15 +18,28 @@ from llava_serve.checkpoints.towers import image_processing, read_vision_config
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import choose_template
 
-_DECODERS = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMptForCausalLM": "mpt"}
+_CLASSES = {
+    "LlavaGemmaForCausalLM": "gemma",
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaMixtralForCausalLM": "mixtral",
+    "LlavaMptForCausalLM": "mpt",
+    "LlavaPhi3ForCausalLM": "phi3",
+    "LlavaQwen3ForCausalLM": "qwen3",
+    "LlavaQwenForCausalLM": "qwen2",
+    "LlavaQwenMoeForCausalLM": "qwen2_moe",
+    "Share4VLlamaForCausalLM": "llama",
+}
+"""The original's classes and those of its descendants with the same files, by the language model's `model_type`."""
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+"""What `model_type` means where a config.json names no class."""
 _PROJECTOR = re.compile(r"linear|identity|mlp\d+x_gelu")
 
 
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config is the original's: its own keys, or its own classes."""
     classes = config.get("architectures") or []
-    return any(name in _DECODERS for name in classes) or "mm_vision_tower" in config or "mm_projector_type" in config
+    return any(name in _CLASSES for name in classes) or "mm_vision_tower" in config or "mm_projector_type" in config
 
 
 def read_original(
@@ -47,8 +60,8 @@ def read_original(
     """
     adapter = _adapter(folder) if weights else _named_adapter(folder, base)
     base_folder = _base_folder(name, folder, adapter, base, weights=weights)
-    _refuse_unsupported(config)
     decoder = _decoder(config)
+    _refuse_unsupported(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
     tower_folder = _tower_folder(folder, config, tower, weights=weights)
@@ -150,15 +163,16 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
 
 
 def _decoder(config: dict[str, Any]) -> str:
-    for name in config.get("architectures") or []:
-        if name in _DECODERS:
-            return _DECODERS[name]
+    classes = config.get("architectures") or []
+    for name in classes:
+        if name in _CLASSES:
+            return _CLASSES[name]
     model_type = str(config.get("model_type"))
-    if model_type in _MODEL_TYPES:
+    if not classes and model_type in _MODEL_TYPES:
         return _MODEL_TYPES[model_type]
     raise CheckpointError(
-        f"config.json describes {config.get('architectures') or model_type}; "
-        "the decoders of the original's layout are Llama, Mistral and MPT."
+        f"config.json describes {classes or model_type}, which is not supported; the classes of the original's layout "
+        f"are {', '.join(_CLASSES)}."
     )
 
 

@@ -37,10 +37,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no layer": ({"mm_vision_select_layer": None}, ("mm_vision_select_layer",)),
     "a layer that the tower lacks": ({"mm_vision_select_layer": -9}, ("layer -9", "3 layers")),
     "no such decoder": (
-        {"architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen"},
-        ("LlavaQwenForCausalLM", "Llama, Mistral and MPT"),
+        {"architectures": ["BunnyPhiForCausalLM"], "mm_vision_select_layer": None},
+        ("BunnyPhiForCausalLM", "LlavaLlamaForCausalLM"),
     ),
-    "Llama-3": ({"vocab_size": 128256}, ("Llama-3", "not supported")),
     "dynamic positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("'dynamic'", "not supported")),
     "no tower": ({"mm_vision_tower": None}, ("mm_vision_tower", "vision_tower")),
     "a tower that is not there": ({"mm_vision_tower": "../nowhere"}, ("vision tower", "../nowhere")),

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
+from llava_serve.checkpoints.decoders import DECODERS, ROTARY_TYPES, rotary_types
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.types import SamplingParams
-from support.tiny_engine import TinyModel, engine, image, prompt, reference_ids, run
+from support.tiny_engine import CONFIGS, TinyModel, engine, image, prompt, reference_ids, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
 PROMPTS = [
@@ -21,6 +22,14 @@ PROMPTS = [
     prompt(1, list(range(3, 60))),
     prompt(1, image((200, 20, 30)), [8, 9], image((0, 20, 30), 3), 4),
 ]
+
+
+MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
+"""Their experts have no kernel in float64."""
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.float32 if kind in MIXTURES else torch.float64
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
@@ -32,6 +41,20 @@ def test_the_engine_gives_what_transformers_gives(kind: str, tokens: int) -> Non
         answers = run(subject, *[(one, GREEDY) for one in PROMPTS])
         assert [answer[0] for answer in answers] == expected
     assert subject.stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_decoder_gives_what_transformers_gives(kind: str) -> None:
+    expected = [reference_ids(TinyModel(kind, dtype_of(kind)), one, 8) for one in PROMPTS[1:3]]
+    subject = engine(TinyModel(kind, dtype_of(kind)), max_batch_tokens=16)
+    requests = [(one, SamplingParams(temperature=0, max_new_tokens=8)) for one in PROMPTS[1:3]]
+    assert [answer[0] for answer in run(subject, *requests)] == expected
+
+
+def test_the_decoders_that_are_supported_are_those_that_are_compared() -> None:
+    assert {kind for kind, _ in CONFIGS.values()} - {"gemma2"} == DECODERS
+    rotary = {one for _, settings in CONFIGS.values() for one in rotary_types(settings)}
+    assert rotary == ROTARY_TYPES
 
 
 def test_the_sliding_window_is_applied() -> None:

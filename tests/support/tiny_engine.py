@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MptConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
@@ -18,14 +18,54 @@ from llava_serve.errors import LlavaServeError
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
 
 VOCABULARY, HIDDEN, FEATURES, CONTEXT = 97, 32, 6, 256
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
-_LLAMA = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_LLAMA),
-    "mistral": MistralConfig(**_LLAMA, sliding_window=9),
-    "qwen2": Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "mpt": MptConfig(d_model=HIDDEN, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=CONTEXT),
+_LLAMA = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4} | {
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
+_WINDOW = {"sliding_window": 9}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_MPT = {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "vocab_size": VOCABULARY, "max_seq_len": CONTEXT}
+_GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 8.0}
+
+
+def _rotary(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, **settings}}
+
+
+_LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-linear": ("llama", _rotary("linear")),
+    "llama-llama3": ("llama", _rotary("llama3", **_LLAMA_3)),
+    "llama-yarn": ("llama", _rotary("yarn", original_max_position_embeddings=64)),
+    "qwen2-full": ("qwen2", {"use_sliding_window": False, "sliding_window": 131072}),
+    "gemma2-bounded-head": (
+        "gemma2",
+        {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": None}
+        | {"final_logit_softcapping": 0.5},
+    ),
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    **{kind: {} for kind in ("apertus", "arcee", "bitnet", "cohere", "llama", "olmo2", "phi")},
+    **{kind: {"head_dim": 8} for kind in ("glm", "glm4", "helium", "ministral3", "seed_oss")},
+    **dict.fromkeys(("cohere2", "exaone4", "mistral", "olmo3", "phi3", "starcoder2"), _WINDOW),
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_WINDOW},
+    "granite": _GRANITE,
+    "ministral": {"head_dim": 8, **_WINDOW},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mpt": _MPT,
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, **_EXPERTS},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"num_experts": 4, "head_dim": 16, **_EXPERTS},
+    "smollm3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+}
+CONFIGS = _VARIANTS | {kind: (kind, settings) for kind, settings in _KINDS.items()}
+"""By name: a text model's `model_type`, and its settings beside the common ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +94,11 @@ class TinyModel:
     def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(7)
         torch.manual_seed(3)
-        config = CONFIGS[kind]
+        model_type, settings = CONFIGS[kind]
+        config = AutoConfig.for_model(model_type, **(settings if model_type == "mpt" else _LLAMA | settings))
         self.spec: Any = TinySpec(kind)
         self.device, self.dtype = torch.device("cpu"), dtype
-        self.language_model: Any = AutoModelForCausalLM.from_config(type(config)(**config.to_dict())).to(dtype).eval()
+        self.language_model: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
         for parameter in self.language_model.parameters():
             if parameter.ndim > 1:
                 parameter.data.normal_(0, 0.25, generator=generator)
@@ -161,6 +202,14 @@ def engine(model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8,
     per_position = config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize
     cache = blocks * block_size * per_position
     return Engine(model, EngineOptions(kv_cache_bytes=cache, block_size=block_size, **options))
+
+
+def reference_logits(model: TinyModel, one: PreparedPrompt) -> torch.Tensor:
+    """[positions, vocabulary] of a prompt without images, by transformers itself."""
+    model.language_model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits: torch.Tensor = model.language_model(torch.tensor(one.token_ids).long()[None], use_cache=False).logits[0]
+    return logits
 
 
 def reference_ids(model: TinyModel, one: PreparedPrompt, count: int) -> list[int]:

@@ -19,9 +19,13 @@ from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_shared_prefix
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite
 from llava_serve.engine.executor.varlen import VarlenAttention
+from llava_serve.errors import CheckpointError
 
 IMPLEMENTATION = "llava_serve"
 """The name under which transformers' models find `attend`."""
+
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""Arguments of some models' attention that change its result. Other ones, such as the dropout, do not in inference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +225,23 @@ def attend(
     scaling: float,
     step: Step,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`Step.attend` in the form of transformers' `AttentionInterface`; `step` is an argument of the model's call."""
+    """`Step.attend` in the form of transformers' `AttentionInterface`; `step` is an argument of the model's call.
+
+    Raises:
+        CheckpointError: the model's attention has an argument that changes its result and is not supported.
+    """
+    refuse_arguments(others)
     layer: int = module.layer_idx  # type: ignore[assignment]
     return step.attend(layer, query, key, value, scaling, sliding_window), None
+
+
+def refuse_arguments(others: dict[str, Any]) -> None:
+    """Raises `CheckpointError` for an argument of a model's attention that changes its result."""
+    for name in _UNSUPPORTED:
+        if others.get(name) is not None:
+            raise CheckpointError(f"The attention of this language model has {name}, which is not supported.")
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

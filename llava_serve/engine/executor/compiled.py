@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from transformers import AttentionInterface
 
-from llava_serve.engine.executor.attention import Step
+from llava_serve.engine.executor.attention import Step, refuse_arguments
 from llava_serve.errors import CheckpointError
 
 IMPLEMENTATION = "llava_serve_compiled"
@@ -58,9 +59,10 @@ def attend(
     *,
     scaling: float,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """`Step.attend` of the running step, in the form of transformers' `AttentionInterface`."""
+    refuse_arguments(others)
     return torch.ops.llava_serve.attend(query, key, value, module.layer_idx, scaling, sliding_window), None
 
 
@@ -94,7 +96,7 @@ class CompiledDecoder:
         """Compiles both graphs.
 
         Raises:
-            CheckpointError: there is no compiler.
+            CheckpointError: there is no compiler, or the decoder cannot be traced.
         """
         try:
             for size in (SMALL_STEP_TOKENS, 2 * SMALL_STEP_TOKENS):
@@ -110,6 +112,8 @@ class CompiledDecoder:
                 "`compile` needs a C++ compiler (g++), and there is none. Without `compile` the model runs more slowly."
             )
             raise CheckpointError(message) from None
+        except Unsupported as error:
+            raise CheckpointError("`compile` does not support this language model; leave it out.") from error
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden], at least `MIN_TOKENS`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,13 +13,14 @@ from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_t
 
 from llava_serve.engine.executor import attention, compiled
 from llava_serve.engine.executor.attention import Step
+from llava_serve.engine.executor.output_head import output_head
 
 
 class Decoder:
     """A causal language model over packed steps.
 
-    Llama, Mistral and Qwen2 call the attention through transformers' `AttentionInterface`, and pass on the step from
-    their own arguments. MPT supports neither: its attention modules are replaced.
+    Most call the attention through transformers' `AttentionInterface`, and pass on the step from their own arguments.
+    MPT supports neither: its attention modules are replaced.
 
     Args:
         language_model: one of transformers' causal LMs; its attention is replaced permanently.
@@ -25,12 +28,15 @@ class Decoder:
     """
 
     def __init__(self, language_model: Any, *, compile: bool = False) -> None:
+        self._language_model = language_model
         self._decoder = language_model.base_model
-        self._head = language_model.get_output_embeddings()
+        self._head = output_head(language_model)
         self._replaced: list[_MptAttention] = []
         self._extra: dict[str, torch.Tensor] = {}
         self._compiled: compiled.CompiledDecoder | None = None
         floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
+        self.has_float_weights = floats
+        """No layer is quantized."""
         if isinstance(language_model, MptForCausalLM):
             for block in self._decoder.blocks:
                 if isinstance(block.attn, MptAttention):
@@ -78,8 +84,32 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, vocabulary] in float32, or float64 where the model is, of hidden states [tokens, hidden]."""
-        logits: torch.Tensor = self._head(hidden)
+        logits = self._head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def reference_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """[tokens, vocabulary] of a sequence's input embeddings [tokens, hidden], by the model's own attention."""
+        with self._own_attention():
+            logits: torch.Tensor = self._language_model(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+        return logits
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """The model's attention is its own: `eager`, which leaves no argument out."""
+        if self._replaced:
+            self._place_attention([module.original for module in self._replaced])
+            yield
+            self._place_attention(self._replaced)
+        else:
+            ours = self._language_model.config._attn_implementation
+            self._language_model.set_attn_implementation("eager")
+            yield
+            self._language_model.set_attn_implementation(ours)
+
+    def _place_attention(self, modules: Sequence[nn.Module]) -> None:
+        """Sets MPT's attention modules, one per block."""
+        for block, module in zip(self._decoder.blocks, modules, strict=True):
+            block.attn = module
 
 
 class _MptAttention(nn.Module):
@@ -89,6 +119,7 @@ class _MptAttention(nn.Module):
 
     def __init__(self, original: MptAttention, device: torch.device) -> None:
         super().__init__()
+        self.original = original
         self.Wqkv, self.out_proj = original.Wqkv, original.out_proj
         self._heads, self._layer = original.n_heads, original.layer_idx
         self._scale, self._clip = original.softmax_scale, original.clip_qkv

@@ -16,6 +16,7 @@ from llava_serve.engine.executor.attention import PackedSequence, PackedStep
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs
 from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.decoder_check import check_decoder
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
@@ -67,12 +68,16 @@ class ModelRunner:
             self._graphs = graphs if graphs.capture() else None
 
     def warm_up(self) -> float:
-        """Compiles the decoder, where that is asked for, and measures the tower.
+        """Compiles the decoder, where that is asked for, checks it, and measures the tower.
 
         Returns:
             Seconds of a tile through the tower, at its second run: at the first, libraries set up what they need.
+
+        Raises:
+            CheckpointError: there is no compiler, or the decoder does not compute what transformers computes.
         """
         self._decoder.warm_up(self._dummy_step)
+        check_decoder(self._model, self._decoder, _kv_shape(self._model))
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
         for _ in range(2):

@@ -1,0 +1,84 @@
+"""A check at load: the engine computes a language model as transformers does. A wrong answer looks like a right one."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_serve.engine.executor.attention import PackedSequence, PackedStep
+from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kv_pool import KVPool
+from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.errors import CheckpointError
+
+LENGTH = 32
+"""Positions of each of the two sequences."""
+_STEPS = (((0, 29), (0, 5)), ((29, 30), (5, 30)), ((30, 31), (30, 31)), ((31, 32), (31, 32)))
+"""What a step computes of both sequences, as [start, end): prompts whole and in chunks, then single tokens."""
+_TOLERANCE = 1e-3
+_HALF_TOLERANCE = 0.2
+"""Of half precision and of quantized layers."""
+
+
+@torch.inference_mode()
+def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[int, int, int]) -> None:
+    """Compares the logits of a few positions through the engine with those of the model's own forward pass.
+
+    Args:
+        kv_shape: (layers, kv heads, head dim) of the model's cache.
+
+    Raises:
+        CheckpointError: they differ, or the engine cannot compute them.
+    """
+    vocabulary = model.language_model.get_input_embeddings().num_embeddings
+    ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
+    sequences = model.embed(ids).view(2, LENGTH, -1)
+    kind, dtype = model.language_model.config.model_type, str(model.dtype).removeprefix("torch.")
+    try:
+        expected = torch.stack([decoder.reference_logits(one) for one in sequences])
+        found = _engine_logits(model, decoder, kv_shape, sequences)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise CheckpointError(
+            f"The language model of {model.spec.name} ({kind}) cannot be computed in {dtype} on {model.device}."
+        ) from error
+    deviation = _deviation(found, expected)
+    exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights
+    # Rounded otherwise, a few positions may differ much: a mixture takes another of two experts that are equally good.
+    worst = float(deviation.quantile(1.0 if exact else 0.9)) if len(deviation) else 0.0
+    if not worst <= (_TOLERANCE if exact else _HALF_TOLERANCE):
+        raise CheckpointError(
+            f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: the "
+            f"logits differ by {worst:.1%}. It would answer wrongly, so it is not loaded."
+        )
+
+
+def _engine_logits(
+    model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[int, int, int], sequences: torch.Tensor
+) -> torch.Tensor:
+    """[2, LENGTH, vocabulary] in the steps of `_STEPS`."""
+    layers, kv_heads, head_dim = kv_shape
+    memory = KVPool(layers, kv_heads, 2 * LENGTH, head_dim, model.dtype, model.device)
+    logits: list[list[torch.Tensor]] = [[], []]
+    for parts in _STEPS:
+        packed, offset = [], 0
+        for index, (start, end) in enumerate(parts):
+            packed.append(PackedSequence(offset, end - start, index * LENGTH, start))
+            offset += end - start
+        inputs = torch.cat([sequence[start:end] for sequence, (start, end) in zip(sequences, parts, strict=True)])
+        step = PackedStep(memory, packed, model.dtype, model.device)
+        hidden = decoder.forward(inputs, step)
+        for index, one in enumerate(packed):
+            logits[index].append(decoder.logits(hidden[one.offset : one.offset + one.length]))
+    return torch.stack([torch.cat(one) for one in logits])
+
+
+def _deviation(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How far logits [..., vocabulary] differ, as a share of the expected ones: at each position where those are
+    finite, and without their mean, which changes no probability."""
+    expected = expected.to(found.dtype)
+    finite = expected.isfinite().all(dim=-1)
+    found, expected = (one[finite] - one[finite].mean(dim=-1, keepdim=True) for one in (found, expected))
+    size = expected.norm(dim=-1).clamp(min=torch.finfo(expected.dtype).tiny)
+    deviation: torch.Tensor = (found - expected).norm(dim=-1) / size
+    return deviation
