@@ -3,9 +3,11 @@
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` itself; with a string it
 # would silently pass the arguments on as an unchecked dict.
 
+from pydantic import ConfigDict, field_validator
 from ray import serve
 from ray.serve import Application
 
+from llava_serve.api.keys import KEYS_VARIABLE
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 
@@ -23,12 +25,24 @@ class AppArgs(ModelOptions):
     Attributes:
         engine: limits of each model replica.
         images: what pictures are accepted.
-        api: access and limits of the web app.
+        api: access and limits of the web app; without `api_keys`.
     """
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     engine: EngineOptions = EngineOptions()
     images: ImageOptions = ImageOptions()
     api: ApiOptions = ApiOptions()
+
+    @field_validator("api")
+    @classmethod
+    def _refuse_keys(cls, given: ApiOptions) -> ApiOptions:
+        if given.api_keys:
+            raise ValueError(
+                "Ray logs these arguments, with api_keys; put keys into api_keys_file or the environment variable "
+                f"{KEYS_VARIABLE}, and replace those that stood here"
+            )
+        return given
 
     @property
     def model_options(self) -> ModelOptions:

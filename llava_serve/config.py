@@ -190,23 +190,33 @@ class ApiOptions(Options):
 
     Attributes:
         model_name: the name in `/v1/models`; None derives it from `model` (see `llava_serve.checkpoints.model_name`).
-        api_keys: accepted bearer keys; empty, and without a file of keys, requires none. Ray logs them, not a file's.
-        api_keys_file: a file of more keys, one a line, which each ingress replica reads when it starts.
+        api_keys: accepted bearer keys. Not on Ray, which logs them. Without any, in the file and the environment
+            variable `LLAVA_API_KEYS` either, requests need none.
+        api_keys_file: a file of more keys, one a line: `KEY`, `name:KEY` or `name:sha256:HEX`, where HEX is the key's
+            SHA-256 digest. It is read again within a second of a change.
         max_body_bytes: of a request.
         max_in_flight: requests in flight per ingress replica; one more gets 429. `max_queue` is its deprecated name,
             which the next version removes.
         max_in_flight_bytes: of all their bodies; more gets 429.
+        max_in_flight_per_key: requests in flight of one key, told by its name; one more gets 429. Each ingress replica
+            counts by itself, so together they accept this times their number.
+        requests_per_minute_per_key: POST requests of one key; beyond it 429. A key may send them at once, and regains
+            them evenly over a minute. Counted as `max_in_flight_per_key`.
         default_timeout_s: the timeout of a request that sets none.
         max_timeout_s: the longest timeout that a request may set.
         priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
     """
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a key
+
     model_name: str | None = None
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
     api_keys_file: str | None = None
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_in_flight: int = Field(default=256, ge=1, validation_alias=AliasChoices("max_in_flight", "max_queue"))
     max_in_flight_bytes: int = Field(default=512 << 20, ge=1)
+    max_in_flight_per_key: int | None = Field(default=None, ge=1)
+    requests_per_minute_per_key: int | None = Field(default=None, ge=1)
     default_timeout_s: float = Field(default=120, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
     priority_range: tuple[int, int] = (0, 100)

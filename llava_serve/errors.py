@@ -10,6 +10,7 @@ LlavaServeError
 │   └── UnknownModelError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
+│   └── RateLimitError         the client is beyond a limit of its API key
 ├── DeadlineExceededError      the request's time was up
 ├── CheckpointError            at load only: names file and tensor
 ├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
@@ -95,6 +96,10 @@ class CapacityError(LlavaServeError):
         super().__init__(message)
         self.args = (message, retry_after_s)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(CapacityError):
+    """The client has used up what its API key may have at once, or in a minute."""
 
 
 class DeadlineExceededError(LlavaServeError):

@@ -14,6 +14,7 @@ from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
 from llava_serve.api.errors import WireError, log_refusal, openai_error
+from llava_serve.api.key_limits import KeyLimitMiddleware
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
@@ -51,9 +52,8 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         options: access and limits.
         limiter: shared with requests that arrive another way; None makes one for this app.
 
-
     Raises:
-        RequestError: the file of API keys cannot be used.
+        RequestError: as `accepted_keys`.
     """
     app = FastAPI(title="llava-serve", version="1", docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
@@ -108,12 +108,13 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     app.include_router(chat)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The middleware that is added last runs first.
+    app.add_middleware(KeyLimitMiddleware, options=options)
     app.add_middleware(
         AdmissionMiddleware,
         limiter=limiter or ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes),
         max_body_bytes=options.max_body_bytes,
     )
-    if keys := accepted_keys(options):
+    if (keys := accepted_keys(options)) is not None:
         app.add_middleware(APIKeyMiddleware, keys=keys)
     app.add_middleware(RequestContextMiddleware)
     return app
