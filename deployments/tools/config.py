@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 import yaml
 from pydantic import ValidationError
 
+from llava_serve.api.cache_scope import check_cache_scope
 from llava_serve.api.keys import accepted_keys
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.cli.ports import bound_socket
@@ -139,7 +140,7 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
         return  # the strict check says where
     try:
         open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
-        accepted_keys(api)
+        check_cache_scope(api.cache_scope, accepted_keys(api))
     except (CheckpointError, RequestError) as error:
         raise ConfigError(str(error)) from None
 

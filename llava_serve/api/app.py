@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from llava_serve.api.backends import Backend
+from llava_serve.api.cache_scope import cache_salt, check_cache_scope
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
 from llava_serve.api.errors import WireError, log_refusal, openai_error
@@ -51,9 +52,8 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         options: access and limits.
         limiter: shared with requests that arrive another way; None makes one for this app.
 
-
     Raises:
-        RequestError: the file of API keys cannot be used.
+        RequestError: the file of API keys cannot be used, or `cache_scope` needs keys that are not there.
     """
     app = FastAPI(title="llava-serve", version="1", docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
@@ -84,6 +84,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
             deadline=request.state.arrived + seconds,
             conv_mode=wire.conv_mode,
             priority=priority,
+            cache_salt=cache_salt(options.cache_scope, getattr(request.state, "api_key", None), wire.cache_salt),
         )
         return ChatAnswer(backend, wire, work, request.state.request_id)
 
@@ -113,7 +114,9 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         limiter=limiter or ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes),
         max_body_bytes=options.max_body_bytes,
     )
-    if keys := accepted_keys(options):
+    keys = accepted_keys(options)
+    check_cache_scope(options.cache_scope, keys)
+    if keys:
         app.add_middleware(APIKeyMiddleware, keys=keys)
     app.add_middleware(RequestContextMiddleware)
     return app

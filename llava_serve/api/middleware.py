@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -70,7 +71,8 @@ class RequestContextMiddleware:
 
 
 class APIKeyMiddleware:
-    """Requires a bearer key for every path that is not in `OPEN_PATHS`. Keys are compared in constant time.
+    """Requires a bearer key for every path that is not in `OPEN_PATHS`. Keys are compared in constant time; the digest
+    of the one that was sent becomes `state.api_key`.
 
     Args:
         app: the wrapped app.
@@ -83,10 +85,11 @@ class APIKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and _path(scope) not in OPEN_PATHS:
-            self._require_key(Headers(scope=scope).get("authorization", ""))
+            key = self._require_key(Headers(scope=scope).get("authorization", ""))
+            scope.setdefault("state", {})["api_key"] = blake2b(key, digest_size=16).hexdigest()
         await self._app(scope, receive, send)
 
-    def _require_key(self, authorization: str) -> None:
+    def _require_key(self, authorization: str) -> bytes:
         scheme, _, given = authorization.partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise AccessError("API key required: send it as 'Authorization: Bearer KEY'.")
@@ -95,6 +98,7 @@ class APIKeyMiddleware:
         matches = [hmac.compare_digest(sent, key) for key in self._keys]
         if not any(matches):
             raise AccessError("This API key is not valid on this server.")
+        return sent
 
 
 class AdmissionMiddleware:

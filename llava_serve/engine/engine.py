@@ -82,7 +82,7 @@ class Engine:
             RequestError: a request of this id is in the engine.
         """
         if not self.has_room(request):
-            raise CapacityError("The server is busy; try again expiredr.")
+            raise CapacityError("The server is busy; try again later.")
         if request.request_id in self._groups:
             raise RequestError(f"A request with the id {request.request_id} is still running.")
         tokens = request.prompt.token_ids.tolist()
