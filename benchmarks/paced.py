@@ -75,10 +75,10 @@ class StampedBackend(HandleBackend):
     timeout_s: float
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         called = time.time()
-        prepared = await super().prepare(asked, conv_mode=conv_mode, deadline=deadline)
+        prepared = await super().prepare(asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt)
         return stamped(prepared, arrived=deadline - self.timeout_s, parsed=called, prepared=time.time())
 
     async def generate(
@@ -101,10 +101,10 @@ class StampedPreprocessor(ImagePreprocessor):
         self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
 
     async def prepare(
-        self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt | Failure:
         reached = time.time()
-        prepared = await super().prepare(asked, conv_mode, deadline)
+        prepared = await super().prepare(asked, conv_mode, deadline, cache_salt)
         return prepared if isinstance(prepared, Failure) else stamped(prepared, reached=reached)
 
 
@@ -117,9 +117,10 @@ class StampedProcessor(Processor):
         *,
         conv_mode: str | None = None,
         check: Callable[[], None] | None = None,
+        cache_salt: str = "",
     ) -> PreparedPrompt:
         began = time.time()
-        prepared = super().prepare(asked, conv_mode=conv_mode, check=check)
+        prepared = super().prepare(asked, conv_mode=conv_mode, check=check, cache_salt=cache_salt)
         assert not isinstance(asked, Query)
         (order,) = (part.text for part in asked[-1].parts if isinstance(part, TextPart))
         return dataclasses.replace(

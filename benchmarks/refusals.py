@@ -32,7 +32,7 @@ class Busy:
         self.entered = asyncio.Event()
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         self.entered.set()
         await asyncio.Event().wait()

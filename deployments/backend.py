@@ -40,11 +40,11 @@ class HandleBackend:
         return self._model_name
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes, in the picture tier."""
         async with deadline_scope(deadline):
-            prepared: PreparedPrompt = await result(self._prepare, asked, conv_mode, deadline)
+            prepared: PreparedPrompt = await result(self._prepare, asked, conv_mode, deadline, cache_salt)
             return prepared
 
     def generate(

@@ -34,14 +34,18 @@ class ImagePreprocessor:
         self._processor = ThreadedProcessor(processor, _num_cpus(), PreprocessorMetrics().prepared)
 
     @returns_failure
-    async def prepare(self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float) -> PreparedPrompt:
-        """One prompt as model input.
+    async def prepare(
+        self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float, cache_salt: str = ""
+    ) -> PreparedPrompt:
+        """One prompt as model input. Prompts of different salts share nothing that is cached.
 
         Raises:
             RequestError: the input is invalid; the class says how.
             DeadlineExceededError: the deadline passed before the work was done.
         """
-        return await self._processor.prepare(lambda: asked, conv_mode=conv_mode, deadline=deadline)
+        return await self._processor.prepare(
+            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt
+        )
 
 
 def _num_cpus() -> int:

@@ -94,7 +94,7 @@ class Affinity:
 
 
 def key_of(request: PendingRequest) -> str | None:
-    """The routing key of a call's prompt: the digest of its first image, or else of its first tokens.
+    """The routing key of a call's prompt: its first image's digest, or else that of its first tokens and its salt.
 
     The prompt is an argument of the call, which this process has anyway. None if the call has no prompt.
     """
@@ -102,7 +102,8 @@ def key_of(request: PendingRequest) -> str | None:
         if isinstance(argument, PreparedPrompt):
             if argument.digests:
                 return argument.digests[0]
-            return blake2b(argument.token_ids[:LEADING_TOKENS].tobytes(), digest_size=16).hexdigest()
+            leading = argument.token_ids[:LEADING_TOKENS].tobytes()
+            return blake2b(leading + argument.cache_salt.encode(), digest_size=16).hexdigest()
     return None
 
 

@@ -16,6 +16,7 @@ _log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 Transparency = Literal["white", "drop"]
+CacheScope = Literal["shared", "key"]
 
 
 class Options(BaseModel):
@@ -205,6 +206,8 @@ class ApiOptions(Options):
         default_timeout_s: the timeout of a request that sets none.
         max_timeout_s: the longest timeout that a request may set.
         priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
+        cache_scope: who shares cached prefixes and images: `shared`, all requests; `key`, those with the same API key.
+            The time of an answer tells whether something was cached, and so what others have asked.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)  # it may be a key
@@ -220,6 +223,7 @@ class ApiOptions(Options):
     default_timeout_s: float = Field(default=120, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
     priority_range: tuple[int, int] = (0, 100)
+    cache_scope: CacheScope = "shared"
 
     @model_validator(mode="before")
     @classmethod

@@ -53,6 +53,7 @@ class Processor:
         *,
         conv_mode: str | None = None,
         check: Check | None = None,
+        cache_salt: str = "",
     ) -> PreparedPrompt:
         """Prepares a query or a conversation. The images are encoded bytes or `data:` URLs: nothing else is read.
 
@@ -60,6 +61,7 @@ class Processor:
             asked: of messages system (optional, first), then user and assistant; the last is the user's.
             conv_mode: overrides the checkpoint's template.
             check: called before each image, and while a child process decodes one; what it raises ends the work.
+            cache_salt: prompts of different ones share nothing that is cached, here and in the engine.
 
         Raises:
             RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
@@ -70,7 +72,7 @@ class Processor:
             messages: Sequence[Message] = [query_message(asked.text, asked.images, line_breaks=not own_breaks)]
         else:
             messages = asked if own_breaks else [chat_message(message) for message in asked]
-        return self._prepare(messages, _paths_of_images(asked), key, check)
+        return self._prepare(messages, _paths_of_images(asked), key, check, cache_salt)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -97,7 +99,7 @@ class Processor:
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
     def _prepare(
-        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Check | None = None
+        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Check | None, cache_salt: str
     ) -> PreparedPrompt:
         parts = self._check_counts(messages)
         system, turns = split_system(messages)
@@ -110,7 +112,7 @@ class Processor:
             if check is not None:
                 check()
             try:
-                images.append(self._process_image(part, self.spec.context_length - length, check))
+                images.append(self._process_image(part, self.spec.context_length - length, check, cache_salt))
             except InvalidImageError as error:
                 which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
                 raise InvalidImageError(which + error.message, path) from error
@@ -129,10 +131,11 @@ class Processor:
             image_spans=image_spans,
             tiles=tuple(image.tiles for image in images),
             image_sizes=tuple(image.size for image in images),
-            digests=tuple(image.digest for image in images),
+            digests=tuple(_salted(image.digest, cache_salt) for image in images),
             prompt=prompt_text(spans),
             stop_token_ids=stop_token_ids,
             stop=stop,
+            cache_salt=cache_salt,
         )
 
     def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
@@ -161,10 +164,10 @@ class Processor:
             )
         return images
 
-    def _process_image(self, part: ImagePart, room: int, check: Check | None) -> CachedTiles:
+    def _process_image(self, part: ImagePart, room: int, check: Check | None, cache_salt: str) -> CachedTiles:
         """An image as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
-        key = blake2b(data, digest_size=16, person=self._decoding).digest()
+        key = blake2b(data, digest_size=16, person=self._decoding).digest() + cache_salt.encode()
         if (known := self._tile_cache.get(key)) is not None:
             return known
         made = self._decoder.tiles_of(data, room, check)
@@ -204,6 +207,11 @@ def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np
             ids.append(token_id)
     assert len(spans) == len(counts)
     return np.asarray(ids, dtype=np.int32), tuple(spans)
+
+
+def _salted(digest: str, cache_salt: str) -> str:
+    """A digest that only prompts of the same salt share."""
+    return blake2b(f"{digest} {cache_salt}".encode(), digest_size=16).hexdigest() if cache_salt else digest
 
 
 def _paths_of_images(asked: Query | Sequence[Message]) -> list[str]:

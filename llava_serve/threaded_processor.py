@@ -38,6 +38,7 @@ class ThreadedProcessor:
         *,
         conv_mode: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> PreparedPrompt:
         """One prompt as model input. If its caller is cancelled, the work ends at its next image or read of a link.
 
@@ -45,6 +46,7 @@ class ThreadedProcessor:
             read: gives what `Processor.prepare` takes; called in the thread, since it may read files.
             conv_mode: overrides the checkpoint's template.
             deadline: seconds since the epoch; checked before each image, and in each step of a link.
+            cache_salt: as `Processor.prepare` has it.
 
         Raises:
             RequestError: the input is invalid; the class says how.
@@ -61,7 +63,7 @@ class ThreadedProcessor:
         def work(read: Callable[[], Query | Sequence[Message]]) -> PreparedPrompt:
             check()
             began = time.perf_counter()
-            prepared = self.processor.prepare(read(), conv_mode=conv_mode, check=check)
+            prepared = self.processor.prepare(read(), conv_mode=conv_mode, check=check, cache_salt=cache_salt)
             if self._observe is not None:
                 self._observe(prepared, time.perf_counter() - began)
             return prepared

@@ -144,10 +144,11 @@ class PreparedPrompt:
         image_spans: half-open [start, end) positions of each image, in order.
         tiles: per image uint8 [tiles, height, width, 3], RGB, not normalised.
         image_sizes: per image (width, height) in pixels before tiling.
-        digests: per image, over pixels, size, mode and processing.
+        digests: per image, over pixels, size, mode and processing, and over `cache_salt` where there is one.
         prompt: the rendered text, `<image>` where an image goes.
         stop_token_ids: end tokens of the template, beside the checkpoint's own.
         stop: stop strings of the template, beside the request's own.
+        cache_salt: prompts share what is cached of them only where they have the same, as in vLLM.
         version: of this layout, since rolling upgrades mix releases. The engine refuses another one by name.
     """
 
@@ -159,6 +160,7 @@ class PreparedPrompt:
     prompt: str = ""
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    cache_salt: str = ""
     version: int = PROMPT_VERSION
 
     def __getstate__(self) -> dict[str, Any]:

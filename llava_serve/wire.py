@@ -28,6 +28,7 @@ _RULES = {
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
     "string_too_short": "must not be empty",
+    "string_too_long": "must have {max_length} characters or fewer",
     "too_short": "must not be empty",
     "too_long": "must have {max_length} items or fewer",
 }

@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from llava_serve.api.backends import Backend
+from llava_serve.api.cache_scope import cache_salt
 from llava_serve.api.chat import ChatAnswer
 from llava_serve.api.completion import new_completion_id
 from llava_serve.api.errors import WireError, log_refusal, openai_error
@@ -84,6 +85,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
             deadline=request.state.arrived + seconds,
             conv_mode=wire.conv_mode,
             priority=priority,
+            cache_salt=cache_salt(options.cache_scope, getattr(request.state, "client", None), wire.cache_salt),
         )
         return ChatAnswer(backend, wire, work, request.state.request_id)
 

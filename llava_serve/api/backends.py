@@ -17,9 +17,13 @@ class Backend(Protocol):
         ...
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
-        """Decodes, tiles, renders and tokenizes. Raises the `RequestError` that fits a bad input."""
+        """Decodes, tiles, renders and tokenizes. Requests of different salts share nothing that is cached.
+
+        Raises:
+            RequestError: the input is invalid; the class says how.
+        """
         ...
 
     def generate(

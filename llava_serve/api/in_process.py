@@ -29,10 +29,12 @@ class InProcessBackend:
         return self._model_name
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes in a thread."""
-        return await self._processor.prepare(lambda: asked, conv_mode=conv_mode, deadline=deadline)
+        return await self._processor.prepare(
+            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt
+        )
 
     async def generate(
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int

@@ -107,8 +107,8 @@ def accepted_keys(options: ApiOptions, environment: Mapping[str, str] = os.envir
     """The keys of the options, of their file and of `LLAVA_API_KEYS`; None lets everyone in.
 
     Raises:
-        RequestError: a source is named and cannot be used, or holds no key; it never lets everyone in. Or there is a
-            limit per key without keys.
+        RequestError: a source is named and cannot be used, or holds no key; it never lets everyone in. Or the options
+            need keys, and there are none.
     """
     fixed: dict[bytes, str] = {}
     if options.api_keys:
@@ -121,6 +121,8 @@ def accepted_keys(options: ApiOptions, environment: Mapping[str, str] = os.envir
     for limit in ("max_in_flight_per_key", "requests_per_minute_per_key"):
         if getattr(options, limit) is not None:
             raise RequestError(f"api.{limit} needs API keys: set api.api_keys_file or {KEYS_VARIABLE}.")
+    if options.cache_scope == "key":
+        raise RequestError(f"api.cache_scope is key and needs API keys: set api.api_keys_file or {KEYS_VARIABLE}.")
     return None
 
 

@@ -19,6 +19,7 @@ class GenerationRequest:
         request_id: unique in the engine; a caller's own id may not be.
         deadline: seconds since the epoch.
         priority: a smaller number is served earlier.
+        cache_salt: requests of different ones share nothing that is cached.
     """
 
     asked: Query | Sequence[Message]
@@ -27,6 +28,7 @@ class GenerationRequest:
     deadline: float
     conv_mode: str | None = None
     priority: int = 0
+    cache_salt: str = ""
 
 
 class Generation:
@@ -58,7 +60,9 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
         LlavaServeError: at the block's start if the input is invalid, in the iteration for later errors:
             `EngineDeadError` if the answer ends before it is complete.
     """
-    prepared = await backend.prepare(request.asked, conv_mode=request.conv_mode, deadline=request.deadline)
+    prepared = await backend.prepare(
+        request.asked, conv_mode=request.conv_mode, deadline=request.deadline, cache_salt=request.cache_salt
+    )
     groups = backend.generate(
         prepared,
         request.sampling,

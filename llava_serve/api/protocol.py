@@ -10,6 +10,8 @@ from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
 from llava_serve.wire import Wire, anything, one_of
 
+MAX_SALT = 256
+"""Characters; vLLM's documentation asks for 43."""
 MAX_STOPS = 16
 """OpenAI allows 4; each is searched for at every token, so their number is limited."""
 
@@ -58,6 +60,7 @@ class ChatRequest(Wire):
         ignore_eos: go on to `max_tokens` even after an end token. Ours.
         timeout: seconds that the answer may take from the request's arrival. Ours.
         priority: a smaller number is served earlier, as in vLLM; 0 by default. Ours.
+        cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.
     """
 
     NEUTRAL = {  # noqa: RUF012 (a ClassVar of the base)
@@ -103,6 +106,7 @@ class ChatRequest(Wire):
     ignore_eos: bool | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
     priority: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
 
 class Answer(BaseModel):

@@ -191,13 +191,14 @@ class KVCache:
         return hits
 
     def _hash(self, sequence: Sequence, at: int) -> bytes:
-        """Key of full block `at`: over the key before it, its token ids, and the images with positions in it."""
+        """Key of full block `at`: over the key before it (at first the salts), its token ids, and its images."""
         hashes = sequence.block_hashes
         prompt = sequence.request.prompt
         while len(hashes) <= at:
             start = len(hashes) * self.block_size
             end = start + self.block_size
-            digest = hashlib.blake2b(hashes[-1] if hashes else self._salt, digest_size=16)
+            previous = hashes[-1] if hashes else self._salt + prompt.cache_salt.encode()
+            digest = hashlib.blake2b(previous, digest_size=16)
             digest.update(np.asarray(sequence.token_ids[start:end], dtype=np.int64).tobytes())
             for (first, last), image in zip(prompt.image_spans, prompt.digests, strict=True):
                 if first < end and last > start:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -172,6 +173,21 @@ def test_the_least_recently_used_is_evicted_first_and_its_end_before_its_beginni
     assert cache.next_missing(sequence(prompt([5, 6, 7, 8, 9]))) is None
     assert cache.next_missing(sequence(prompt([1, 2, 9]))) is None
     assert cache.next_missing(sequence(prompt([1, 2, 3, 4, 9]))) is not None
+
+
+def test_prompts_of_different_salts_share_no_block() -> None:
+    cache = KVCache(32, 4)
+    one = prompt([1] * 8, image((1, 1, 1)), [2] * 8)
+
+    def cached(salt: str) -> int | None:
+        subject = sequence(dataclasses.replace(one, cache_salt=salt))
+        assert cache.admit(subject)
+        compute(cache, subject)
+        cache.release(subject)
+        return subject.num_cached
+
+    assert [cached(salt) for salt in ("", "a", "b")] == [0, 0, 0]
+    assert [cached(salt) for salt in ("", "a", "b")] == [20, 20, 20]
 
 
 def test_hits_are_evicted_if_their_blocks_are_needed() -> None:

@@ -79,7 +79,7 @@ class PacedBackend:
     priorities: list[int] = field(default_factory=list)
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float
+        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         self.working += 1
         try:
