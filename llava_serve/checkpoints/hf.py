@@ -14,7 +14,7 @@ from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, Tokeni
 from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, read_tokenizer
 from llava_serve.checkpoints.towers import clip_config, image_processing
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import choose_template
+from llava_serve.prompts.templates import Choice, Content, choose_template
 
 _SUPPORTED = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}
 _OTHER_MODELS = {
@@ -51,11 +51,10 @@ def read_hf(
         )
     tokenizer = _tokenizer(folder, config)
     chat_template = _chat_template(folder)
-    conv_mode, reason = choose_template(
-        name_for_templates(name), text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
-    )
+    content = Content(text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"))
+    choice = choose_template(name_for_templates(name), content)
     if chat_template:
-        conv_mode, reason = "chat_template", "the checkpoint has a chat template"
+        choice = Choice("chat_template", "the checkpoint has a chat template")
     generation = read_json(folder, "generation_config.json", optional=True)
     keeps_class_token = config.get("vision_feature_select_strategy", "default") == "full"
     return CheckpointSpec(
@@ -78,10 +77,11 @@ def read_hf(
         mm_use_im_start_end=False,
         context_length=int(text.get("max_position_embeddings", 32768 if text["model_type"] == "mistral" else 2048)),
         eos_token_ids=token_ids(generation.get("eos_token_id", text.get("eos_token_id", 2))),
-        conv_mode=conv_mode,
-        conv_reason=reason,
+        conv_mode=choice.key,
+        conv_reason=choice.reason,
         chat_template=chat_template,
         torch_dtype=_dtype(config),
+        notes=tuple(note for note in (choice.contradiction,) if note),
     )
 
 

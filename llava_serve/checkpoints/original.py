@@ -12,10 +12,10 @@ from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import find_folder, first_file, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
+from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer, tokenizer_template
 from llava_serve.checkpoints.towers import image_processing, read_vision_config
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import choose_template
+from llava_serve.prompts.templates import Content, choose_template
 
 _DECODERS = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMptForCausalLM": "mpt"}
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
@@ -57,12 +57,14 @@ def read_original(
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
-    conv_mode, reason = choose_template(
-        name_for_templates(name),
+    content = Content(
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
-        modern="mlp" in config.get("mm_projector_type", "linear") or not config.get("mm_use_im_start_end", False),
+        mlp="mlp" in config.get("mm_projector_type", "linear"),
+        start_end=bool(config.get("mm_use_im_start_end", False)),
+        tokenizer_template=tokenizer_template(tokenizer.folder),
     )
+    choice = choose_template(name_for_templates(name), content)
     return CheckpointSpec(
         name=name,
         path=folder,
@@ -83,10 +85,11 @@ def read_original(
         mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
         context_length=int(config.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", 2048)),
         eos_token_ids=token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        conv_mode=conv_mode,
-        conv_reason=reason,
+        conv_mode=choice.key,
+        conv_reason=choice.reason,
         chat_template=None,
         torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16"),
+        notes=tuple(note for note in (choice.contradiction,) if note),
     )
 
 

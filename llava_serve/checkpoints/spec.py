@@ -103,6 +103,7 @@ class CheckpointSpec:
         conv_mode, conv_reason: the template and why it was chosen.
         chat_template: transformers' Jinja text, if the checkpoint has one.
         torch_dtype: the precision that the files declare.
+        notes: what the files say and is not followed, and what is seen otherwise than in training: a sentence each.
     """
 
     name: str
@@ -128,6 +129,7 @@ class CheckpointSpec:
     conv_reason: str
     chat_template: str | None
     torch_dtype: str
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import sentencepiece
@@ -74,11 +73,19 @@ def has_token(spec: TokenizerSpec, token: str) -> bool:
     return bool(processor.piece_to_id(token) != processor.unk_id())
 
 
+def tokenizer_template(folder: Path) -> str:
+    """The chat template in `tokenizer_config.json`, the one named `default` of several; empty if there is none."""
+    template = read_json(folder, "tokenizer_config.json", optional=True).get("chat_template")
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""
+
+
 def _behind_vocabulary(folder: Path) -> list[str]:
     size = load_sentencepiece(folder).get_piece_size()
-    added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+    added: dict[str, int] = read_json(folder, "added_tokens.json", optional=True)
     for token_id, token in (
         read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items()
     ):

@@ -77,6 +77,8 @@ class Llava(nn.Module):
             quantize_layers(model.language_model, quantization, dtype)
         load_weights(model, tensors, spec, torch.device(device), dtype)
         model.eval().requires_grad_(False)
+        for note in spec.notes:
+            _log.warning("%s: %s", spec.name, note)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return model
 
