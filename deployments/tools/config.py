@@ -138,7 +138,7 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
     except ValidationError:
         return  # the strict check says where
     try:
-        open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+        open_checkpoint(model)
         accepted_keys(api)
     except (CheckpointError, RequestError) as error:
         raise ConfigError(str(error)) from None

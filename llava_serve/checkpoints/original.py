@@ -14,6 +14,7 @@ from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
 from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer, tokenizer_template
 from llava_serve.checkpoints.towers import image_processing, read_vision_config
+from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import Content, choose_template
 
@@ -29,7 +30,7 @@ def is_original(config: dict[str, Any]) -> bool:
 
 
 def read_original(
-    name: str, folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+    name: str, folder: Path, config: dict[str, Any], options: ModelOptions, *, weights: bool = True
 ) -> CheckpointSpec:
     """Reads it.
 
@@ -37,13 +38,13 @@ def read_original(
         name: of the model, as `model_name` gives it.
         folder: of the checkpoint.
         config: its config.json.
-        base: the language model or LLaVA that a LoRA or a projector is an addition to.
-        tower: overrides `mm_vision_tower`.
+        options: what overrides the files.
         weights: as `open_checkpoint` has it.
 
     Raises:
         CheckpointError: something is missing or not supported; the message names it.
     """
+    base, tower = options.model_base, options.vision_tower
     adapter = _adapter(folder) if weights else _named_adapter(folder, base)
     base_folder = _base_folder(name, folder, adapter, base, weights=weights)
     _refuse_unsupported(config)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_serve.prompts.chat_template import ChatTemplate
+
 Aspect = Literal["square", "pad", "anyres"]
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 Layout = Literal["original", "transformers"]
@@ -101,7 +103,7 @@ class CheckpointSpec:
         context_length: positions that the model has.
         eos_token_ids: end tokens of the generation config.
         conv_mode, conv_reason: the template and why it was chosen.
-        chat_template: transformers' Jinja text, if the checkpoint has one.
+        chat_template: transformers' one, if the checkpoint has one.
         torch_dtype: the precision that the files declare.
         notes: what the files say and is not followed, and what is seen otherwise than in training: a sentence each.
     """
@@ -127,7 +129,7 @@ class CheckpointSpec:
     eos_token_ids: tuple[int, ...]
     conv_mode: str
     conv_reason: str
-    chat_template: str | None
+    chat_template: ChatTemplate | None
     torch_dtype: str
     notes: tuple[str, ...] = ()
 

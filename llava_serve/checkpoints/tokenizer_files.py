@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -71,6 +72,22 @@ def has_token(spec: TokenizerSpec, token: str) -> bool:
         return load_fast(spec.folder).token_to_id(token) is not None
     processor = load_sentencepiece(spec.folder)
     return bool(processor.piece_to_id(token) != processor.unk_id())
+
+
+def control_tokens(spec: TokenizerSpec) -> tuple[str, ...]:
+    """The names of the tokens that are found in a text as a whole: those that were added to the vocabulary, and in
+    `tokenizer.model` also its control and user-defined pieces. Runs of white space are text."""
+    if spec.kind == "tokenizers":
+        names = [token.content for token in load_fast(spec.folder).get_added_tokens_decoder().values()]
+    else:
+        pieces = load_sentencepiece(spec.folder)
+        ids = range(pieces.get_piece_size())
+        names = [str(pieces.id_to_piece(i)) for i in ids if pieces.is_control(i) or _is_user_defined(pieces, i)]
+    return tuple(name for name in (*names, *spec.added_tokens) if name.strip())
+
+
+def _is_user_defined(pieces: sentencepiece.SentencePieceProcessor, token_id: int) -> bool:
+    return re.fullmatch(r"<\|.+\|>", pieces.id_to_piece(token_id)) is not None
 
 
 def tokenizer_template(folder: Path) -> str:

@@ -35,7 +35,12 @@ def run(options: argparse.Namespace) -> int:
     """Prints one screen."""
     from llava_serve.checkpoints import open_checkpoint
 
-    spec = open_checkpoint(options.path, options.model_base, options.vision_tower, options.conv_mode)
+    spec = open_checkpoint(
+        options.path,
+        model_base=options.model_base,
+        vision_tower=options.vision_tower,
+        conv_mode=options.conv_mode,
+    )
     if options.json:
         print(json.dumps(_as_lists(_describe(spec)), ensure_ascii=False))
         return 0

@@ -66,7 +66,7 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
     from llava_serve.config import ModelOptions
 
     model = ModelOptions(**_given(options, *ModelOptions.model_fields))
-    open_checkpoint(model.model, model.model_base, model.vision_tower)
+    open_checkpoint(model)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava_serve.errors import RequestError
-from llava_serve.prompts.chat_template import render_chat_template
+from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import (
     Control,
     ImageSlot,
@@ -250,12 +250,12 @@ TEMPLATE = (
 
 def test_a_chat_template_of_transformers() -> None:
     turns = [Message("user", (ImagePart(b""), TextPart("  what </s> <image>? ")))]
-    spans = render_chat_template(TEMPLATE, None, turns, {})
+    spans = ChatTemplate(TEMPLATE, ("</s>",)).render(None, turns)
     assert spans == [Text("USER: "), ImageSlot(), Text("\nwhat </s> <image>? ASSISTANT:")]
 
 
 def test_a_chat_template_cannot_reach_out_of_its_sandbox() -> None:
     with pytest.raises(RequestError, match="cannot render"):
-        render_chat_template("{{ ''.__class__.__mro__ }}", None, [said("user", "Q")], {})
+        ChatTemplate("{{ ''.__class__.__mro__ }}").render(None, [said("user", "Q")])
     with pytest.raises(RequestError, match="refuses the conversation: only users"):
-        render_chat_template("{{ raise_exception('only users') }}", None, [said("user", "Q")], {})
+        ChatTemplate("{{ raise_exception('only users') }}").render(None, [said("user", "Q")])

@@ -23,7 +23,7 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
     device = resolve_device(model.device)
     if device.type == "cpu":
         torch.set_num_threads(engine.num_threads or available_cores())
-    spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+    spec = open_checkpoint(model)
     dtype = resolve_dtype(model.dtype, device, spec.torch_dtype)
     llava = Llava.load(spec, device, dtype, model.quantization)
     if device.type == "cpu":
