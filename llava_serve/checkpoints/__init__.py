@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Unpack
+import re
+from typing import Literal, Unpack
 
-from llava_serve.checkpoints.files import find_folder, read_json
+from llava_serve.checkpoints.files import find_folder, read_json, weight_files
 from llava_serve.checkpoints.hf import read_hf
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import is_original, read_original
@@ -36,9 +37,16 @@ def open_checkpoint(
     """
     options = resolve_model_options(model, **keywords)
     model, conv_mode = options.model, options.conv_mode
+    if re.search(r"(?<![a-z0-9])delta-v\d", model_name(model).lower()):
+        raise CheckpointError(
+            f"{model} is a delta, by its name: it holds differences to LLaMA. Add LLaMA's weights to them with the "
+            "original's apply_delta, and name the result."
+        )
     folder = find_folder(model, "model", weights=weights)
     config = read_json(folder, "config.json")
-    if config.get("quantization_config"):
+    # That of an adapter says how its base was loaded for training.
+    holds_weights = bool(weight_files(folder)) if weights else options.model_base is None
+    if config.get("quantization_config") and holds_weights:
         raise CheckpointError(
             f"config.json in {folder} has a quantization_config: the weights are quantized already. Use the original "
             "ones; they are quantized while they load."
@@ -56,5 +64,23 @@ def open_checkpoint(
             raise CheckpointError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.")
         _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
         spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
+    spec = _with_aspect(spec, options.image_aspect)
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec
+
+
+def _with_aspect(spec: CheckpointSpec, aspect: Literal["pad", "square"] | None) -> CheckpointSpec:
+    """The description with the aspect that was asked for; else with a note where images are cropped unlike in training,
+    as transformers' processors do."""
+    image = spec.image
+    if aspect is None:
+        if spec.layout == "original" or image.aspect != "square" or not image.do_center_crop:
+            return spec
+        note = (
+            "Images are cropped to their centre, as the processor says; LLaVA-1.5 was trained on padded ones. "
+            "--image-aspect pad pads them."
+        )
+        return dataclasses.replace(spec, notes=(*spec.notes, note))
+    if image.aspect == "anyres":
+        raise CheckpointError(f"{spec.name} takes images as a grid of tiles; leave image_aspect (--image-aspect) out.")
+    return dataclasses.replace(spec, image=dataclasses.replace(image, aspect=aspect))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.chat_templates import read_chat_template
+from llava_serve.checkpoints.companions import unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -83,7 +84,11 @@ def read_hf(
         conv_reason=choice.reason,
         chat_template=judged.template if judged else None,
         torch_dtype=_dtype(config),
-        notes=(*((choice.contradiction,) if choice.contradiction else ()), *(judged.notes if judged else ())),
+        notes=tuple(
+            note
+            for note in (choice.contradiction, *(judged.notes if judged else ()), unused_adapter(folder, None))
+            if note
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from llava_serve.checkpoints.companions import find_tower, unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import find_folder, first_file, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -44,16 +45,16 @@ def read_original(
     Raises:
         CheckpointError: something is missing or not supported; the message names it.
     """
-    base, tower = options.model_base, options.vision_tower
+    base = options.model_base
     adapter = _adapter(folder) if weights else _named_adapter(folder, base)
     base_folder = _base_folder(name, folder, adapter, base, weights=weights)
     _refuse_unsupported(config)
     decoder = _decoder(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
-    tower_folder = _tower_folder(folder, config, tower, weights=weights)
-    vision = read_vision_config(tower_folder)
-    image = _image_processing(config, tower_folder, vision)
+    tower, tower_inside, notes = find_tower(folder, config, options, weights=weights)
+    vision = read_vision_config(tower)
+    image = _image_processing(config, tower, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
@@ -72,8 +73,8 @@ def read_original(
         layout="original",
         adapter=adapter,
         base=base_folder,
-        tower=tower_folder,
-        tower_in_checkpoint=bool(config.get("unfreeze_mm_vision_tower", False)) and tower is None,
+        tower=tower,
+        tower_in_checkpoint=tower_inside,
         tokenizer=tokenizer,
         image=image,
         text_config=text,
@@ -90,7 +91,7 @@ def read_original(
         conv_reason=choice.reason,
         chat_template=None,
         torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16"),
-        notes=tuple(note for note in (choice.contradiction,) if note),
+        notes=tuple(note for note in (choice.contradiction, *notes, unused_adapter(folder, adapter)) if note),
     )
 
 
@@ -163,15 +164,6 @@ def _decoder(config: dict[str, Any]) -> str:
         f"config.json describes {config.get('architectures') or model_type}; "
         "the decoders of the original's layout are Llama, Mistral and MPT."
     )
-
-
-def _tower_folder(folder: Path, config: dict[str, Any], override: str | None, *, weights: bool) -> Path:
-    if override is not None:
-        return find_folder(override, "vision tower", weights=weights)
-    name = config.get("mm_vision_tower") or config.get("vision_tower")
-    if not name:
-        raise CheckpointError("config.json lacks mm_vision_tower; name one with vision_tower.")
-    return find_folder(str(name), "vision tower", folder, Path(), weights=weights)
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:

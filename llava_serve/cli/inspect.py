@@ -24,9 +24,7 @@ def add_to(commands: flags.Commands) -> None:
         "inspect", help="describe a checkpoint", description="Describe a checkpoint without loading it."
     )
     parser.add_argument("path", nargs="?", default="builtin", help="builtin (the default), a folder, or a hub id")
-    parser.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
-    parser.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
-    parser.add_argument("--conv-mode", help="prompt template, instead of the detected one")
+    flags.add_description_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON: a list of lines for each part")
     parser.set_defaults(run=run)
 
@@ -39,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
         options.path,
         model_base=options.model_base,
         vision_tower=options.vision_tower,
+        vision_tower_weights=options.vision_tower_weights,
         conv_mode=options.conv_mode,
+        image_aspect=options.image_aspect,
     )
     if options.json:
         print(json.dumps(_as_lists(_describe(spec)), ensure_ascii=False))

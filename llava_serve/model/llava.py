@@ -17,7 +17,7 @@ from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, tile_grid
-from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers
+from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta
 from llava_serve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Llava(nn.Module):
         if quantization is not None:
             quantize_layers(model.language_model, quantization, dtype)
         load_weights(model, tensors, spec, torch.device(device), dtype)
+        refuse_delta(model.language_model, spec)
         model.eval().requires_grad_(False)
         for note in spec.notes:
             _log.warning("%s: %s", spec.name, note)
