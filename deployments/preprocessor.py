@@ -27,7 +27,7 @@ class ImagePreprocessor:
     """
 
     def __init__(self, model: ModelOptions, images: ImageOptions, max_model_len: int | None = None) -> None:
-        spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
+        spec = open_checkpoint(model, weights=False)
         spec = spec.limited_to(max_model_len)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
         processor = Processor(spec, images.isolated)

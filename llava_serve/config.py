@@ -31,8 +31,11 @@ class ModelOptions(Options):
     Attributes:
         model: `builtin`, a folder, or a hub id in the local cache.
         model_base: the base of a LoRA or projector-only checkpoint.
-        vision_tower: overrides the checkpoint's own.
+        vision_tower: overrides the checkpoint's own. It names the architecture and the processor.
+        vision_tower_weights: the tower's weights are those in the `checkpoint`, or those in the tower's `folder`; None
+            follows the original's rule, by which a tower that was trained with the rest is in the checkpoint.
         conv_mode: overrides the detected template.
+        image_aspect: `pad` pads images to a square, `square` crops them to one; None follows the checkpoint.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: `auto` is float32 on a CPU and the checkpoint's half precision on CUDA.
         quantization: layers of the language model in 8 or 4 bits (bitsandbytes).
@@ -41,7 +44,9 @@ class ModelOptions(Options):
     model: str = "builtin"
     model_base: str | None = None
     vision_tower: str | None = None
+    vision_tower_weights: Literal["checkpoint", "folder"] | None = None
     conv_mode: str | None = None
+    image_aspect: Literal["pad", "square"] | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
     quantization: Literal["8bit", "4bit"] | None = None
@@ -52,7 +57,9 @@ class ModelKeywords(TypedDict, total=False):
 
     model_base: str | None
     vision_tower: str | None
+    vision_tower_weights: Literal["checkpoint", "folder"] | None
     conv_mode: str | None
+    image_aspect: Literal["pad", "square"] | None
     device: str
     dtype: Dtype
     quantization: Literal["8bit", "4bit"] | None

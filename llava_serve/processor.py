@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_serve.checkpoints import CheckpointSpec
-from llava_serve.checkpoints.files import read_json
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError, PromptTooLongError
 from llava_serve.images.decoder import Check, Decoder, InProcessDecoder
@@ -17,7 +16,7 @@ from llava_serve.images.fetch import ImageSource, read_local_source, read_reques
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.openai_messages import ChatMessage, read_asked
-from llava_serve.prompts.chat_template import render_chat_template
+from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import (
     Control,
     Span,
@@ -40,7 +39,6 @@ class Processor:
         self.spec = spec
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
-        self._special_tokens = _special_tokens(spec)
         self._tile_cache = TileCache(options.cache_bytes)
         decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
         self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
@@ -67,7 +65,8 @@ class Processor:
             RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
         """
         key = conv_mode or self.spec.conv_mode
-        own_breaks = self._is_chat_template(key)  # the checkpoint's own template sets the line breaks around images
+        own = self._own_template(key)
+        own_breaks = own is not None and own.sets_line_breaks
         if isinstance(asked, Query):
             messages: Sequence[Message] = [query_message(asked.text, asked.images, line_breaks=not own_breaks)]
         else:
@@ -176,17 +175,19 @@ class Processor:
         return made
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
-        if self._is_chat_template(key):
-            assert self.spec.chat_template is not None
-            return render_chat_template(self.spec.chat_template, system, turns, self._special_tokens)
+        if own := self._own_template(key):
+            return own.render(system, turns)
         return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
 
-    def _is_chat_template(self, key: str) -> bool:
-        """Whether the checkpoint's own template renders the prompt."""
-        return key == "chat_template" and self.spec.chat_template is not None
+    def _own_template(self, key: str) -> ChatTemplate | None:
+        """The checkpoint's own template, if it renders the prompt."""
+        return self.spec.chat_template if key == "chat_template" else None
 
     def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """How an answer ends in this template: by one token where the vocabulary has it, else by a stop string."""
+        if own := self._own_template(key):
+            ends = map(self.tokenizer.token_id, filter(None, (own.special_tokens.get("eos_token"), own.closing)))
+            return tuple({end for end in ends if end is not None}), ()
         end = TEMPLATES[key].end_of_answer if key in TEMPLATES else ""
         if not end:
             return (), ()
@@ -224,13 +225,3 @@ def _paths_of_images(asked: Query | Sequence[Message]) -> list[str]:
         for j, part in enumerate(message.parts)
         if isinstance(part, ImagePart)
     ]
-
-
-def _special_tokens(spec: CheckpointSpec) -> dict[str, str]:
-    config = read_json(spec.tokenizer.folder, "tokenizer_config.json", optional=True)
-    tokens: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(name)
-        if value is not None:
-            tokens[name] = value["content"] if isinstance(value, dict) else str(value)
-    return tokens

@@ -139,7 +139,7 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
     except ValidationError:
         return  # the strict check says where
     try:
-        spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+        spec = open_checkpoint(model)
         spec.limited_to(engine.max_model_len)
         accepted_keys(api)
     except (CheckpointError, RequestError) as error:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+from typing import Literal, Unpack
 
-from llava_serve.checkpoints.files import read_json
+from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.hf import read_hf
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import is_original, read_original
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
+from llava_serve.config import ModelKeywords, ModelOptions, resolve_model_options
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import TEMPLATES
 
@@ -20,46 +23,65 @@ _log = logging.getLogger(__name__)
 
 
 def open_checkpoint(
-    model: str,
-    model_base: str | None = None,
-    vision_tower: str | None = None,
-    conv_mode: str | None = None,
-    *,
-    weights: bool = True,
+    model: str | ModelOptions, *, weights: bool = True, **keywords: Unpack[ModelKeywords]
 ) -> CheckpointSpec:
     """Describes a checkpoint by its files.
 
     Args:
-        model: `builtin`, a folder, or a hub id.
-        model_base: the base of a LoRA or projector-only checkpoint.
-        vision_tower: overrides the checkpoint's own.
-        conv_mode: overrides the detected template.
+        model: `builtin`, a folder, or a hub id; or all options of a model.
         weights: require the weights too, and download them where the hub has the checkpoint. Without them a
             checkpoint is an adapter if a base is named: the process that loads its weights checks them.
+        keywords: the other fields of `ModelOptions`.
 
     Raises:
         CheckpointError: the checkpoint cannot be served; the message says why and what to do.
     """
+    options = resolve_model_options(model, **keywords)
+    model, conv_mode = options.model, options.conv_mode
+    if re.search(r"(?<![a-z0-9])delta-v\d", model_name(model).lower()):
+        raise CheckpointError(
+            f"{model} is a delta, by its name: it holds differences to LLaMA. Add LLaMA's weights to them with the "
+            "original's apply_delta, and name the result."
+        )
     folder = find_folder(model, "model", weights=weights)
     config = read_json(folder, "config.json")
-    if config.get("quantization_config"):
+    # That of an adapter says how its base was loaded for training.
+    holds_weights = bool(weight_files(folder)) if weights else options.model_base is None
+    if config.get("quantization_config") and holds_weights:
         raise CheckpointError(
             f"config.json in {folder} has a quantization_config: the weights are quantized already. Use the original "
             "ones; they are quantized while they load."
         )
     reader = read_original if is_original(config) else read_hf
     try:
-        spec = reader(model_name(model), folder, config, model_base, vision_tower, weights=weights)
+        spec = reader(model_name(model), folder, config, options, weights=weights)
     except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
         raise CheckpointError(
             f"config.json in {folder}, or another .json file of the checkpoint, holds an invalid value "
             f"({error}); compare it with the published one."
         ) from error
-    if conv_mode is not None:
+    if conv_mode is not None and conv_mode != spec.conv_mode:
         if conv_mode not in TEMPLATES:
             raise CheckpointError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.")
-        if conv_mode != spec.conv_mode:
-            _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
+        _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
         spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
+    spec = _with_aspect(spec, options.image_aspect)
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec
+
+
+def _with_aspect(spec: CheckpointSpec, aspect: Literal["pad", "square"] | None) -> CheckpointSpec:
+    """The description with the aspect that was asked for; else with a note where images are cropped unlike in training,
+    as transformers' processors do."""
+    image = spec.image
+    if aspect is None:
+        if spec.layout == "original" or image.aspect != "square" or not image.do_center_crop:
+            return spec
+        note = (
+            "Images are cropped to their centre, as the processor says; LLaVA-1.5 was trained on padded ones. "
+            "--image-aspect pad pads them."
+        )
+        return dataclasses.replace(spec, notes=(*spec.notes, note))
+    if image.aspect == "anyres":
+        raise CheckpointError(f"{spec.name} takes images as a grid of tiles; leave image_aspect (--image-aspect) out.")
+    return dataclasses.replace(spec, image=dataclasses.replace(image, aspect=aspect))

@@ -19,7 +19,7 @@ def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, A
     if optional and not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing in {folder}; copy it there.") from error
     except (OSError, ValueError) as error:

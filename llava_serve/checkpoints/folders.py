@@ -38,10 +38,19 @@ def find_folder(name: str, what: str, *parents: Path, weights: bool = True) -> P
     for parent in parents or (Path(),):
         folder = parent / Path(name).expanduser()
         if folder.is_dir():
-            return folder.resolve()
+            return (_snapshot(folder) or folder).resolve()
     if not is_hub_id(name):
         raise CheckpointError(f"There is no folder {name!r} for the {what}.")
     return _from_hub(name, what, weights=weights).resolve()
+
+
+def _snapshot(repository: Path) -> Path | None:
+    """The snapshot of a `models--org--name` folder of the hub's cache: that of the branch main, or the only one."""
+    snapshots = [] if (repository / "config.json").is_file() else sorted(repository.glob("snapshots/*"))
+    main = repository / "refs" / "main"
+    if main.is_file() and (named := repository / "snapshots" / main.read_text("utf-8").strip()) in snapshots:
+        return named
+    return snapshots[0] if len(snapshots) == 1 else None
 
 
 def _from_hub(name: str, what: str, *, weights: bool) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.chat_templates import read_chat_template
+from llava_serve.checkpoints.companions import unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -13,8 +14,10 @@ from llava_serve.checkpoints.original import token_ids
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
 from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, read_tokenizer
 from llava_serve.checkpoints.towers import clip_config, image_processing
+from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import choose_template
+from llava_serve.prompts.chat_probe import Judgement
+from llava_serve.prompts.templates import TEMPLATES, Choice, Content, choose_template
 
 _SUPPORTED = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}
 _OTHER_MODELS = {
@@ -34,12 +37,12 @@ _IMAGE_TOKEN_ID = 32000
 
 
 def read_hf(
-    name: str, folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+    name: str, folder: Path, config: dict[str, Any], options: ModelOptions, *, weights: bool = True
 ) -> CheckpointSpec:
     """Reads it; arguments and errors as `read_original`."""
     kind = str(config.get("model_type"))
     _refuse_other_models(kind, folder)
-    if base is not None or tower is not None:
+    if options.model_base is not None or options.vision_tower is not None:
         raise CheckpointError(
             f"{name} is in transformers' layout, which holds the whole model; leave model_base and vision_tower out."
         )
@@ -50,12 +53,11 @@ def read_hf(
             f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin; copy them there."
         )
     tokenizer = _tokenizer(folder, config)
-    chat_template = _chat_template(folder)
-    conv_mode, reason = choose_template(
-        name_for_templates(name), text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
-    )
-    if chat_template:
-        conv_mode, reason = "chat_template", "the checkpoint has a chat template"
+    judged = _chat_template(folder, tokenizer, options.conv_mode)
+    content = Content(text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"))
+    choice = choose_template(name_for_templates(name), content)
+    if judged is not None:
+        choice = Choice("chat_template", "the checkpoint has a chat template")
     generation = read_json(folder, "generation_config.json", optional=True)
     keeps_class_token = config.get("vision_feature_select_strategy", "default") == "full"
     return CheckpointSpec(
@@ -78,10 +80,15 @@ def read_hf(
         mm_use_im_start_end=False,
         context_length=int(text.get("max_position_embeddings", 32768 if text["model_type"] == "mistral" else 2048)),
         eos_token_ids=token_ids(generation.get("eos_token_id", text.get("eos_token_id", 2))),
-        conv_mode=conv_mode,
-        conv_reason=reason,
-        chat_template=chat_template,
+        conv_mode=choice.key,
+        conv_reason=choice.reason,
+        chat_template=judged.template if judged else None,
         torch_dtype=_dtype(config),
+        notes=tuple(
+            note
+            for note in (choice.contradiction, *(judged.notes if judged else ()), unused_adapter(folder, None))
+            if note
+        ),
     )
 
 
@@ -172,14 +179,13 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
     return read_tokenizer(folder, [], image_token)
 
 
-def _chat_template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = read_json(folder, name, optional=True).get("chat_template")
-        if isinstance(template, str) and re.search(r"\S", template):
-            return template
-    return None
+def _chat_template(folder: Path, tokenizer: TokenizerSpec, conv_mode: str | None) -> Judgement | None:
+    try:
+        return read_chat_template(folder, tokenizer)
+    except CheckpointError:
+        if conv_mode in TEMPLATES:  # then one that cannot be called does no harm
+            return None
+        raise
 
 
 def _dtype(config: dict[str, Any]) -> str:

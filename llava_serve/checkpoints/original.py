@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from llava_serve.checkpoints.companions import find_tower, unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import first_file, read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
+from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer, tokenizer_template
 from llava_serve.checkpoints.towers import image_processing, read_vision_config
+from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import choose_template
+from llava_serve.prompts.templates import Content, choose_template
 
 _CLASSES = {
     "LlavaGemmaForCausalLM": "gemma",
@@ -43,7 +45,7 @@ def is_original(config: dict[str, Any]) -> bool:
 
 
 def read_original(
-    name: str, folder: Path, config: dict[str, Any], base: str | None, tower: str | None, *, weights: bool = True
+    name: str, folder: Path, config: dict[str, Any], options: ModelOptions, *, weights: bool = True
 ) -> CheckpointSpec:
     """Reads it.
 
@@ -51,40 +53,42 @@ def read_original(
         name: of the model, as `model_name` gives it.
         folder: of the checkpoint.
         config: its config.json.
-        base: the language model or LLaVA that a LoRA or a projector is an addition to.
-        tower: overrides `mm_vision_tower`.
+        options: what overrides the files.
         weights: as `open_checkpoint` has it.
 
     Raises:
         CheckpointError: something is missing or not supported; the message names it.
     """
+    base = options.model_base
     adapter = _adapter(folder) if weights else _named_adapter(folder, base)
     base_folder = _base_folder(name, folder, adapter, base, weights=weights)
     decoder = _decoder(config)
     _refuse_unsupported(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
-    tower_folder = _tower_folder(folder, config, tower, weights=weights)
-    vision = read_vision_config(tower_folder)
-    image = _image_processing(config, tower_folder, vision)
+    tower, tower_inside, notes = find_tower(folder, config, options, weights=weights)
+    vision = read_vision_config(tower)
+    image = _image_processing(config, tower, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
-    conv_mode, reason = choose_template(
-        name_for_templates(name),
+    content = Content(
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
-        modern="mlp" in config.get("mm_projector_type", "linear") or not config.get("mm_use_im_start_end", False),
+        mlp="mlp" in config.get("mm_projector_type", "linear"),
+        start_end=bool(config.get("mm_use_im_start_end", False)),
+        tokenizer_template=tokenizer_template(tokenizer.folder),
     )
+    choice = choose_template(name_for_templates(name), content)
     return CheckpointSpec(
         name=name,
         path=folder,
         layout="original",
         adapter=adapter,
         base=base_folder,
-        tower=tower_folder,
-        tower_in_checkpoint=bool(config.get("unfreeze_mm_vision_tower", False)) and tower is None,
+        tower=tower,
+        tower_in_checkpoint=tower_inside,
         tokenizer=tokenizer,
         image=image,
         text_config=text,
@@ -97,10 +101,11 @@ def read_original(
         mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
         context_length=int(config.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", 2048)),
         eos_token_ids=token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        conv_mode=conv_mode,
-        conv_reason=reason,
+        conv_mode=choice.key,
+        conv_reason=choice.reason,
         chat_template=None,
         torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16"),
+        notes=tuple(note for note in (choice.contradiction, *notes, unused_adapter(folder, adapter)) if note),
     )
 
 
@@ -174,15 +179,6 @@ def _decoder(config: dict[str, Any]) -> str:
         f"config.json describes {classes or model_type}, which is not supported; the classes of the original's layout "
         f"are {', '.join(_CLASSES)}."
     )
-
-
-def _tower_folder(folder: Path, config: dict[str, Any], override: str | None, *, weights: bool) -> Path:
-    if override is not None:
-        return find_folder(override, "vision tower", weights=weights)
-    name = config.get("mm_vision_tower") or config.get("vision_tower")
-    if not name:
-        raise CheckpointError("config.json lacks mm_vision_tower; name one with vision_tower.")
-    return find_folder(str(name), "vision tower", folder, Path(), weights=weights)
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:

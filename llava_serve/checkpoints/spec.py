@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_serve.errors import CheckpointError
+from llava_serve.prompts.chat_template import ChatTemplate
 
 Aspect = Literal["square", "pad", "anyres"]
 Merge = Literal["flat", "spatial", "spatial_unpad"]
@@ -104,8 +105,9 @@ class CheckpointSpec:
         context_length: positions that the model has.
         eos_token_ids: end tokens of the generation config.
         conv_mode, conv_reason: the template and why it was chosen.
-        chat_template: transformers' Jinja text, if the checkpoint has one.
+        chat_template: transformers' one, if the checkpoint has one.
         torch_dtype: the precision that the files declare.
+        notes: what the files say and is not followed, and what is seen otherwise than in training: a sentence each.
     """
 
     name: str
@@ -129,8 +131,9 @@ class CheckpointSpec:
     eos_token_ids: tuple[int, ...]
     conv_mode: str
     conv_reason: str
-    chat_template: str | None
+    chat_template: ChatTemplate | None
     torch_dtype: str
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -74,11 +74,35 @@ def has_token(spec: TokenizerSpec, token: str) -> bool:
     return bool(processor.piece_to_id(token) != processor.unk_id())
 
 
+def control_tokens(spec: TokenizerSpec) -> tuple[str, ...]:
+    """The names of the tokens that are found in a text as a whole: those that were added to the vocabulary, and in
+    `tokenizer.model` also its control and user-defined pieces. Runs of white space are text."""
+    if spec.kind == "tokenizers":
+        names = [token.content for token in load_fast(spec.folder).get_added_tokens_decoder().values()]
+    else:
+        pieces = load_sentencepiece(spec.folder)
+        ids = range(pieces.get_piece_size())
+        names = [str(pieces.id_to_piece(i)) for i in ids if pieces.is_control(i) or _is_user_defined(pieces, i)]
+    return tuple(name for name in (*names, *spec.added_tokens) if name.strip())
+
+
+def _is_user_defined(pieces: sentencepiece.SentencePieceProcessor, token_id: int) -> bool:
+    return re.fullmatch(r"<\|.+\|>", pieces.id_to_piece(token_id)) is not None
+
+
+def tokenizer_template(folder: Path) -> str:
+    """The chat template in `tokenizer_config.json`, the one named `default` of several; empty if there is none."""
+    template = read_json(folder, "tokenizer_config.json", optional=True).get("chat_template")
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""
+
+
 def _behind_vocabulary(folder: Path) -> list[str]:
     size = load_sentencepiece(folder).get_piece_size()
-    added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+    added: dict[str, int] = read_json(folder, "added_tokens.json", optional=True)
     for token_id, token in (
         read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items()
     ):

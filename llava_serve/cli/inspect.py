@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llava_serve.cli import options as flags
@@ -23,9 +24,8 @@ def add_to(commands: flags.Commands) -> None:
         "inspect", help="describe a checkpoint", description="Describe a checkpoint without loading it."
     )
     parser.add_argument("path", nargs="?", default="builtin", help="builtin (the default), a folder, or a hub id")
-    parser.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
-    parser.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
-    parser.add_argument("--conv-mode", help="prompt template, instead of the detected one")
+    flags.add_description_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON: a list of lines for each part")
     parser.set_defaults(run=run)
 
 
@@ -33,10 +33,30 @@ def run(options: argparse.Namespace) -> int:
     """Prints one screen."""
     from llava_serve.checkpoints import open_checkpoint
 
-    spec = open_checkpoint(options.path, options.model_base, options.vision_tower, options.conv_mode)
+    spec = open_checkpoint(
+        options.path,
+        model_base=options.model_base,
+        vision_tower=options.vision_tower,
+        vision_tower_weights=options.vision_tower_weights,
+        conv_mode=options.conv_mode,
+        image_aspect=options.image_aspect,
+    )
+    if options.json:
+        print(json.dumps(_as_lists(_describe(spec)), ensure_ascii=False))
+        return 0
     for name, value in _describe(spec):
         print(f"{name:<15} {value}")
     return 0
+
+
+def _as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The lines of each part; a line without a name belongs to the part above it."""
+    lists: dict[str, list[str]] = {}
+    part = ""
+    for name, value in described:
+        part = name or part
+        lists.setdefault(part, []).append(value)
+    return lists
 
 
 def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
@@ -61,6 +81,8 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     yield from _differences()
     yield "tokens", _tokens(spec.image)
     yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
+    for note in spec.notes:
+        yield "note", note
 
 
 class _Decoder:

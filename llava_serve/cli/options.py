@@ -25,15 +25,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", "--model-path", help="builtin (the default), a folder, or a hub id in the local cache"
     )
-    group.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
-    group.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
-    group.add_argument("--conv-mode", help="prompt template, instead of the detected one")
+    add_description_flags(group)
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights")
     bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights")
     group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
     group.add_argument(
         "--dtype", choices=_DTYPES, help="auto (the default) is float32 on a CPU, else the checkpoint's own"
+    )
+
+
+def add_description_flags(group: argparse._ActionsContainer) -> None:
+    """Adds the flags that override what a checkpoint's files say."""
+    group.add_argument("--model-base", metavar="PATH", help="base of a LoRA or projector-only checkpoint")
+    group.add_argument("--vision-tower", metavar="PATH", help="vision tower, instead of the checkpoint's own")
+    group.add_argument(
+        "--vision-tower-weights",
+        choices=("checkpoint", "folder"),
+        help="the tower's weights are those in the checkpoint, or in the tower's folder; as in training by default",
+    )
+    group.add_argument("--conv-mode", help="prompt template, instead of the detected one")
+    group.add_argument(
+        "--image-aspect", choices=("pad", "square"), help="pad images to a square, or crop them; as the checkpoint says"
     )
 
 
@@ -66,7 +79,7 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
     from llava_serve.config import ModelOptions
 
     model = ModelOptions(**_given(options, *ModelOptions.model_fields))
-    open_checkpoint(model.model, model.model_base, model.vision_tower)
+    open_checkpoint(model)
     return model
 
 

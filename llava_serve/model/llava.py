@@ -18,7 +18,7 @@ from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, tile_grid
 from llava_serve.model.memory import check_memory
-from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, weight_bytes
+from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta, weight_bytes
 from llava_serve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,10 @@ class Llava(nn.Module):
         device = torch.device(device)
         check_memory(spec.name, weight_bytes(model, dtype), kv_cache_bytes, device, dtype)
         load_weights(model, tensors, spec, device, dtype)
+        refuse_delta(model.language_model, spec)
         model.eval().requires_grad_(False)
+        for note in spec.notes:
+            _log.warning("%s: %s", spec.name, note)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return model
 

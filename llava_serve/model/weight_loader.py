@@ -17,6 +17,9 @@ from llava_serve.model.numerics import are_finite
 
 Quantization = Literal["8bit", "4bit"]
 
+_log = logging.getLogger(__name__)
+
+_DELTA_NORM = 0.1
 _LISTED = 8
 """The most names that an error message lists."""
 
@@ -35,6 +38,7 @@ def load_weights(
     tied = _tied_names(model)
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
     _check_names(wanted.keys(), stored, tied, spec)
+    _report_other_head(stored, tied)
     for name, parameter in wanted.items():
         path, _, last = name.rpartition(".")
         _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
@@ -123,6 +127,29 @@ def _check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: s
     if spec.adapter is not None:
         advice = f"Name the base that it was trained on with model_base; {spec.base} is another, or incomplete."
     raise CheckpointError(f"The tensors of {spec.path} do not fit its config.json: {'; '.join(parts)}. {advice}")
+
+
+def _report_other_head(stored: dict[str, StoredTensor], tied: set[str]) -> None:
+    """Warns of a stored head that differs from the embeddings that it is tied to, and is not used."""
+    embeddings = next((tensor for name, tensor in stored.items() if name.endswith("embed_tokens.weight")), None)
+    for head in (stored[name] for name in tied if name in stored):
+        if embeddings is None or head.shape != embeddings.shape or not torch.equal(head.value(), embeddings.value()):
+            _log.warning(
+                "%s differs from the embeddings and is not used: config.json ties the head to them "
+                "(tie_word_embeddings).",
+                _described(head),
+            )
+
+
+def refuse_delta(model: nn.Module, spec: CheckpointSpec) -> None:
+    """Raises `CheckpointError` for differences to a model's weights: all of their norms are about 0. A whole model has
+    small ones at most in its first layers."""
+    norms = [weight for name, weight in model.named_parameters() if name.endswith("norm.weight")]
+    if spec.layout == "original" and norms and all(bool((weight.abs() < _DELTA_NORM).all()) for weight in norms):
+        raise CheckpointError(
+            f"{spec.path} is a delta: its norms are about 0, so that it holds differences to LLaMA. Add LLaMA's "
+            "weights to them with the original's apply_delta, and name the result."
+        )
 
 
 def _described(stored: StoredTensor) -> str:

@@ -1,68 +1,177 @@
-"""transformers' chat templates (Jinja), rendered to spans in which a user's text never becomes markup."""
+"""transformers' chat templates (Jinja), rendered to spans in which a user's text never becomes markup.
+
+A template gets the texts as they are, so that its filters and conditions see what transformers shows them. Only what
+spells a control token, or could become a part of one, stands between two marks while the template runs.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_serve.errors import RequestError
-from llava_serve.prompts.conversation import ImageSlot, Span, Text, control_spans, merge_text
-from llava_serve.types import ImagePart, Message
+from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, merge_text
+from llava_serve.types import ImagePart, Message, TextPart
 
-# Private-use characters mark the texts while the template runs: all other output is the template's own.
-_MARK = "\ue000{}\ue001"
-_MARKED = re.compile("\ue000(\\d+)\ue001|<image>")
+Form = Literal["parts", "string"]
+
+_MARKS = range(0xF0000, 0x10FFFE)
+"""Private-use characters: two that no text of the conversation holds become the marks."""
 
 
-def render_chat_template(
-    template: str, system: str | None, turns: Sequence[Message], special_tokens: dict[str, str]
-) -> list[Span]:
-    """Renders a conversation up to where the assistant's answer begins.
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A checkpoint's chat template, and how it is called. `chat_probe.judge` makes one.
 
-    Args:
-        template: the Jinja text.
-        system: the system message, or None.
-        turns: the first and the last one are the user's.
+    Attributes:
+        text: the Jinja text.
+        controls: names of the tokenizer's control tokens.
+        image_token: what stands for an image in the rendered text.
         special_tokens: such as `bos_token`, which templates use by name.
-
-    Raises:
-        RequestError: the template refuses the conversation.
+        forms: by role, whether the content of a message is a list of parts or a string.
+        writes_image: in the string form, the template writes an image's place by itself.
+        closing: the control token after an answer, if there is one.
     """
-    texts: list[str] = []
 
-    def marked(text: str) -> str:
-        core = text.strip()
-        texts.append(core)
-        # White space stays outside the marks, so that a template can trim it.
-        left = text[: len(text) - len(text.lstrip())] if core else ""
-        right = text[len(text.rstrip()) :]
-        return left + _MARK.format(len(texts) - 1) + right
+    text: str
+    controls: tuple[str, ...] = ()
+    image_token: str = "<image>"
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    writes_image: bool = False
+    closing: str | None = None
 
-    messages: list[dict[str, Any]] = []
-    if system is not None:
-        messages.append({"role": "system", "content": [{"type": "text", "text": marked(system)}]})
-    for turn in turns:
-        content = [
-            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": marked(part.text)}
-            for part in turn.parts
+    @property
+    def sets_line_breaks(self) -> bool:
+        """Whether the template sets the line breaks around images; in a string, the caller does."""
+        return self.forms.get("user", "parts") == "parts" or self.writes_image
+
+    def render(self, system: str | None, turns: Sequence[Message]) -> list[Span]:
+        """Renders a conversation up to where the assistant's answer begins.
+
+        Args:
+            system: the system message, or None.
+            turns: the first and the last one are the user's.
+
+        Raises:
+            RequestError: the template refuses the conversation, or has not one place for each image.
+        """
+        messages = [*([] if system is None else [Message("system", (TextPart(system),))]), *turns]
+        spans = self.spans(messages)
+        images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
+        slots = sum(isinstance(span, ImageSlot) for span in spans)
+        if slots != images:
+            raise RequestError(
+                f"The model's chat template has places for {slots} images in this conversation, which has {images}.",
+                "messages",
+            )
+        return spans
+
+    def spans(self, messages: Sequence[Message]) -> list[Span]:
+        """As `render`, whatever the number of image slots."""
+        patterns = _patterns(self.controls, self.image_token)
+        texts = "".join(part.text for message in messages for part in message.parts if isinstance(part, TextPart))
+        left, right = _unused_characters(texts)
+
+        def written(part: TextPart | ImagePart) -> str:
+            if isinstance(part, TextPart):
+                return patterns.marked(part.text, left, right)
+            return "" if self.writes_image else self.image_token
+
+        def content(message: Message) -> Any:
+            if self.forms.get(message.role, "parts") == "string":
+                return "".join(map(written, message.parts))
+            return [
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": written(part)}
+                for part in message.parts
+            ]
+
+        asked = [{"role": message.role, "content": content(message)} for message in messages]
+        pieces = re.split(f"({left}[^{left}{right}]*{right})", _run(self.text, asked, self.special_tokens))
+        spans: list[Span] = []
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                spans.append(Text(piece[1:-1]))
+            elif left in piece or right in piece:
+                raise RequestError(
+                    "The model's chat template cuts a text where it spells a part of a control token.", "messages"
+                )
+            else:
+                spans += patterns.split(piece)
+        return merge_text(spans)
+
+
+class _Patterns:
+    """The names of the control tokens, and what can become a part of one."""
+
+    def __init__(self, controls: Sequence[str], image_token: str) -> None:
+        self._image_token = image_token
+        names = sorted({*controls, image_token}, key=len, reverse=True)  # the longest first
+        alternatives = "|".join(map(re.escape, names))
+        self._names = re.compile(f"({alternatives})")
+        # A template may change the case of a text.
+        self._spelled = re.compile(alternatives, re.IGNORECASE)
+        lower = [name.lower() for name in names]
+        self._longest = max(map(len, lower))
+        self._starts = {name[:i] for name in lower for i in range(1, len(name))}
+        self._ends = {name[i:] for name in lower for i in range(1, len(name))}
+        self._all = "\0".join(lower)
+
+    def split(self, template_text: str) -> list[Span]:
+        """Spans of what the template wrote."""
+        return [
+            Text(part) if not i % 2 else ImageSlot() if part == self._image_token else Control(part)
+            for i, part in enumerate(self._names.split(template_text))
+            if part
         ]
-        messages.append({"role": turn.role, "content": content})
-    prompt = _run(template, messages, special_tokens)
-    spans: list[Span] = []
-    at = 0
-    for match in _MARKED.finditer(prompt):
-        spans += control_spans(prompt[at : match.start()])
-        spans.append(ImageSlot() if match[1] is None else Text(texts[int(match[1])]))
-        at = match.end()
-    return merge_text(spans + control_spans(prompt[at:]))
+
+    def marked(self, text: str, left: str, right: str) -> str:
+        """A user's text with marks around all that spells a control token, and around what could become a part of one
+        together with the text beside it."""
+        marked, at = "", 0
+        for start, end in sorted(self._dangerous(text)):
+            if end > at:
+                start = max(start, at)
+                marked += text[at:start] + left + text[start:end] + right
+                at = end
+        return marked + text[at:]
+
+    def _dangerous(self, text: str) -> Iterator[tuple[int, int]]:
+        yield from (match.span() for match in self._spelled.finditer(text))
+        core = text.strip().lower()  # a template may strip a text
+        first = len(text) - len(text.lstrip())
+        last = first + len(core)
+        if core and len(core) < self._longest and core in self._all:
+            yield first, last
+        sizes = range(min(self._longest, len(core)), 0, -1)
+        if opening := next((size for size in sizes if core[:size] in self._ends), 0):
+            yield first, first + opening
+        if closing := next((size for size in sizes if core[-size:] in self._starts), 0):
+            yield last - closing, last
+
+
+@lru_cache(maxsize=8)
+def _patterns(controls: tuple[str, ...], image_token: str) -> _Patterns:
+    return _Patterns(controls, image_token)
+
+
+def _unused_characters(text: str) -> tuple[str, str]:
+    unused = (character for number in _MARKS if (character := chr(number)) not in text)
+    left, right = next(unused, ""), next(unused, "")
+    if not right:
+        raise RequestError("The conversation holds too many kinds of private-use characters.", "messages")
+    return left, right
 
 
 class _Generation(Extension):
@@ -76,19 +185,40 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
+def _run(template: str, messages: list[dict[str, Any]], special_tokens: Mapping[str, str]) -> str:
     try:
-        return _compiled(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
-    except TemplateError as error:
+        return compiled(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special_tokens
+        )
+    except RequestError:
+        raise
+    except Exception as error:  # a template's expressions raise whatever Python raises
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
 
 
 @lru_cache(maxsize=8)  # a model has one; compiling it takes longer than all other work on a small prompt
-def _compiled(template: str) -> Template:
+def compiled(template: str) -> Template:
+    """A template with the functions and filters that transformers gives it.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is none.
+    """
     extensions = [loopcontrols, _Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
 
 
 def _refuse(message: str) -> None:

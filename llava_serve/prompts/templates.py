@@ -6,8 +6,10 @@ space: other ones change the answers. Source: `llava/conversation.py` of the ori
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Style(Enum):
@@ -138,45 +140,80 @@ TEMPLATES: dict[str, Template] = {
 }
 
 _BY_NAME = (
-    ("llama-2", "llava_llama_2"),
+    ("llama-?2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
-    ("v1.6-34b", "chatml_direct"),
+    (r"v1\.6-34b", "chatml_direct"),
     ("v1", "llava_v1"),
     ("mpt", "mpt"),
-    ("v0", "llava_v0"),
+    (r"v0(?!\.)", "llava_v0"),
 )
+"""Words of a name, in the original's order. Whole words: `attempt` holds no `mpt`, and `llama-2b` no `llama-2`."""
 
 
-def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) -> tuple[str, str]:
-    """Chooses a template as the original's command line does: by the checkpoint's name, first match wins. If the name
-    matches nothing, the content decides (the original takes `llava_v0`, wrong for all but the first release).
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a checkpoint's files say about its template.
+
+    Attributes:
+        decoder: transformers' `model_type` of the language model.
+        has_chatml: `<|im_start|>` is one token of its vocabulary.
+        mlp: its projector has several layers, which the first release had not.
+        start_end: images stand between `<im_start>` and `<im_end>`, as in the first release.
+        tokenizer_template: the chat template of its tokenizer, empty if it has none.
+    """
+
+    decoder: str
+    has_chatml: bool = False
+    mlp: bool = True
+    start_end: bool = False
+    tokenizer_template: str = ""
+
+    def template(self) -> tuple[str, str]:
+        """The template that the files suggest, and why."""
+        if self.decoder == "mpt":
+            return "mpt", "the decoder is MPT"
+        if self.has_chatml:
+            return "chatml_direct", "the vocabulary has <|im_start|>"
+        if self.decoder == "mistral":
+            return "mistral_instruct", "the decoder is Mistral"
+        if "<<SYS>>" in self.tokenizer_template:
+            return "llava_llama_2", "the tokenizer's chat template is LLaMA-2's"
+        if self.start_end and not self.mlp:
+            return "llava_v0", "a linear projector and image start tokens are those of the first release"
+        return "llava_v1", "the projector and tokens are those of LLaVA 1.x on Vicuna"
+
+    def allows(self, key: str) -> bool:
+        """Whether a checkpoint with such files can have been trained with a template."""
+        if key in ("mpt", "mistral_instruct", "chatml_direct"):
+            return self.template()[0] == key
+        return self.decoder == "llama" and not self.has_chatml and not (key == "llava_v0" and self.mlp)
+
+
+class Choice(NamedTuple):
+    """A template's key, why it was chosen, and what of the name speaks against it."""
+
+    key: str
+    reason: str
+    contradiction: str | None = None
+
+
+def choose_template(name: str, content: Content) -> Choice:
+    """Chooses a template as the original's command line does: by the checkpoint's name, first match wins. Where the
+    name matches nothing, or the files contradict it, the files decide.
 
     Args:
         name: the part of the model's name that decides, from `name_for_templates`.
-        decoder: transformers' `model_type` of the language model.
-        has_chatml: `<|im_start|>` is one token of its vocabulary.
-        modern: newer than the first release: an MLP projector, or no image start and end tokens.
-
-    Returns:
-        The template's key, and a sentence that says why.
+        content: what the files say.
     """
-    by_content, why = _by_content(decoder, has_chatml, modern)
-    for part, key in _BY_NAME:
-        if part in name.lower():
-            reason = f"the name contains {part!r}"
-            if by_content in ("chatml_direct", "mpt", "mistral_instruct") and key == "llava_v1":
-                reason += f" (but {why}: consider --conv-mode {by_content})"
-            return key, reason
-    return by_content, f"{why}, and the name does not decide"
-
-
-def _by_content(decoder: str, has_chatml: bool, modern: bool) -> tuple[str, str]:
-    if decoder == "mpt":
-        return "mpt", "the decoder is MPT"
-    if decoder == "mistral" and not has_chatml:
-        return "mistral_instruct", "the decoder is Mistral"
-    if has_chatml:
-        return "chatml_direct", "the vocabulary has <|im_start|>"
-    if modern:
-        return "llava_v1", "the projector and tokens are those of LLaVA 1.x on Vicuna"
-    return "llava_v0", "a linear projector and image start tokens are those of the first release"
+    by_content, why = content.template()
+    for pattern, key in _BY_NAME:
+        word = re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", name.lower())
+        if word is None:
+            continue
+        if content.allows(key):
+            return Choice(key, f"the name contains {word[0]!r}")
+        reason = f"{why}, though the name contains {word[0]!r}"
+        return Choice(
+            by_content, reason, f"The template is {by_content}: {reason}. --conv-mode {key} takes the name's instead."
+        )
+    return Choice(by_content, f"{why}, and the name does not decide")

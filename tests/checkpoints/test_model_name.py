@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.app import AppArgs
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.checkpoints.model_name import model_name, name_for_templates, short_name
+from llava_serve.cli import main
+from llava_serve.model.llava import Llava
 from support.api_server import PacedBackend, app_over, error_of
+from support.variants import edit
 
 HASH = "4481d270cc22fd5c4d1bb5df129622006ccd9234"
 
@@ -63,6 +68,45 @@ def test_a_training_step_gets_the_template_of_its_run(llava_15: Path, tmp_path: 
     llava_15.with_name("clip-vit-tiny-56").rename(run / "clip-vit-tiny-56")
     spec = open_checkpoint(str(llava_15.rename(run / "checkpoint-20")))
     assert spec.conv_mode == "llava_llama_2"
+
+
+@pytest.mark.parametrize("name", ["attempt-3", "llava-1.5-prompt-tuned", "acme-vqa-v0.3", "my-llama-2b-vqa"])
+def test_a_name_that_only_looks_like_another_models_changes_nothing(name: str, llava_15: Path) -> None:
+    spec = open_checkpoint(str(llava_15.rename(llava_15.with_name(name))))
+    assert (spec.conv_mode, spec.notes) == ("llava_v1", ())
+
+
+def test_a_name_against_the_files_is_reported(llava_15: Path, caplog: Any, capsys: Any) -> None:
+    folder = llava_15.rename(llava_15.with_name("my-mistral-vicuna"))
+    spec = open_checkpoint(str(folder))
+    assert spec.conv_mode == "llava_v1"
+    (note,) = spec.notes
+    assert "though the name contains 'mistral'" in note
+    Llava.load(spec)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"my-mistral-vicuna: {note}"
+    ]
+    assert main(["inspect", str(folder)]) == 0
+    assert note in capsys.readouterr().out
+    assert main(["inspect", "--json", str(folder)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["note"] == [note]
+    assert printed["template"] == [f"llava_v1: {spec.conv_reason}"]
+
+
+@pytest.mark.parametrize("refs", [True, False])
+def test_a_repository_of_the_hubs_cache_is_its_snapshot(refs: bool, llava_15: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--llava-llama-2-tiny"
+    snapshot = repository / "snapshots" / HASH
+    snapshot.parent.mkdir(parents=True)
+    edit(llava_15 / "config.json", mm_vision_tower=str(tmp_path / "clip-vit-tiny-56"))
+    llava_15.rename(snapshot)
+    if refs:
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(HASH)
+        (repository / "snapshots" / ("0" * 40)).mkdir()
+    spec = open_checkpoint(str(repository))
+    assert (spec.name, spec.path, spec.conv_mode) == ("org/llava-llama-2-tiny", snapshot, "llava_llama_2")
 
 
 def test_requests_may_use_the_last_segment() -> None:

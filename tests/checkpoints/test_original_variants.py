@@ -27,6 +27,7 @@ from support.variants import (
     narrow,
     prepare,
     read,
+    refusal,
     tower_weights,
     write,
 )
@@ -157,15 +158,38 @@ def check(folder: Path, config: dict[str, Any], weights: Weights, tower: Weights
     torch.testing.assert_close(logits(load(folder), prepared), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("unfrozen", "counts"), [(True, "checkpoint"), (False, "folder"), (None, "folder")])
-def test_which_tower_counts(llava_16: Path, unfrozen: bool | None, counts: str) -> None:
-    edit(llava_16 / "config.json", unfreeze_mm_vision_tower=unfrozen)
-    marked = mark_tower(read(llava_16), 0.25)
-    write(llava_16, marked)
-    found = load(llava_16).vision_tower.pre_layrnorm.weight
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("config", "option", "counts", "reported"),
+    [
+        ({"unfreeze_mm_vision_tower": True}, None, "checkpoint", ""),
+        ({"unfreeze_mm_vision_tower": False}, None, "folder", "does not say that it was trained"),
+        ({"unfreeze_mm_vision_tower": None}, None, "folder", "does not say that it was trained"),
+        (
+            {"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
+            None,
+            "checkpoint",
+            "",
+        ),
+        ({"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_mlp_adapter"}, None, "folder", "does not say"),
+        ({"unfreeze_mm_vision_tower": None}, "checkpoint", "checkpoint", ""),
+        ({"unfreeze_mm_vision_tower": True}, "folder", "folder", "vision_tower_weights is folder"),
+    ],
+)
+def test_which_tower_counts(
+    llava_16: Path, file: str, config: dict[str, Any], option: Any, counts: str, reported: str, caplog: Any
+) -> None:
+    edit(llava_16 / "config.json", **config)
+    write(llava_16, mark_tower(read(llava_16), 0.25), file)
+    model = load(llava_16, vision_tower_weights=option)
+    found = model.vision_tower.pre_layrnorm.weight
     assert bool((found == 0.25).all()) == (counts == "checkpoint")
     if counts == "folder":
         assert torch.equal(found, tower_weights(llava_16.parent / TOWER)["pre_layrnorm.weight"].float())
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"{llava_16.name}: {note}" for note in model.spec.notes]
+    assert len(warnings) == bool(reported)
+    assert all(reported in warning and "tensors), which is not used" in warning for warning in warnings)
 
 
 def mark_tower(weights: Weights, value: float) -> Weights:
@@ -177,17 +201,84 @@ def mark_tower(weights: Weights, value: float) -> Weights:
 def test_an_unfrozen_tower_that_the_checkpoint_lacks_comes_from_its_folder(llava_15: Path) -> None:
     before = load(llava_15)
     edit(llava_15 / "config.json", unfreeze_mm_vision_tower=True)
-    assert same(load(llava_15), before)
+    model = load(llava_15)
+    assert same(model, before)
+    assert ["the checkpoint holds none" in note for note in model.spec.notes] == [True]
+    assert "holds no vision tower" in refusal(llava_15, vision_tower_weights="checkpoint")
 
 
-@pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-vicuna-tiny"])
-def test_another_tower_by_option(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "option", "counts"),
+    [
+        ("llava-v1.5-tiny", None, "folder"),
+        ("llava-v1.6-vicuna-tiny", None, "checkpoint"),
+        ("llava-v1.6-vicuna-tiny", "folder", "folder"),
+    ],
+)
+def test_another_tower_by_option(name: str, option: Any, counts: str, tmp_path: Path) -> None:
+    """It names the architecture and the processor; the weights are the checkpoint's where they belong to it."""
     folder = copy(name, tmp_path)
     other = tmp_path / "another-clip"
     shutil.copytree(tmp_path / TOWER, other)
     write(other, mark_tower(read(other), 0.5))
-    assert (load(folder, vision_tower=str(other)).vision_tower.pre_layrnorm.weight == 0.5).all()
+    edit(other / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    model = load(folder, vision_tower=str(other), vision_tower_weights=option)
+    assert bool((model.vision_tower.pre_layrnorm.weight == 0.5).all()) == (counts == "folder")
+    assert model.spec.image.mean == (0.5, 0.5, 0.5)
     assert not (load(folder).vision_tower.pre_layrnorm.weight == 0.5).all()
+
+
+def test_a_trained_tower_needs_no_other_folder(tmp_path: Path) -> None:
+    """Those of the common towers' two small files that are described by the package; nothing is downloaded."""
+    folder = copy("llava-v1.6-vicuna-tiny", tmp_path)
+    for name, side, patches in (
+        ("openai/clip-vit-large-patch14-336", 336, 24),
+        ("openai/clip-vit-large-patch14", 224, 16),
+    ):
+        edit(folder / "config.json", mm_vision_tower=name)
+        for weights in (True, False):
+            spec = open_checkpoint(str(folder), weights=weights)
+            assert spec.tower_in_checkpoint
+            assert spec.image.crop_size == (side, side)
+            assert spec.image.grid_side == patches
+            assert spec.vision_config["hidden_size"] == 1024
+            assert spec.vision_config["num_hidden_layers"] == 24
+
+
+def test_an_adapter_beside_full_weights_is_reported(llava_15: Path, folder_of: Any, tmp_path: Path) -> None:
+    hf = Path(shutil.copytree(folder_of("llava-1.5-padding"), tmp_path / "hf"))
+    for folder in (llava_15, hf):
+        assert open_checkpoint(str(folder)).notes == ()
+        (folder / "adapter_config.json").write_text("{}")
+        assert ["lies beside full weights" in note for note in open_checkpoint(str(folder)).notes] == [True]
+
+
+def test_another_head_beside_tied_embeddings_is_reported(llava_15: Path, caplog: Any) -> None:
+    edit(llava_15 / "config.json", tie_word_embeddings=True)
+    weights = read(llava_15)
+    write(llava_15, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    load(llava_15)
+    assert "lm_head" not in caplog.text
+    write(llava_15, weights)
+    load(llava_15)
+    assert "lm_head.weight" in caplog.text
+    assert "tie_word_embeddings" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_another_aspect_by_option(layout: str, llava_15: Path, folder_of: Any) -> None:
+    folder = str(llava_15 if layout == "original" else folder_of("llava-1.5-llama-hub"))
+    aspects: tuple[Any, Any] = ("pad", "square") if layout == "original" else ("square", "pad")
+    own, other = aspects
+    plain = open_checkpoint(folder)
+    assert plain.image.aspect == own
+    assert ["cropped to their centre" in note for note in plain.notes] == [True] * (layout == "transformers")
+    changed = open_checkpoint(folder, image_aspect=other)
+    assert (changed.image.aspect, changed.notes) == (other, ())
+
+
+def test_no_other_aspect_for_a_grid_of_tiles(llava_16: Path) -> None:
+    assert "grid of tiles" in refusal(llava_16, image_aspect="pad")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava_serve.errors import RequestError
-from llava_serve.prompts.chat_template import render_chat_template
+from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import (
     Control,
     ImageSlot,
@@ -16,7 +16,7 @@ from llava_serve.prompts.conversation import (
     render,
     split_system,
 )
-from llava_serve.prompts.templates import TEMPLATES, choose_template
+from llava_serve.prompts.templates import TEMPLATES, Content, choose_template
 from llava_serve.types import ImagePart, Message, Role, TextPart
 
 HUMAN = (
@@ -184,15 +184,61 @@ def test_an_unknown_template_is_refused_with_those_there_are() -> None:
     ],
 )
 def test_the_name_decides_and_otherwise_the_content(name: str, decoder: str, expected: str) -> None:
-    assert choose_template(name, decoder, has_chatml=False, modern=True)[0] == expected
+    mlp = "v0" not in name  # the first release has a linear projector
+    choice = choose_template(name, Content(decoder, mlp=mlp, has_chatml="34b" in name))
+    assert (choice.key, choice.contradiction) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("attempt-3", "llama"),
+        ("llava-1.5-prompt-tuned", "llama"),
+        ("acme-vqa-v0.3", "llama"),
+        ("rev03-final", "llama"),
+        ("my-llama-2b-vqa", "llama"),
+        ("llama3-llava", "llama"),
+        ("exempt", "mistral"),
+        ("dev1", "mistral"),
+        ("mistralize", "llama"),
+        ("empty-run", "mpt"),
+    ],
+)
+def test_only_whole_words_of_a_name_count(name: str, content: str) -> None:
+    choice = choose_template(name, Content(content))
+    assert choice.key == {"llama": "llava_v1", "mistral": "mistral_instruct", "mpt": "mpt"}[content]
+    assert "the name does not decide" in choice.reason
+    assert choice.contradiction is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected", "by_name"),
+    [
+        ("exp-mistral-init-vicuna", Content("llama"), "llava_v1", "mistral_instruct"),
+        ("acme-v1", Content("mistral"), "mistral_instruct", "llava_v1"),
+        ("llava-v0-run", Content("mistral"), "mistral_instruct", "llava_v0"),
+        ("llava-v0-run", Content("llama"), "llava_v1", "llava_v0"),
+        ("v1-mm", Content("mpt", has_chatml=True), "mpt", "llava_v1"),
+        ("mpt-like", Content("llama"), "llava_v1", "mpt"),
+        ("llava-v1.6-yi-34b", Content("llama", has_chatml=True), "chatml_direct", "llava_v1"),
+        ("hermes-mistral", Content("mistral", has_chatml=True), "chatml_direct", "mistral_instruct"),
+        ("llama-2-like", Content("mistral"), "mistral_instruct", "llava_llama_2"),
+        ("v1.6-34b", Content("llama"), "llava_v1", "chatml_direct"),
+    ],
+)
+def test_the_content_decides_against_the_name(name: str, content: Content, expected: str, by_name: str) -> None:
+    choice = choose_template(name, content)
+    assert choice.key == expected
+    assert choice.contradiction is not None
+    assert f"--conv-mode {by_name} takes the name's" in choice.contradiction
+    assert "though the name contains" in choice.reason
 
 
 def test_content_of_other_kinds() -> None:
-    assert choose_template("ckpt", "llama", has_chatml=True, modern=True)[0] == "chatml_direct"
-    assert choose_template("ckpt", "llama", has_chatml=False, modern=False)[0] == "llava_v0"
-    key, why = choose_template("llava-v1.6-yi-34b", "llama", has_chatml=True, modern=True)
-    assert key == "llava_v1"
-    assert "--conv-mode chatml_direct" in why
+    assert choose_template("ckpt", Content("llama", has_chatml=True)).key == "chatml_direct"
+    assert choose_template("ckpt", Content("llama", mlp=False, start_end=True)).key == "llava_v0"
+    llama_2 = Content("llama", mlp=False, start_end=True, tokenizer_template="[INST] <<SYS>>")
+    assert choose_template("ckpt", llama_2).key == "llava_llama_2"
 
 
 TEMPLATE = (
@@ -204,12 +250,12 @@ TEMPLATE = (
 
 def test_a_chat_template_of_transformers() -> None:
     turns = [Message("user", (ImagePart(b""), TextPart("  what </s> <image>? ")))]
-    spans = render_chat_template(TEMPLATE, None, turns, {})
+    spans = ChatTemplate(TEMPLATE, ("</s>",)).render(None, turns)
     assert spans == [Text("USER: "), ImageSlot(), Text("\nwhat </s> <image>? ASSISTANT:")]
 
 
 def test_a_chat_template_cannot_reach_out_of_its_sandbox() -> None:
     with pytest.raises(RequestError, match="cannot render"):
-        render_chat_template("{{ ''.__class__.__mro__ }}", None, [said("user", "Q")], {})
+        ChatTemplate("{{ ''.__class__.__mro__ }}").render(None, [said("user", "Q")])
     with pytest.raises(RequestError, match="refuses the conversation: only users"):
-        render_chat_template("{{ raise_exception('only users') }}", None, [said("user", "Q")], {})
+        ChatTemplate("{{ raise_exception('only users') }}").render(None, [said("user", "Q")])

@@ -24,7 +24,7 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
     device = resolve_device(model.device)
     if device.type == "cpu":
         torch.set_num_threads(engine.num_threads or available_cores())
-    spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode)
+    spec = open_checkpoint(model)
     spec = spec.limited_to(engine.max_model_len)
     dtype = resolve_dtype(model.dtype, device, spec.torch_dtype)
     kv_cache_bytes = engine.kv_cache_bytes if device.type == "cpu" else 0  # CUDA's takes what is left
