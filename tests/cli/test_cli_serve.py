@@ -90,6 +90,7 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
         (["--port", "80000"], "There is no port 80000: choose one from 0 to 65535 with --port."),
         (["--model", "{folder}"], "config.json is missing in {folder}"),
         (["--api-key-file", "{folder}/keys"], "The file of API keys {folder}/keys holds no key"),
+        (["--host", "0.0.0.0"], "On 0.0.0.0 anyone who reaches this machine could use the server. Require a key"),
         (
             ["--profile", "{folder}/nothing.env"],
             "There is no profile {folder}/nothing.env; the one that ships is called production.",
