@@ -13,7 +13,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_serve.errors import RequestError
+from llava_serve.errors import RequestError, shown
 from llava_serve.prompts.conversation import ImageSlot, Span, Text, control_spans, merge_text
 from llava_serve.types import ImagePart, Message
 
@@ -92,4 +92,4 @@ def _compiled(template: str) -> Template:
 
 
 def _refuse(message: str) -> None:
-    raise RequestError(f"The model's chat template refuses the conversation: {message[:100]}", "messages")
+    raise RequestError(f"The model's chat template refuses the conversation: {shown(message)}", "messages")
