@@ -114,7 +114,7 @@ def test_many_half_sent_requests_do_not_hinder_another(production: str) -> None:
 
 @pytest.mark.extended
 def test_a_client_that_sends_nothing_is_disconnected_and_one_that_waits_is_not() -> None:
-    limit_s = 3
+    limit_s = 2
     profile = read_serve_env(PROFILE) | {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(limit_s)}
     with local_cluster(read_config(CONFIG, port=free_port()), num_cpus=2, profile=profile) as running:
         lines = listening(running.process.pid, running.ports)
@@ -133,10 +133,10 @@ def test_a_client_that_sends_nothing_is_disconnected_and_one_that_waits_is_not()
             start = time.monotonic()
             messages: Any = question("Hello")
             whole = client.chat.completions.create(
-                model="builtin", messages=messages, n=16, max_tokens=1500, extra_body={"ignore_eos": True}
+                model="builtin", messages=messages, n=4, max_tokens=1500, extra_body={"ignore_eos": True}
             )
-            assert time.monotonic() - start > 2 * limit_s
-            assert [choice.finish_reason for choice in whole.choices] == ["length"] * 16
+            assert time.monotonic() - start > limit_s
+            assert [choice.finish_reason for choice in whole.choices] == ["length"] * 4
 
 
 def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:
