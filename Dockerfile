@@ -16,7 +16,8 @@ ARG PIP_ARGS=""
 ARG EXTRAS="serve"
 RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt ".[${EXTRAS}]"
 
-# A container is reached through its port mapping, never by its own loopback.
+# A container is reached through its port mapping, never by its own loopback. So it serves only with keys:
+# -e LLAVA_API_KEYS, or a config with api.api_keys_file; or with -e LLAVA_SERVE_OPEN=1, which lets everyone in.
 WORKDIR /app
 RUN python -m llava_serve_deployments.tools.haproxy /usr/local/bin/haproxy-without-splice \
     && llava-serve serve --print-config | sed 's/host: 127.0.0.1/host: 0.0.0.0/' > serve_config.yaml

@@ -5,14 +5,21 @@ choose the replica. These headers are removed here, and so is a request id that 
 fails on one that is not UTF-8. Serve also adds the request's id to responses that have it already; only the first one
 is kept. Serve finds `middlewares` by the variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the process's
 environment (`controller_options` of `serve_config.yaml` set it for the proxy).
+
+A request with a body that offers to go on in HTTP/2 (`Upgrade: h2c`, as Java's client does) is refused: Serve's proxy
+parses by httptools, which drops that body, and Ray has no setting for another parser. HAProxy removes the offer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava_serve.api.errors import error_response
 from llava_serve.api.middleware import is_request_id
+from llava_serve.errors import RequestError
 
 REQUEST_ID = b"x-request-id"
 FORBIDDEN_HEADERS = frozenset(
@@ -26,18 +33,33 @@ FORBIDDEN_HEADERS = frozenset(
 )
 
 
+BODY_LOST = RequestError("Send the request as plain HTTP/1.1: with the header 'Upgrade' its body is not read here.")
+
+
 class HeaderFilterMiddleware:
-    """Removes the request headers that control Serve itself or disturb it, and a second id from the response."""
+    """Removes the request headers that control Serve itself or disturb it, and a second id from the response.
+
+    It refuses a request whose body is lost.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            if loses_body(dict(scope["headers"])):
+                await error_response(BODY_LOST)(scope, receive, send)
+                return
             kept = [(name, value) for name, value in scope["headers"] if is_allowed(name.lower(), value)]
             await self._app({**scope, "headers": kept}, receive, one_id(send))
             return
         await self._app(scope, receive, send)
+
+
+def loses_body(headers: Mapping[bytes, bytes]) -> bool:
+    """The request has a body, and the parser has dropped it."""
+    has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+    return b"upgrade" in headers and has_body
 
 
 def is_allowed(name: bytes, value: bytes) -> bool:

@@ -12,7 +12,7 @@ import llava_serve
 PICTURE = Path(llava_serve.__file__).parent / "builtin" / "demo.png"
 URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
 
-# The server checks the key only if `api.api_keys` is set; the client always requires one.
+# The server checks the key only if it has some; the client always requires one.
 client = OpenAI(base_url=URL, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 model = client.models.list().data[0].id
 

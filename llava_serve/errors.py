@@ -24,6 +24,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SHOWN = 100
+"""Characters of a caller's value that a message repeats."""
+
+
+def shown(value: object) -> str:
+    """A caller's value as a message repeats it: its beginning."""
+    return str(value)[:SHOWN]
+
 
 class LlavaServeError(Exception):
     """Root of the tree.

@@ -159,5 +159,5 @@ def _read_image(source: Any, path: str, read_source: ReadSource) -> ImagePart:
 
 def _passed_on(source: Any) -> str:
     if not isinstance(source, str):
-        raise RequestError("A picture in a request is a data: URL, as a string.", "messages")
+        raise InvalidImageError("A picture in a request is a data: URL, as a string.")
     return source

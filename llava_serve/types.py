@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_serve.errors import RequestError
+from llava_serve.errors import RequestError, shown
 
 IMAGE_TOKEN_ID = -200
 """The placeholder of an image. The original's value: never an id of a vocabulary."""
@@ -20,8 +20,6 @@ PROMPT_VERSION = 2
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: vLLM's bound."""
-_SHOWN = 100
-"""Characters of a wrong value that a message repeats."""
 _RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
     ("temperature", Real, 0, 100, "between 0 and 100"),
     ("top_p", Real, math.ulp(0), 1, "above 0 and at most 1"),
@@ -86,7 +84,7 @@ class SamplingParams:
 
         def check(good: bool, name: str, rule: str) -> None:
             if not good:
-                raise RequestError(f"{name} must be {rule}; got {str(getattr(self, name))[:_SHOWN]}.", name)
+                raise RequestError(f"{name} must be {rule}; got {shown(getattr(self, name))}.", name)
 
         for name, kind, least, greatest, rule in _RANGES:
             value = getattr(self, name)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llava_serve.errors import RequestError, UnsupportedParameterError
+from llava_serve.errors import RequestError, UnsupportedParameterError, shown
 
 Neutral = Callable[[object], bool]
 
@@ -73,7 +73,7 @@ def refuse_extras(model: Wire, path: str = "") -> None:
 def _asking(model: Wire, path: str) -> Iterator[str]:
     for name, value in (model.model_extra or {}).items():
         if value is not None and not (name in model.NEUTRAL and model.NEUTRAL[name](value)):
-            yield f"{path}{name[:100]}"
+            yield f"{path}{shown(name)}"
     for name, value in model:
         if isinstance(value, Wire):
             yield from _asking(value, f"{path}{name}.")

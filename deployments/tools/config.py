@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from llava_serve.api.keys import accepted_keys
 from llava_serve.checkpoints import open_checkpoint
-from llava_serve.cli.ports import bound_socket
+from llava_serve.cli.ports import bound_socket, check_open
 from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
 from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.ray_application import NAMES, is_application
@@ -91,15 +91,27 @@ def parse_config(path: Path | None = None, **changes: Unpack[Changes]) -> dict[s
     return config
 
 
-def check_port(config: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` if the config's port is in use, or is none."""
+def address_of(config: Mapping[str, Any]) -> tuple[str, int]:
+    """The host and the port of HTTP; Serve's defaults where the config says none."""
     http = config.get("http_options", {})
-    host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
-    if isinstance(host, str) and isinstance(port, int):  # else the strict check says so
-        try:
-            bound_socket(host, port).close()
-        except RequestError as error:
-            raise ConfigError(str(error)) from None
+    return http.get("host", "0.0.0.0"), http.get("port", 8000)
+
+
+def check_address(config: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if the config's port is in use, or is none; or if everyone in the network were let in."""
+    host, port = address_of(config)
+    if not isinstance(host, str) or not isinstance(port, int):
+        return  # the strict check says so
+    try:
+        bound_socket(host, port).close()
+        for application in config["applications"]:
+            if application.get("import_path") in IMPORT_PATHS:
+                keys = accepted_keys(ApiOptions(**application.get("args", {}).get("api", {})))
+                check_open(host, has_keys=keys is not None)
+    except ValidationError:
+        return  # the same
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_strictly(config: Mapping[str, Any], path: Path | None = None) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from .serve_env import own_places
+from .config import address_of
+from .serve_env import EXTRA_PORTS, own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -41,11 +42,13 @@ class LocalCluster:
         url: of its HTTP endpoint, without a path.
         ray_address: for other Ray jobs on this machine that have the token.
         log: the output of Ray and the replicas.
+        ports: what the ports that the config and the profile choose are for.
     """
 
     url: str
     ray_address: str
     log: Path
+    ports: Mapping[int, str]
     process: subprocess.Popen[bytes]
 
     def wait(self) -> None:
@@ -71,8 +74,7 @@ def local_cluster(
     Raises:
         LocalClusterError: the application cannot start.
     """
-    http = config.get("http_options", {})
-    host, port = http.get("host", "0.0.0.0"), http.get("port", 8000)
+    host, port = address_of(config)
     folder = Path(tempfile.mkdtemp(prefix="llava-serve-", dir="/tmp"))  # short: Ray's sockets lie in it
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
@@ -80,7 +82,8 @@ def local_cluster(
     command = [sys.executable, "-m", f"{__package__}.local_worker", str(config_file)]
     command += ["--ray-dir", str(folder / "ray"), "--report", str(report)]
     command += ["--num-cpus", str(num_cpus or max(2, os.cpu_count() or 1))]
-    settings = dict(profile) | own_places(folder, free_ports(3)) if profile else {}
+    settings = dict(profile) | own_places(folder, free_ports(len(EXTRA_PORTS))) if profile else {}
+    ports = {port: "HTTP"} | {int(settings[name]): purpose for name, purpose in EXTRA_PORTS.items() if settings}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -94,7 +97,7 @@ def local_cluster(
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        running = LocalCluster(url, wait_for_ready(process, url, report, log), log, process)
+        running = LocalCluster(url, wait_for_ready(process, url, report, log), log, ports, process)
         ready = True
         yield running
     except Exception:
@@ -126,6 +129,8 @@ def environment(token: str) -> dict[str, str]:
     return inherited | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
+        # Ray's daemons then listen on 127.0.0.1 alone. Ray has it for other systems; on Linux it is off unless set.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
     }
@@ -142,7 +147,8 @@ def wait_for_ready(process: subprocess.Popen[bytes], url: str, report: Path, log
                 raise cannot_start(reported["failure"], log)
             with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                return str(reported["ray_address"])
+                # In a job's process Ray replaces 127.0.0.1 by the machine's own address, where nothing listens.
+                return str(reported["ray_address"]).replace("127.0.0.1:", "0.0.0.0:")
         elif ended:
             raise cannot_start(log.read_text(encoding="utf-8", errors="replace"), log)
         time.sleep(0.1)

@@ -8,7 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from .config import CONFIG, ConfigError, check_port, check_strictly, packaged, parse_config
+from .config import CONFIG, ConfigError, check_address, check_strictly, packaged, parse_config
+from .listening import listening
 from .local_cluster import LocalClusterError, free_port, local_cluster
 from .serve_env import ServeEnvError, read_serve_env
 
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.serve", description=__doc__)
     parser.add_argument("--config", type=Path, help="the packaged one by default")
-    parser.add_argument("--host", help="address, instead of the config's")
+    parser.add_argument("--host", help="address, instead of the config's; beyond this machine it needs a key")
     parser.add_argument("--port", type=int, help="port, instead of the config's; 0 takes a free one")
     parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
     parser.add_argument("--api-key-file", metavar="FILE", help="accept the keys in it, one a line")
@@ -41,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
             api_keys_file=options.api_key_file,
         )
         profile = read_serve_env(options.profile) if options.profile else None
-        check_port(config)
+        check_address(config)
         check_strictly(config, options.config)  # takes seconds: it imports ray
         print(f"Starting Ray and the replicas of {options.config or 'the packaged config'} ...", flush=True)
         with local_cluster(config, profile=profile) as running:
             try:
+                print(*listening(running.process.pid, running.ports), sep="\n")
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)

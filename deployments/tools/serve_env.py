@@ -13,6 +13,13 @@ from dotenv import dotenv_values
 from .config import PROFILE, packaged
 from .haproxy import write_launcher
 
+EXTRA_PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": "HAProxy's statistics",
+    "RAY_SERVE_HAPROXY_METRICS_PORT": "HAProxy's metrics",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "Serve's fallback proxy",
+}
+"""Settings of the ports that HAProxy has beside that of HTTP, and what they are for."""
+
 
 class ServeEnvError(Exception):
     """The file cannot be read, or a line is no setting of Serve; the message is for the terminal."""
@@ -43,11 +50,10 @@ def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
 
     Args:
         folder: of this application alone; a short path, since it holds sockets.
-        ports: three free ports.
+        ports: free ones, as many as `EXTRA_PORTS`.
     """
-    stats, metrics, fallback = ports
     launcher = folder / "haproxy"
-    write_launcher(launcher)
+    write_launcher(launcher, ports)
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -55,9 +61,7 @@ def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        **dict(zip(EXTRA_PORTS, map(str, ports), strict=True)),
         # The application is drained before its end, so there is no wait for a load balancer.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",

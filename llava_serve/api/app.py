@@ -25,7 +25,7 @@ from llava_serve.api.routing import CHAT_RESPONSES, ERROR_RESPONSES, route_readi
 from llava_serve.api.validation import check_priority, parse_request, sampling_of
 from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
-from llava_serve.errors import DeadlineExceededError, UnknownModelError
+from llava_serve.errors import DeadlineExceededError, UnknownModelError, shown
 from llava_serve.openai_messages import from_wire
 
 LARGE_BODY_BYTES = 64 << 10
@@ -64,7 +64,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     def check_model(name: str) -> None:
         if name not in names:
             raise UnknownModelError(
-                f"The model '{name[:100]}' does not exist here; this server has '{model.id}'.", "model"
+                f"The model '{shown(name)}' does not exist here; this server has '{model.id}'.", "model"
             )
 
     async def read(request: Request) -> ChatRequest:
@@ -139,7 +139,7 @@ async def _parsed(body: bytes) -> ChatRequest:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Answers the router's own errors (unknown path, wrong method) in OpenAI's shape."""
     assert isinstance(error, HTTPException)
-    method, path = request.method[:100], request.url.path[:100]
+    method, path = shown(request.method), shown(request.url.path)
     message = {
         404: f"There is no endpoint {method} {path}.",
         405: f"{method} is not allowed at {path}.",

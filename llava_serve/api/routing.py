@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 
 from llava_serve.api.protocol import ChatCompletion, ChatCompletionChunk, ChatRequest, ErrorBody
-from llava_serve.errors import UnsupportedMediaTypeError
+from llava_serve.errors import UnsupportedMediaTypeError, shown
 
 _STREAM = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}
 
@@ -73,8 +73,8 @@ def check_media_type(headers: Headers) -> None:
     kind = (given or "").partition(";")[0].strip().lower()
     if not (kind == "application/json" or kind.endswith("+json") or (given is None and "origin" not in headers)):
         raise UnsupportedMediaTypeError(
-            f"Send the body as JSON, with the header 'Content-Type: application/json'; got {kind[:100] or 'none'!r}."
+            f"Send the body as JSON, with the header 'Content-Type: application/json'; got {shown(kind) or 'none'!r}."
         )
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
-        raise UnsupportedMediaTypeError(f"Send the body without Content-Encoding; got {encoding[:100]!r}.")
+        raise UnsupportedMediaTypeError(f"Send the body without Content-Encoding; got {shown(encoding)!r}.")

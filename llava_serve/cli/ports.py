@@ -1,11 +1,17 @@
-"""The port to listen on, looked at before anything slow is begun."""
+"""Where a server listens, looked at before anything slow is begun."""
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
+from ipaddress import ip_address
 
+from llava_serve.api.keys import KEYS_VARIABLE
 from llava_serve.errors import RequestError
+
+OPEN_VARIABLE = "LLAVA_SERVE_OPEN"
+"""An environment variable: 1 lets a server listen for the network without keys."""
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -26,3 +32,23 @@ def bound_socket(host: str, port: int) -> socket.socket:
             raise RequestError(f"Port {port} is in use; choose another with --port.") from None
         raise RequestError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
     return bound
+
+
+def check_open(host: str, *, has_keys: bool) -> None:
+    """Raises `RequestError` if a server on this host lets in whoever reaches the machine, and nobody asked for that."""
+    if not has_keys and not is_loopback(host) and os.environ.get(OPEN_VARIABLE) != "1":
+        raise RequestError(
+            f"On {host} anyone who reaches this machine could use the server. Require a key, by --api-key-file FILE or "
+            f"{KEYS_VARIABLE}; or listen on 127.0.0.1; or set {OPEN_VARIABLE}=1 to let everyone in."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches the host. A name other than localhost may lead anywhere."""
+    if host == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llava_serve.cli import options as flags
-from llava_serve.cli.ports import bound_socket
+from llava_serve.cli.ports import bound_socket, check_open
 from llava_serve.errors import RequestError
 from llava_serve.ray_application import application_package
 
@@ -98,13 +98,14 @@ def _serve_on_ray(options: argparse.Namespace, config: str | None) -> NoReturn:
 
 def _serve_in_process(options: argparse.Namespace) -> int:
     """Binds the port first, so that a port in use fails before a model is loaded."""
-    with bound_socket(options.host or "127.0.0.1", 8000 if options.port is None else options.port) as listener:
+    host = options.host or "127.0.0.1"
+    with bound_socket(host, 8000 if options.port is None else options.port) as listener:
         model = flags.model_options(options)
         from llava_serve.api.keys import accepted_keys
         from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
 
         api = ApiOptions(api_keys=tuple(options.api_key or ()), api_keys_file=options.api_key_file)
-        accepted_keys(api)  # a file that cannot be used is told here
+        check_open(host, has_keys=accepted_keys(api) is not None)  # keys that cannot be used are told here, too
         from llava_serve.api.app import create_app
         from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend

@@ -20,7 +20,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_serve.errors import RequestError
+from llava_serve.errors import RequestError, shown
 from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, merge_text
 from llava_serve.types import ImagePart, Message, TextPart
 
@@ -222,4 +222,4 @@ def _strftime_now(form: str) -> str:
 
 
 def _refuse(message: str) -> None:
-    raise RequestError(f"The model's chat template refuses the conversation: {message[:100]}", "messages")
+    raise RequestError(f"The model's chat template refuses the conversation: {shown(message)}", "messages")

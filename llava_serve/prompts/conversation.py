@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from llava_serve.errors import RequestError
+from llava_serve.errors import RequestError, shown
 from llava_serve.prompts.templates import TEMPLATES, Style, Template
 from llava_serve.types import ImagePart, Message, Role, TextPart
 
@@ -154,7 +154,7 @@ def render(conv_mode: str, system: str | None, turns: Sequence[Message], *, imag
     """
     template = TEMPLATES.get(conv_mode)
     if template is None:
-        raise RequestError(f"There is no template {conv_mode[:100]!r}; there are {', '.join(TEMPLATES)}.", "conv_mode")
+        raise RequestError(f"There is no template {shown(conv_mode)!r}; there are {', '.join(TEMPLATES)}.", "conv_mode")
     spans: list[Span] = []
     system_spans: list[Span] = [Text(template.system if system is None else system)]
     if template.style is not Style.LLAMA_2:

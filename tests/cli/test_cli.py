@@ -132,6 +132,7 @@ def test_chat_keeps_the_history(cli: Callable[..., Done]) -> None:
         (["serve", "--in-process", "nowhere", "--port", "0"], "nowhere"),
         (["serve", "--in-process", "--port", "80000"], "There is no port 80000"),
         (["serve", "--in-process", "--port", "0", "--api-key-file", "nowhere"], "API keys nowhere cannot be read"),
+        (["serve", "--in-process", "--port", "0", "--host", "0.0.0.0"], "On 0.0.0.0 anyone who reaches this machine"),
         (["serve", "--in-process", "--host", "not.a.host.invalid"], "Cannot listen on not.a.host.invalid"),
     ],
     ids=lambda value: " ".join(str(part) for part in value[:3]) if isinstance(value, list) else value,

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from llava_serve.cli import main
+from support.demo import DEMO_IMAGE, question
 from support.paths import ROOT
 
 MODEL = ROOT / "tests" / "golden" / "checkpoints" / "llava-v1.5-tiny"
@@ -61,6 +62,10 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
         for key in ("open", "simsim", "sesame"):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         header = {"Authorization": "Bearer sesame"}
+        pictures = {"messages": question("What?", DEMO_IMAGE.read_bytes(), b"not a picture")}
+        refused = httpx.post(f"{url}/v1/chat/completions", json=body | pictures, headers=header, timeout=60)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "messages[0].content[1]"
         children = psutil.Process(process.pid).children()
         assert any("decode_worker" in child.cmdline()[3] for child in children)  # pictures are not decoded here
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=header) as answer:
@@ -90,6 +95,7 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
         (["--port", "80000"], "There is no port 80000: choose one from 0 to 65535 with --port."),
         (["--model", "{folder}"], "config.json is missing in {folder}"),
         (["--api-key-file", "{folder}/keys"], "The file of API keys {folder}/keys holds no key"),
+        (["--host", "0.0.0.0"], "On 0.0.0.0 anyone who reaches this machine could use the server. Require a key"),
         (
             ["--profile", "{folder}/nothing.env"],
             "There is no profile {folder}/nothing.env; the one that ships is called production.",

@@ -33,6 +33,7 @@ ON_PURPOSE = {
     "applications.llava.args.vision_tower",
     "applications.llava.args.device",
     "applications.llava.args.engine.max_num_seqs",
+    "applications.llava.args.api.api_keys_file",
     "applications.llava.deployments.Ingress.num_replicas",
     "applications.llava.deployments.Ingress.autoscaling_config",
     "applications.llava.deployments.Ingress.max_replicas_per_node",
@@ -97,6 +98,19 @@ def test_every_process_has_the_production_profile(manifest: dict[str, Any], tmp_
     for environment in environments:
         settings = {each["name"]: each["value"] for each in environment if each["name"] not in OF_PODS}
         assert settings == read_serve_env(profile)
+
+
+def test_every_worker_has_the_keys_that_the_ingress_requires(
+    manifest: dict[str, Any], on_kubernetes: dict[str, Any]
+) -> None:
+    path = Path(on_kubernetes["applications"][0]["args"]["api"]["api_keys_file"])
+    for group in manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        [mount] = [each for each in spec["containers"][0]["volumeMounts"] if each["mountPath"] == str(path.parent)]
+        # A file that is mounted by `subPath` would never be updated.
+        assert mount == {"name": mount["name"], "mountPath": str(path.parent), "readOnly": True}
+        [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+        assert volume == {"name": mount["name"], "secret": {"secretName": "llava-api-keys"}}
 
 
 def test_a_pod_outlives_its_longest_answer(manifest: dict[str, Any], on_kubernetes: dict[str, Any]) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
+import socket
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ from openai import OpenAI
 from PIL import Image
 
 from deployments.tools.config import read_config
-from deployments.tools.local_cluster import local_cluster
+from deployments.tools.listening import listening
+from deployments.tools.local_cluster import free_port, local_cluster
 from deployments.tools.serve_env import ServeEnvError, read_serve_env
 from support.bursts import at_rest, burst, counted_config, remaining
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
@@ -84,6 +89,56 @@ async def test_a_burst_of_disconnects_leaves_no_work(
     wait_until(lambda: remaining(production) == rest)
 
 
+def half_sent(url: str, connections: ExitStack) -> socket.socket:
+    """A connection with the beginning of a request."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = connections.enter_context(socket.create_connection((host, int(port)), timeout=60))
+    connection.sendall(b"POST /v1/chat/completions HT")
+    return connection
+
+
+def ended(connection: socket.socket, timeout_s: float = 0.2) -> bool:
+    """The server has answered 408, or ended the connection."""
+    return bool(select.select([connection], [], [], timeout_s)[0])
+
+
+@pytest.mark.extended
+def test_many_half_sent_requests_do_not_hinder_another(production: str) -> None:
+    with ExitStack() as connections:
+        waiting = [half_sent(production, connections) for _ in range(1000)]
+        start = time.monotonic()
+        assert post(production, {}).status == 200
+        assert time.monotonic() - start < 20
+        assert select.select(waiting, [], [], 0)[0] == []  # all of them still wait
+
+
+@pytest.mark.extended
+def test_a_client_that_sends_nothing_is_disconnected_and_one_that_waits_is_not() -> None:
+    limit_s = 2
+    profile = read_serve_env(PROFILE) | {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(limit_s)}
+    with local_cluster(read_config(CONFIG, port=free_port()), num_cpus=2, profile=profile) as running:
+        lines = listening(running.process.pid, running.ports)
+        this = lines.index("Only this machine reaches:")
+        assert [line.split(":")[0] for line in lines[1:this]] == ["  replicas' gRPC (token), and HTTP behind HAProxy"]
+        assert {"  HAProxy's statistics", "  HAProxy's metrics"} <= {line.split(":")[0] for line in lines[this:]}
+        with ExitStack() as connections:
+            silent, slow = half_sent(running.url, connections), half_sent(running.url, connections)
+            start = time.monotonic()
+            while not ended(slow):
+                assert time.monotonic() - start < 3 * limit_s
+                with suppress(ConnectionError):
+                    slow.sendall(b"x")  # a byte of the head at a time
+            assert ended(silent, timeout_s=2 * limit_s)
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            start = time.monotonic()
+            messages: Any = question("Hello")
+            whole = client.chat.completions.create(
+                model="builtin", messages=messages, n=4, max_tokens=1500, extra_body={"ignore_eos": True}
+            )
+            assert time.monotonic() - start > limit_s
+            assert [choice.finish_reason for choice in whole.choices] == ["length"] * 4
+
+
 def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:
     assert read_serve_env(PROFILE)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     assert read_serve_env(Path("production")) == read_serve_env(PROFILE)
@@ -97,9 +152,9 @@ def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:
 def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
     profile = read_serve_env(PROFILE)
     config = read_config(CONFIG)
-    assert (
-        int(profile["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > config["applications"][0]["args"]["api"]["max_timeout_s"]
-    )
+    for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S"):
+        longest = config["applications"][0]["args"]["api"]["max_timeout_s"]
+        assert int(profile[f"RAY_SERVE_HAPROXY_{name}"]) > longest
     by_default = config["controller_options"]["runtime_env"]["env_vars"]
     assert by_default.items() <= profile.items()
 

@@ -112,3 +112,25 @@ def test_a_request_id_that_is_not_utf_8_is_replaced(served: Any) -> None:
                 answer += block
         assert answer.startswith(b"HTTP/1.1 404 " if path == b"/nowhere" else b"HTTP/1.1 200 ")
         assert b"a\xffb" not in answer
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "none"])
+def test_a_body_that_the_proxy_loses_is_refused_with_the_reason(served: Any, framing: str) -> None:
+    """Serve's proxy drops the body of a request that offers HTTP/2."""
+    host, port = served.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "builtin", "messages": question("Hello"), "max_tokens": 2}).encode()
+    sent = {
+        "length": b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n" % len(body),
+        "chunked": b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n",
+        "none": b"GET /health HTTP/1.1\r\n",
+    }[framing]
+    sent += b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nContent-Type: application/json\r\n\r\n"
+    sent += {"length": body, "chunked": b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), "none": b""}[framing]
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(sent)
+        answer = connection.recv(65536)
+    if framing == "none":
+        assert answer.startswith(b"HTTP/1.1 200 ")
+    else:
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"plain HTTP/1.1" in answer
