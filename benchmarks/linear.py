@@ -30,7 +30,7 @@ from llava_serve.api.app import create_app
 from llava_serve.api.http_server import server_of
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
 
 SIZES = 5
 FITTED = 3
@@ -145,7 +145,8 @@ def exponent(points: list[list[float]]) -> float:
 @contextmanager
 def serving() -> Iterator[str]:
     """The web app in a thread of this process; gives its URL."""
-    llm = AsyncLLM("builtin", EngineOptions(num_threads=1), device="cpu")
+    every = ImageOptions(cache_bytes=0)  # every picture is decoded, repeated ones too
+    llm = AsyncLLM("builtin", EngineOptions(num_threads=1), device="cpu", image_options=every)
     server = server_of(create_app(InProcessBackend(llm), ApiOptions()), graceful_timeout_s=2)
     server.config.port = 0
     thread = threading.Thread(target=server.run)

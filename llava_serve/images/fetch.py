@@ -75,13 +75,13 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
         raise InvalidImageError("The data: URL has no comma, so it has no data.", "messages")
     if len(payload) > options.max_bytes * 3:
         raise InvalidImageError(f"The picture is too large; at most {options.max_bytes:,} bytes are accepted.")
-    if not head.lower().endswith(";base64"):
+    try:
+        if head.lower().endswith(";base64"):
+            return base64.b64decode(payload.encode("ascii").translate(None, _WHITE_SPACE), validate=True)
         # Percent-encoding, but for its mark, is quoted-printable, which is decoded without an object for each escape.
         return binascii.a2b_qp(payload.encode().replace(b"=", b"=3D").replace(b"%", b"="))
-    try:
-        return base64.b64decode(payload.encode("ascii").translate(None, _WHITE_SPACE), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidImageError("The data: URL is not valid base64.", "messages") from error
+    except ValueError as error:
+        raise InvalidImageError("The data: URL is not valid base64, or no text.", "messages") from error
 
 
 def _encode(image: Image.Image) -> bytes:

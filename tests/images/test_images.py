@@ -185,7 +185,13 @@ def test_data_urls() -> None:
     assert read_request_source("data:image/png;base64,aGk=", OPTIONS) == b"hi"
     assert read_request_source("DATA:image/png;charset=x;BASE64,aG\nk=", OPTIONS) == b"hi"
     assert read_request_source("data:,a%20b", OPTIONS) == b"a b"
-    for url in ("data:image/png;base64", "data:image/png;base64,a", "data:image/png;base64,%%%%", "data:;base64,é"):
+    for url in (
+        "data:image/png;base64",
+        "data:image/png;base64,a",
+        "data:image/png;base64,%%%%",
+        "data:;base64,é",
+        "data:,\ud800",
+    ):
         with pytest.raises(InvalidImageError, match="data: URL"):
             read_request_source(url, OPTIONS)
 

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import DeadlineExceededError, InvalidImageError
+from llava_serve.images.decode_process import WORKER
 from llava_serve.images.decoder import InProcessDecoder
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles
@@ -33,6 +35,7 @@ from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.types import ImagePart, Message, TextPart
 from support import odd_decoder
 from support.api_server import wait_until
+from support.broken_images import FILES, broken
 from support.demo import DEMO_IMAGE
 from support.paths import CHECKPOINTS, GOLDEN, ROOT
 
@@ -104,6 +107,16 @@ def test_tiles_are_those_of_this_process(name: str) -> None:
             refusals.append(refusal.value.args)
         assert refusals[0] == refusals[1]
     isolated.close()
+
+
+def test_decoders_do_not_print(decoders: Decoders, capfd: pytest.CaptureFixture[str]) -> None:
+    """What libtiff finds wrong would be a line in the server's log for each row of each image."""
+    data = FILES["tiff group 4"]
+    for subject, is_quiet in ((decoders(WORKER), True), (InProcessDecoder(ImageOptions(), SPEC.image), False)):
+        for bad in broken(data, 20, seed=3):
+            with suppress(InvalidImageError):
+                subject.tiles_of(bad, ROOM)
+        assert (capfd.readouterr().err == "") is is_quiet
 
 
 def test_a_picture_that_takes_too_long_is_ended(decoders: Decoders) -> None:
