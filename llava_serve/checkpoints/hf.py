@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.bounds import check_size
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -174,6 +175,7 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
 
 def _chat_template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
+        check_size(folder / "chat_template.jinja")
         return (folder / "chat_template.jinja").read_text("utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = read_json(folder, name, optional=True).get("chat_template")

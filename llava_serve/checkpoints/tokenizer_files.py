@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import sentencepiece
@@ -10,6 +9,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as FastTokenizer
 
+from llava_serve.checkpoints.bounds import check_size
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.errors import CheckpointError
@@ -42,8 +42,9 @@ def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepi
         dummy_prefix: put a space before the text, as at the start of a sentence.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or too large.
     """
+    check_size(folder / "tokenizer.model")
     try:
         model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
         model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
@@ -56,8 +57,9 @@ def load_fast(folder: Path) -> FastTokenizer:
     """Loads `tokenizer.json`.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or too large.
     """
+    check_size(folder / "tokenizer.json")
     try:
         return FastTokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
@@ -76,9 +78,7 @@ def has_token(spec: TokenizerSpec, token: str) -> bool:
 
 def _behind_vocabulary(folder: Path) -> list[str]:
     size = load_sentencepiece(folder).get_piece_size()
-    added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+    added: dict[str, int] = read_json(folder, "added_tokens.json", optional=True)
     for token_id, token in (
         read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items()
     ):
