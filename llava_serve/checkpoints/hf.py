@@ -15,6 +15,7 @@ from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, Tokeni
 from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, read_tokenizer
 from llava_serve.checkpoints.towers import clip_config, image_processing
 from llava_serve.errors import CheckpointError
+from llava_serve.prompts.chat_template import check_template
 from llava_serve.prompts.templates import choose_template
 
 _SUPPORTED = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}
@@ -56,6 +57,7 @@ def read_hf(
         name_for_templates(name), text["model_type"], has_chatml=has_token(tokenizer, "<|im_start|>"), modern=True
     )
     if chat_template:
+        check_template(chat_template)
         conv_mode, reason = "chat_template", "the checkpoint has a chat template"
     generation = read_json(folder, "generation_config.json", optional=True)
     keeps_class_token = config.get("vision_feature_select_strategy", "default") == "full"

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_serve.errors import RequestError
+from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.prompts.conversation import ImageSlot, Span, Text, control_spans, merge_text
-from llava_serve.types import ImagePart, Message
+from llava_serve.prompts.template_sandbox import LimitedEnvironment, TemplateLimitError, render
+from llava_serve.types import ImagePart, Message, TextPart
 
 # Private-use characters mark the texts while the template runs: all other output is the template's own.
 _MARK = "\ue000{}\ue001"
@@ -65,6 +65,20 @@ def render_chat_template(
     return merge_text(spans + control_spans(prompt[at:]))
 
 
+def check_template(template: str) -> None:
+    """Renders a question about a picture, as a checkpoint is opened. A template that only refuses it may take others.
+
+    Raises:
+        CheckpointError: it is no template, or it passes a limit.
+    """
+    try:
+        render_chat_template(template, None, [Message("user", (ImagePart(b""), TextPart("Hello")))], {})
+    except RequestError as error:
+        cause = error.__cause__
+        if isinstance(cause, TemplateLimitError | TemplateSyntaxError):
+            raise CheckpointError(f"The chat template cannot be used: {str(cause)[:200]}") from error
+
+
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for training; the published LLaVA-1.5 template has it. It renders
     nothing."""
@@ -78,7 +92,8 @@ class _Generation(Extension):
 
 def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
     try:
-        return _compiled(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
+        variables = {"messages": messages, "add_generation_prompt": True, **special_tokens}
+        return render(_compiled(template), variables)
     except TemplateError as error:
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
 
@@ -86,9 +101,9 @@ def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str
 @lru_cache(maxsize=8)  # a model has one; compiling it takes longer than all other work on a small prompt
 def _compiled(template: str) -> Template:
     extensions = [loopcontrols, _Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = _refuse
-    return environment.from_string(template)
+    return environment.compiled(template)
 
 
 def _refuse(message: str) -> None:
