@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.bounds import check_size, check_values
 from llava_serve.errors import CheckpointError
 
 
@@ -13,19 +15,21 @@ def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, A
     """Reads a JSON object; an absent optional file is an empty one.
 
     Raises:
-        CheckpointError: absent, cut off, or no JSON object.
+        CheckpointError: absent, cut off, no JSON object, or beyond the bounds of `llava_serve.checkpoints.bounds`.
     """
     path = folder / name
     if optional and not path.is_file():
         return {}
+    check_size(path)
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing in {folder}; copy it there.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} in {folder} is damaged: it is not JSON. Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} in {folder} is damaged: it is no JSON object. Download it again.")
+    check_values(name, folder, value)
     return value
 
 
@@ -33,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of a full set of weights, safetensors before `.bin`; empty if there is none.
 
     Raises:
-        CheckpointError: an index names a file that is not there.
+        CheckpointError: an index names a file that is not there, or not of this folder.
     """
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / f"{stem}.index.json").is_file():
@@ -42,6 +46,7 @@ def weight_files(folder: Path) -> list[Path]:
                 raise CheckpointError(
                     f"{stem}.index.json in {folder} is damaged: it has no weight_map. Download it again."
                 )
+            _check_names(index.values(), f"{stem}.index.json", folder)
             paths = [folder / name for name in sorted(set(index.values()))]
             for path in paths:
                 if not path.is_file():
@@ -52,6 +57,15 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / stem).is_file():
             return [folder / stem]
     return []
+
+
+def _check_names(names: Iterable[Any], index: str, folder: Path) -> None:
+    """Refuses what is not the plain name of a file: an index names those beside it."""
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise CheckpointError(
+                f"{index} in {folder} names {str(name)[:100]!r}, which is no file beside it; download it again."
+            )
 
 
 def first_file(folder: Path, *names: str) -> Path | None:

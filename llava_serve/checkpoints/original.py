@@ -35,7 +35,7 @@ _CLASSES = {
 """The original's classes and those of its descendants with the same files, by the language model's `model_type`."""
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
 """What `model_type` means where a config.json names no class."""
-_PROJECTOR = re.compile(r"linear|identity|mlp\d+x_gelu")
+_PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -214,12 +214,12 @@ def _grid_pinpoints(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     try:
         pairs: Any = ast.literal_eval(written) if isinstance(written, str) else written
         pinpoints = tuple((int(width), int(height)) for width, height in pairs)
-    except (TypeError, ValueError, SyntaxError):
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):  # the last two where it is nested
         pinpoints = ()
     if not pinpoints:
         raise CheckpointError(
-            f"config.json asks for anyres, but has no list of (width, height) in image_grid_pinpoints: {written}; "
-            "compare it with the published one."
+            "config.json asks for anyres, but has no list of (width, height) in image_grid_pinpoints: "
+            f"{str(written)[:100]}; compare it with the published one."
         )
     return pinpoints
 

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as FastTokenizer
 
+from llava_serve.checkpoints.bounds import check_size
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.errors import CheckpointError
@@ -42,8 +43,9 @@ def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepi
         dummy_prefix: put a space before the text, as at the start of a sentence.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or too large.
     """
+    check_size(folder / "tokenizer.model")
     try:
         model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
         model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
@@ -56,8 +58,9 @@ def load_fast(folder: Path) -> FastTokenizer:
     """Loads `tokenizer.json`.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or too large.
     """
+    check_size(folder / "tokenizer.json")
     try:
         return FastTokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception

@@ -6,13 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.bounds import check_tower
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import Aspect, ImageProcessing, Layout, Merge
 from llava_serve.errors import CheckpointError
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_CLIP_DEFAULTS = {"num_hidden_layers": 12, "hidden_size": 768, "image_size": 224, "patch_size": 32}
+_CLIP_DEFAULTS = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768} | {
+    "image_size": 224,
+    "patch_size": 32,
+}
 """Of transformers' CLIPVisionConfig: files leave out what equals them."""
 _UNIT = 1 / 255
 
@@ -56,8 +60,9 @@ def image_processing(
         layout, aspect, merge, grid_pinpoints, keeps_class_token: from the checkpoint.
 
     Raises:
-        CheckpointError: tiles that the tower cannot take.
+        CheckpointError: tiles that the tower cannot take, or canvases that are too many or too large.
     """
+    check_tower(vision, grid_pinpoints)
     side = int(vision["image_size"])
     crop = _pair(settings.get("crop_size", side))
     size = settings.get("size", {"shortest_edge": side})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.prompts.chat_template import ChatTemplate, Form, compiled
@@ -45,6 +45,8 @@ def judge(template: ChatTemplate) -> Judgement:
         raise CheckpointError(
             f"The chat template has a syntax error in line {error.lineno}: {error.message}. {_ADVICE}"
         ) from error
+    except TemplateError as error:
+        raise CheckpointError(f"The chat template cannot be used: {error} {_ADVICE}") from error
     template = _for_questions(template)
     notes: list[str] = []
     for role in ("system", "assistant"):
@@ -73,7 +75,9 @@ def _fault(template: ChatTemplate) -> str | None:
     try:
         spans = template.spans([_user(template, _QUESTION)])
     except RequestError as error:
-        reason = error.__cause__ or error
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
         return f"cannot render a question with an image: {type(reason).__name__}: {str(reason)[:200]}"
     slots = sum(isinstance(span, ImageSlot) for span in spans)
     if not _includes(spans, _QUESTION):

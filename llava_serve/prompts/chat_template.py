@@ -6,7 +6,6 @@ spells a control token, or could become a part of one, stands between two marks 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,14 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
-from jinja2 import Template
+from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_serve.errors import RequestError, shown
 from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, merge_text
+from llava_serve.prompts.template_sandbox import LimitedEnvironment, TemplateLimitError, render
 from llava_serve.types import ImagePart, Message, TextPart
 
 Form = Literal["parts", "string"]
@@ -187,12 +186,9 @@ class _Generation(Extension):
 
 def _run(template: str, messages: list[dict[str, Any]], special_tokens: Mapping[str, str]) -> str:
     try:
-        return compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special_tokens
-        )
-    except RequestError:
-        raise
-    except Exception as error:  # a template's expressions raise whatever Python raises
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        return render(compiled(template), {**variables, **special_tokens})
+    except TemplateError as error:
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
 
 
@@ -201,23 +197,18 @@ def compiled(template: str) -> Template:
     """A template with the functions and filters that transformers gives it.
 
     Raises:
-        jinja2.TemplateSyntaxError: it is none.
+        jinja2.TemplateError: it is none, or passes a limit.
     """
     extensions = [loopcontrols, _Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return environment.compiled(template)
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > 100 or re.search(r"%\W*\d", form):  # a width makes a text of any length
+        raise TemplateLimitError("The form of a date is longer than 100 characters, or has a width.")
     return datetime.now().astimezone().strftime(form)
 
 

@@ -53,7 +53,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "quantized already": ({"quantization_config": {"load_in_8bit": True}}, ("quantization_config", "original")),
     "a word for a number": ({"mm_vision_select_layer": "last"}, ("config.json", "last")),
-    "a decoder that cannot be": ({"hidden_size": "wide"}, ("config.json", "language model")),
+    "a decoder that cannot be": ({"attention_dropout": "wide"}, ("config.json", "language model")),
     "a depth that the weights lack": ({"num_hidden_layers": 4}, ("missing", "model.layers.3", "config.json")),
     "image tokens without rows": (
         {"mm_use_im_start_end": True},
