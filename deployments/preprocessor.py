@@ -28,8 +28,9 @@ class ImagePreprocessor:
     def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
         spec = open_checkpoint(model.model, model.model_base, model.vision_tower, model.conv_mode, weights=False)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
-        processor = Processor(spec, images.isolated)
-        self._processor = ThreadedProcessor(processor, _num_cpus(), PreprocessorMetrics().prepared)
+        metrics = PreprocessorMetrics()
+        processor = Processor(spec, images.isolated, metrics.decoding_ended)
+        self._processor = ThreadedProcessor(processor, _num_cpus(), metrics.prepared)
 
     @returns_failure
     async def prepare(
