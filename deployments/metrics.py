@@ -17,6 +17,9 @@ class PreprocessorMetrics:
     def __init__(self) -> None:
         self._prompts = Counter("llava_prompts", description="Prompts made ready for the model.")
         self._images = Counter("llava_images", description="Pictures made ready for the model.")
+        self._ended = Counter(
+            "llava_ended_decodings", description="Decodings whose process was ended at a limit, or crashed."
+        )
         self._seconds = Histogram(
             "llava_prepare_seconds", description="Time to make a prompt ready.", boundaries=SECONDS
         )
@@ -27,6 +30,10 @@ class PreprocessorMetrics:
         if prompt.image_spans:
             self._images.inc(len(prompt.image_spans))
         self._seconds.observe(seconds)
+
+    def decoding_ended(self) -> None:
+        """Counts one decoding whose process is gone."""
+        self._ended.inc()
 
 
 class ModelMetrics:

@@ -30,8 +30,9 @@ class ImagePreprocessor:
         spec = open_checkpoint(model, weights=False)
         spec = spec.limited_to(max_model_len)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
-        processor = Processor(spec, images.isolated)
-        self._processor = ThreadedProcessor(processor, _num_cpus(), PreprocessorMetrics().prepared)
+        metrics = PreprocessorMetrics()
+        processor = Processor(spec, images.isolated, metrics.decoding_ended)
+        self._processor = ThreadedProcessor(processor, _num_cpus(), metrics.prepared)
 
     @returns_failure
     async def prepare(

@@ -238,5 +238,7 @@ class AsyncLLM:
         self._loop.abort(request_id)
 
     def close(self) -> None:
-        """Ends the engine's thread. Requests in flight fail with `EngineDeadError`."""
+        """Ends the engine's thread and the processes that decode. Requests in flight fail with `EngineDeadError`."""
         self._loop.close()
+        if "processor" in self.__dict__:  # it was used
+            self.processor.processor.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError, PromptTooLongError
+from llava_serve.images.decode import check_total
 from llava_serve.images.decoder import Check, Decoder, InProcessDecoder
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
 from llava_serve.images.isolated import IsolatedDecoder
@@ -33,17 +34,30 @@ from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt
 
 
 class Processor:
-    """Prepares prompts for one checkpoint. It caches the tiles of the most recent images; safe for several threads."""
+    """Prepares prompts for one checkpoint. It caches the tiles of the most recent images; safe for several threads.
 
-    def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
+    Args:
+        count_ended: called for each child process that ended, or was ended, while it decoded an image.
+    """
+
+    def __init__(
+        self, spec: CheckpointSpec, options: ImageOptions, count_ended: Callable[[], None] | None = None
+    ) -> None:
         self.spec = spec
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._tile_cache = TileCache(options.cache_bytes)
         decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
         self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
-        decoder = IsolatedDecoder if options.isolate else InProcessDecoder
-        self._decoder: Decoder = decoder(options, spec.image)
+        self._decoder: Decoder = (
+            IsolatedDecoder(options, spec.image, count_ended=count_ended)
+            if options.isolate
+            else InProcessDecoder(options, spec.image)
+        )
+
+    def close(self) -> None:
+        """Ends the processes that decode images. Nothing with an image can be prepared any more."""
+        self._decoder.close()
 
     def prepare(
         self,
@@ -106,21 +120,17 @@ class Processor:
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
         images: list[CachedTiles] = []
-        pixels = 0
+        pixels = self.options.max_total_pixels  # that are left
         for part, path in zip(parts, paths, strict=True):
             if check is not None:
                 check()
             try:
-                images.append(self._process_image(part, self.spec.context_length - length, check, cache_salt))
+                images.append(self._process_image(part, self.spec.context_length - length, pixels, check, cache_salt))
             except InvalidImageError as error:
                 which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
                 raise InvalidImageError(which + error.message, path) from error
             length += images[-1].count
-            pixels += images[-1].size[0] * images[-1].size[1]
-            if pixels > self.options.max_total_pixels:
-                raise InvalidImageError(
-                    f"The request's images have more than {self.options.max_total_pixels:,} pixels in all.", path
-                )
+            pixels -= images[-1].size[0] * images[-1].size[1]
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
         token_ids, image_spans = _expand(input_ids, [image.count for image in images])
@@ -163,13 +173,16 @@ class Processor:
             )
         return images
 
-    def _process_image(self, part: ImagePart, room: int, check: Check | None, cache_salt: str) -> CachedTiles:
-        """An image as model input, without its tiles if it has more than `room` positions."""
+    def _process_image(
+        self, part: ImagePart, room: int, pixels: int, check: Check | None, cache_salt: str
+    ) -> CachedTiles:
+        """An image of at most so many pixels as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
         key = blake2b(data, digest_size=16, person=self._decoding).digest() + cache_salt.encode()
         if (known := self._tile_cache.get(key)) is not None:
+            check_total(known.size[0] * known.size[1], pixels, self.options)
             return known
-        made = self._decoder.tiles_of(data, room, check)
+        made = self._decoder.tiles_of(data, room, check, pixels)
         if made.count < room:
             self._tile_cache.put(key, made)
         return made

@@ -34,12 +34,13 @@ _READERS: dict[str, Callable[[bytes, ImageOptions], Opened]] = {
 }
 
 
-def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
+def decode_image(data: bytes, options: ImageOptions, pixels: int | None = None) -> Image.Image:
     """Decodes an image: first frame, turned as EXIF says, deep pixels scaled to 8 bits.
 
     Args:
         data: an encoded image.
         options: limits, looked at before any pixel is decoded, and what becomes of transparency.
+        pixels: what is left of `max_total_pixels`, the limit on all images of a request; None is no such limit.
 
     Returns:
         An image in mode RGB.
@@ -56,7 +57,7 @@ def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's remarks are not for the caller
         try:
             opened = _READERS[kind](data, options)
-            _check_size(opened.size, options)
+            _check_size(opened.size, options, pixels)
             image = to_rgb(opened.load(), options.transparency)
         except (InvalidImageError, MemoryError):
             raise
@@ -65,12 +66,19 @@ def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
     return turn_upright(image, opened.orientation)
 
 
-def _check_size(size: tuple[int, int], options: ImageOptions) -> None:
+def check_total(size: int, left: int | None, options: ImageOptions) -> None:
+    """Raises `InvalidImageError` for an image of more pixels than its request has left."""
+    if left is not None and size > left:
+        raise InvalidImageError(f"The request's images have more than {options.max_total_pixels:,} pixels in all.")
+
+
+def _check_size(size: tuple[int, int], options: ImageOptions, pixels: int | None) -> None:
     width, height = size
     if width * height > options.max_pixels:
         raise InvalidImageError(
             f"The image has {width} x {height} pixels; at most {options.max_pixels:,} are accepted."
         )
+    check_total(width * height, pixels, options)
     if max(size) > MAX_SIDE:
         raise InvalidImageError(
             f"The image has {width} x {height} pixels; no side may be longer than {MAX_SIDE:,} pixels."

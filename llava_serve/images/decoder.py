@@ -20,17 +20,21 @@ Check = Callable[[], None]
 class Decoder(Protocol):
     """Decodes images. For several threads."""
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None) -> CachedTiles:
+    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
         """An image as model input.
 
         Args:
             data: an encoded image.
             room: positions that are left in the prompt; an image that takes as many gets neither tiles nor digest.
             check: where decoding can be ended, what this raises ends it.
+            pixels: how many the image may have of those of its request; None leaves the limit of each image.
 
         Raises:
             InvalidImageError: not an image, damaged, or over a limit.
         """
+
+    def close(self) -> None:
+        """Ends what it has started."""
 
 
 class InProcessDecoder:
@@ -40,11 +44,14 @@ class InProcessDecoder:
         self._options = options
         self._processing = processing
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None) -> CachedTiles:
+    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
         """As `Decoder` says. The decoded image lives only in here: a large one takes hundreds of megabytes."""
-        image = decode_image(data, self._options)
+        image = decode_image(data, self._options, pixels)
         count = num_features(image.size, self._processing)
         if count >= room:
             return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
         tiles = make_tiles(image, self._processing)
         return CachedTiles(image.size, count, tiles, digest(tiles, image.size, self._processing))
+
+    def close(self) -> None:
+        """Nothing was started."""

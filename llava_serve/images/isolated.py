@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from llava_serve.checkpoints.spec import ImageProcessing
@@ -28,10 +29,18 @@ class IsolatedDecoder:
         options: limits on pictures, on memory and on time.
         processing: of the checkpoint.
         worker: the module that runs in the processes.
+        count_ended: called for each process that ended, or was ended, while it decoded.
     """
 
-    def __init__(self, options: ImageOptions, processing: ImageProcessing, worker: str = WORKER) -> None:
+    def __init__(
+        self,
+        options: ImageOptions,
+        processing: ImageProcessing,
+        worker: str = WORKER,
+        count_ended: Callable[[], None] | None = None,
+    ) -> None:
         self._arguments = options, processing, worker
+        self._count_ended = count_ended
         self._lock = threading.Lock()
         self._idle: list[DecodeProcess] = []
         self._processes: set[DecodeProcess] = set()
@@ -40,7 +49,7 @@ class IsolatedDecoder:
         self._spare = self._start()
         self._ended = weakref.finalize(self, _kill_all, self._starter, self._processes)
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None) -> CachedTiles:
+    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
         """As `Decoder` says. What `check` raises ends the work, and the process if that does not end soon.
 
         Raises:
@@ -49,7 +58,7 @@ class IsolatedDecoder:
         for _ in range(_ATTEMPTS):
             process = self._take()
             try:
-                return process.decode(data, room, check)
+                return process.decode(data, room, check, pixels)
             except DecodeProcessEndedError:
                 _logger.warning("A decoding process has ended; its exit status is %s.", process.kill())
             finally:
@@ -81,8 +90,10 @@ class IsolatedDecoder:
         if process.usable:
             with self._lock:
                 self._idle.append(process)
-        else:
-            self._discard(process)
+            return
+        self._discard(process)
+        if self._count_ended is not None:
+            self._count_ended()
 
     def _discard(self, process: DecodeProcess) -> None:
         process.kill()

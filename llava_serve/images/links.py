@@ -92,14 +92,14 @@ class RequestLinks:
     Args:
         options: `links` and limits of pictures.
         resolve: names to addresses.
-        limits: of fetching.
+        limits: of fetching; None takes the defaults, and the bytes that a request's pictures may take.
     """
 
     def __init__(
         self, options: ImageOptions, resolve: Resolver = system_addresses, limits: FetchLimits | None = None
     ) -> None:
         self._options = options
-        self._limits = limits or FetchLimits()
+        self._limits = limits or FetchLimits(total_bytes=options.max_total_bytes)
         self._downloader = Downloader(LinkPolicy(options.links).visit, resolve)
         self._slots = asyncio.Semaphore(MAX_REQUESTS)
         self._threads = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="links")

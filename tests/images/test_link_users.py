@@ -58,6 +58,15 @@ async def test_the_picture_tier_follows_links(server: PictureServer) -> None:
     assert caught.value.param == "messages[0].content[1]"
 
 
+async def test_links_share_the_bytes_of_a_request(server: PictureServer) -> None:
+    server.answers["/b"] = server.answers["/c"] = response(PICTURE)
+    processor, url = tier(server, max_total_bytes=2 * len(PICTURE) - 1), partial(url_of, server, host="localhost")
+    assert (await processor.prepare(lambda: asked(url("/b")))).tiles
+    with pytest.raises(InvalidImageError, match="link cannot be followed") as caught:
+        await processor.prepare(lambda: asked(url("/b"), url("/c")))
+    assert caught.value.param == "messages[0].content[1]"
+
+
 async def test_a_slow_link_holds_up_no_decoding_and_ends_with_its_request(server: PictureServer) -> None:
     server.answers["/silent"] = silent
     processor, url = tier(server), url_of(server, "/silent", "localhost")
