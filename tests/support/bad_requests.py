@@ -200,7 +200,7 @@ def _heads() -> Iterator[tuple[str, bytes]]:
     yield from {
         "no HTTP": b"hello\r\n\r\n",
         "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200) + b"\r\n\r\n",
-        "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
+        "HTTP/2": b"PRI * HTTP/2.0\r\nConnection: close\r\n\r\nSM\r\n\r\n" + bytes(9),
         "HTTP/9.9": b"GET /health HTTP/9.9\r\nHost: x\r\nConnection: close\r\n\r\n",
         "no version": b"GET /health\r\n\r\n",
         "a bare CR": b"GET /health HTTP/1.1\rHost: x\r\r\r\n\r\n",
