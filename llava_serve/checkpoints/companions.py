@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.files import find_folder
 from llava_serve.checkpoints.spec import Adapter
+from llava_serve.checkpoints.weight_mapping import LAYOUTS, our_name
 from llava_serve.checkpoints.weight_names import weight_names
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
 
 _KNOWN_TOWERS = Path(__file__).parent / "known_towers"
 """The two small files of the common towers: a checkpoint that holds its tower's weights needs no other folder."""
-
-_TOWER_INSIDE = re.compile(r"(module\.|base_model\.model\.)?(model|transformer)\.vision_tower\.")
 
 
 def find_tower(
@@ -35,7 +33,8 @@ def find_tower(
         CheckpointError: there is no such folder.
     """
     names = weight_names(folder) if weights else ()
-    held = sum(_TOWER_INSIDE.match(name) is not None for name in names) if names else None  # None is unknown
+    ours = (our_name(name, LAYOUTS["original"]) or "" for name in names)
+    held = sum(name.startswith("vision_tower.") for name in ours) if names else None  # None is unknown
     trained, chosen = _was_trained(config), options.vision_tower_weights
     if held == 0 and chosen == "checkpoint":
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any
 from llava_serve.checkpoints.chat_templates import read_chat_template
 from llava_serve.checkpoints.companions import unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
-from llava_serve.checkpoints.files import read_json, weight_files
+from llava_serve.checkpoints.files import no_weights, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.original import token_ids
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
@@ -50,7 +50,7 @@ def read_hf(
     vision = _vision_config(config)
     if weights and not weight_files(folder):
         raise CheckpointError(
-            f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin; copy them there."
+            f"{no_weights(folder)}, neither model.safetensors nor pytorch_model.bin; copy them there."
         )
     tokenizer = _tokenizer(folder, config)
     judged = _chat_template(folder, tokenizer, options.conv_mode)

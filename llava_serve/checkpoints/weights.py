@@ -67,7 +67,7 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
         if not files:
             raise CheckpointError(
                 f"The vision tower {spec.tower} holds no weights, neither model.safetensors nor pytorch_model.bin; "
-                "name a folder that does with vision_tower."
+                "name a folder that does with vision_tower (--vision-tower)."
             )
         tensors |= _renamed(files, TOWER)
     return tensors
@@ -103,7 +103,7 @@ def _with_deltas(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules: 
             base = spec.base.name if spec.base else "the base"
             raise CheckpointError(
                 f"{path.name} adds to {module} of {base}, {have}: it was trained on another base. "
-                "Name that one with model_base."
+                "Name that one with model_base (--model-base)."
             )
         tensors[name] = replace(target, delta=delta)
     return tensors

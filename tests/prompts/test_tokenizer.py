@@ -147,7 +147,7 @@ def test_the_history_with_tokenizer_json_only(template: str, prepended: bool, tm
     tokenizer = load_tokenizer(read_tokenizer(tmp_path, []))
     turns: list[Message] = []
     for question, answer in TALK:
-        image = [] if turns else [ImagePart(b""), TextPart("\n")]
+        image: list[TextPart | ImagePart] = [] if turns else [ImagePart(b""), TextPart("\n")]
         turns += [Message("user", (*image, TextPart(question))), Message("assistant", (TextPart(answer),))]
     spans = render(template, None, turns[:-1])
     assert tokenizer.encode(spans) == by_the_original(AutoTokenizer.from_pretrained(tmp_path), prompt_text(spans))
