@@ -17,12 +17,13 @@ _KNOWN_TOWERS = Path(__file__).parent / "known_towers"
 
 
 def find_tower(
-    folder: Path, config: dict[str, Any], options: ModelOptions, *, weights: bool
+    folder: Path, base: Path | None, config: dict[str, Any], options: ModelOptions, *, weights: bool
 ) -> tuple[Path, bool, tuple[str, ...]]:
     """The vision tower of a checkpoint in the original's layout.
 
     Args:
         folder, config: of the checkpoint.
+        base: of an adapter.
         options: what overrides its config.json.
         weights: as `open_checkpoint` has it.
 
@@ -32,9 +33,10 @@ def find_tower(
     Raises:
         CheckpointError: there is no such folder.
     """
-    names = weight_names(folder) if weights else ()
+    names = weight_names(base or folder) if weights else ()
     ours = (our_name(name, LAYOUTS["original"]) or "" for name in names)
-    held = sum(name.startswith("vision_tower.") for name in ours) if names else None  # None is unknown
+    count = sum(name.startswith("vision_tower.") for name in ours)
+    held = count if count or (names and base is None) else None  # None is unknown: an adapter may hold one, too
     trained, chosen = _was_trained(config), options.vision_tower_weights
     if held == 0 and chosen == "checkpoint":
         raise CheckpointError(

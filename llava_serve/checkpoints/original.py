@@ -52,7 +52,7 @@ def read_original(
     _refuse_unsupported(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
-    tower, tower_inside, notes = find_tower(folder, config, options, weights=weights)
+    tower, tower_inside, notes = find_tower(folder, base_folder, config, options, weights=weights)
     vision = read_vision_config(tower)
     image = _image_processing(config, tower, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
@@ -120,13 +120,26 @@ def _base_folder(name: str, folder: Path, adapter: Adapter | None, base: str | N
         if base is not None:
             raise CheckpointError(f"{name} holds full weights and takes no model_base (--model-base); leave it out.")
         return None
-    kind = "LoRA adapter" if adapter == "lora" else "projector"
     if base is None:
-        wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
-        hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
-        raise CheckpointError(
-            f"{name} holds only a {kind}; name the model it adds to with model_base (--model-base){hint}."
-        )
+        raise no_base(name, folder, "LoRA adapter" if adapter == "lora" else "projector")
+    return find_base(folder, base, weights=weights)
+
+
+def no_base(name: str, folder: Path, kind: str) -> CheckpointError:
+    """The error for an adapter without a base."""
+    wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
+    hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
+    return CheckpointError(
+        f"{name} holds only a {kind}; name the model it adds to with model_base (--model-base){hint}."
+    )
+
+
+def find_base(folder: Path, base: str, *, weights: bool) -> Path:
+    """The folder of an adapter's base.
+
+    Raises:
+        CheckpointError: there is none, or it holds no weights.
+    """
     base_folder = find_folder(base, "base model", Path(), folder.parent, weights=weights)
     if weights and not weight_files(base_folder):
         raise CheckpointError(
