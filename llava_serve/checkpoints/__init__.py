@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from pathlib import Path
 from typing import Literal, Unpack
 
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
-from llava_serve.checkpoints.hf import read_hf
+from llava_serve.checkpoints.hf import read_hf, read_hf_adapter
 from llava_serve.checkpoints.model_name import model_name
-from llava_serve.checkpoints.original import is_original, read_original
+from llava_serve.checkpoints.original import find_base, is_original, no_base, read_original
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
 from llava_serve.config import ModelKeywords, ModelOptions, resolve_model_options
 from llava_serve.errors import CheckpointError
@@ -44,9 +45,10 @@ def open_checkpoint(
             "original's apply_delta, and name the result."
         )
     folder = find_folder(model, "model", weights=weights)
-    config = read_json(folder, "config.json")
+    base = _base_of_adapter(folder, options, weights=weights)
+    config = read_json(base or folder, "config.json")
     # That of an adapter says how its base was loaded for training.
-    holds_weights = bool(weight_files(folder)) if weights else options.model_base is None
+    holds_weights = base is not None or (bool(weight_files(folder)) if weights else options.model_base is None)
     if config.get("quantization_config") and holds_weights:
         raise CheckpointError(
             f"config.json in {folder} has a quantization_config: the weights are quantized already. Use the original "
@@ -54,7 +56,10 @@ def open_checkpoint(
         )
     reader = read_original if is_original(config) else read_hf
     try:
-        spec = reader(model_name(model), folder, config, options, weights=weights)
+        if base is not None and reader is read_hf:
+            spec = read_hf_adapter(model_name(model), folder, base, config, options, weights=weights)
+        else:
+            spec = reader(model_name(model), folder, config, options, weights=weights)
     except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
         raise CheckpointError(
             f"config.json in {folder}, or another .json file of the checkpoint, holds an invalid value "
@@ -68,6 +73,18 @@ def open_checkpoint(
     spec = _with_aspect(spec, options.image_aspect)
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec
+
+
+def _base_of_adapter(folder: Path, options: ModelOptions, *, weights: bool) -> Path | None:
+    """The base of an adapter that its own config.json does not describe, as PEFT saves it; None for all else."""
+    if not (folder / "adapter_config.json").is_file() or weight_files(folder):
+        return None
+    config = read_json(folder, "config.json", optional=True)
+    if config and is_original(config):
+        return None
+    if options.model_base is None:
+        raise no_base(model_name(options.model), folder, "LoRA adapter")
+    return find_base(folder, options.model_base, weights=weights)
 
 
 def _with_aspect(spec: CheckpointSpec, aspect: Literal["pad", "square"] | None) -> CheckpointSpec:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.spec import Adapter
+from llava_serve.checkpoints.weight_mapping import LAYOUTS, our_name
 from llava_serve.checkpoints.weight_names import weight_names
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
@@ -15,16 +15,15 @@ from llava_serve.errors import CheckpointError
 _KNOWN_TOWERS = Path(__file__).parent / "known_towers"
 """The two small files of the common towers: a checkpoint that holds its tower's weights needs no other folder."""
 
-_TOWER_INSIDE = re.compile(r"(module\.|base_model\.model\.)?(model|transformer)\.vision_tower\.")
-
 
 def find_tower(
-    folder: Path, config: dict[str, Any], options: ModelOptions, *, weights: bool
+    folder: Path, base: Path | None, config: dict[str, Any], options: ModelOptions, *, weights: bool
 ) -> tuple[Path, bool, tuple[str, ...]]:
     """The vision tower of a checkpoint in the original's layout.
 
     Args:
         folder, config: of the checkpoint.
+        base: of an adapter.
         options: what overrides its config.json.
         weights: as `open_checkpoint` has it.
 
@@ -34,8 +33,10 @@ def find_tower(
     Raises:
         CheckpointError: there is no such folder.
     """
-    names = weight_names(folder) if weights else ()
-    held = sum(_TOWER_INSIDE.match(name) is not None for name in names) if names else None  # None is unknown
+    names = weight_names(base or folder) if weights else ()
+    ours = (our_name(name, LAYOUTS["original"]) or "" for name in names)
+    count = sum(name.startswith("vision_tower.") for name in ours)
+    held = count if count or (names and base is None) else None  # None is unknown: an adapter may hold one, too
     trained, chosen = _was_trained(config), options.vision_tower_weights
     if held == 0 and chosen == "checkpoint":
         raise CheckpointError(

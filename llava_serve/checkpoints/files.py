@@ -56,6 +56,8 @@ def weight_files(folder: Path) -> list[Path]:
             return paths
         if (folder / stem).is_file():
             return [folder / stem]
+        if shards := _without_index(folder, stem):
+            return shards
     return []
 
 
@@ -66,6 +68,25 @@ def _check_names(names: Iterable[Any], index: str, folder: Path) -> None:
             raise CheckpointError(
                 f"{index} in {folder} names {str(name)[:100]!r}, which is no file beside it; download it again."
             )
+
+
+def _without_index(folder: Path, stem: str) -> list[Path]:
+    """The shards of a set of weights whose index is not there; loading finds out whether a tensor is missing."""
+    name, _, kind = stem.partition(".")
+    shards = sorted(folder.glob(f"{name}-*-of-*.{kind}"))
+    if shards:
+        count = int(shards[0].stem.rpartition("-")[2])
+        expected = [folder / f"{name}-{i:05}-of-{count:05}.{kind}" for i in range(1, count + 1)]
+        if missing := [path.name for path in expected if path not in shards]:
+            raise CheckpointError(f"{missing[0]} is missing in {folder}, and so is {stem}.index.json; copy both there.")
+    return shards
+
+
+def no_weights(folder: Path) -> str:
+    """The start of a message on a folder without weights; it names what training leaves instead."""
+    steps = next(iter(sorted(folder.glob("global_step*"))), None)
+    hint = f" but DeepSpeed's {steps.name}, which its zero_to_fp32.py turns into them" if steps else ""
+    return f"{folder} holds no weights{hint}"
 
 
 def first_file(folder: Path, *names: str) -> Path | None:

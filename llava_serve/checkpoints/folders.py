@@ -106,7 +106,7 @@ def _check_disk(name: str, what: str, sizes: Sequence[int]) -> None:
 def _lacks(folder: Path, *, weights: bool) -> bool:
     """Whether a snapshot lacks a necessary file. The hub's client finds every missing file, but only if it keeps the
     listing of the repository, which older ones did not."""
-    if not (folder / "config.json").is_file():
+    if first_file(folder, "config.json", "adapter_config.json") is None:
         return True
     if not weights:
         return False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.chat_templates import read_chat_template
 from llava_serve.checkpoints.companions import unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
-from llava_serve.checkpoints.files import read_json, weight_files
+from llava_serve.checkpoints.files import no_weights, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.original import token_ids
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
@@ -50,7 +51,7 @@ def read_hf(
     vision = _vision_config(config)
     if weights and not weight_files(folder):
         raise CheckpointError(
-            f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin; copy them there."
+            f"{no_weights(folder)}, neither model.safetensors nor pytorch_model.bin; copy them there."
         )
     tokenizer = _tokenizer(folder, config)
     judged = _chat_template(folder, tokenizer, options.conv_mode)
@@ -90,6 +91,27 @@ def read_hf(
             if note
         ),
     )
+
+
+def read_hf_adapter(
+    name: str, folder: Path, base: Path, config: dict[str, Any], options: ModelOptions, *, weights: bool = True
+) -> CheckpointSpec:
+    """Reads a PEFT adapter over a base in this layout. A tokenizer that was saved with the adapter is the one to use.
+
+    Args:
+        name, folder: of the adapter.
+        base: its base.
+        config: the base's config.json.
+        options, weights: as `read_original` has them.
+    """
+    alone = options.model_copy(update={"model_base": None})
+    spec = read_hf(name, base, config, alone, weights=weights)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _tokenizer(folder, config)
+        spec = replace(spec, tokenizer=tokenizer)
+        if (judged := _chat_template(folder, tokenizer, options.conv_mode)) is not None:
+            spec = replace(spec, chat_template=judged.template, conv_mode="chat_template")
+    return replace(spec, path=folder, base=base, adapter="lora")
 
 
 def _refuse_other_models(kind: str, folder: Path) -> None:

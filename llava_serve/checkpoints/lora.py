@@ -19,9 +19,12 @@ from llava_serve.errors import CheckpointError
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+_SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save)?(?:\.default)?\.(?P<last>weight|bias)")
+
 _UNSUPPORTED_KEYS = (
-    *("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"),
-    *("layer_replication", "target_parameters", "trainable_token_indices"),
+    *("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias"),
+    *("layer_replication", "target_parameters"),
 )
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
@@ -36,30 +39,48 @@ class Delta:
         shape: (out_features, in_features) of the weight.
         a, b: read the factors, [rank, in_features] and [out_features, rank].
         scale: alpha / rank, or alpha / sqrt(rank).
+        rounded: factors and product are rounded to the precision of the weight before they are added, as PEFT does in
+            the original, whose adapter is in half precision as its model; else only the sum is rounded.
     """
 
     shape: tuple[int, int]
     a: Callable[[], Tensor]
     b: Callable[[], Tensor]
     scale: float
+    rounded: bool
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """The merged weight. Factors, product and sum are each rounded to the precision of the stored weight, as PEFT
-        does in the original, whose model is in half precision: rounding less gives other logits."""
+        """The merged weight, in the precision of the stored one. Rounding otherwise than PEFT gives other logits."""
+        if not self.rounded:
+            return (weight.float() + self.scale * (self.b().float() @ self.a().float())).to(weight.dtype)
         a, b = (factor().to(weight.dtype).float() for factor in (self.a, self.b))
         return weight + (self.scale * (b @ a)).to(weight.dtype)
 
 
-def read_deltas(folder: Path, file: Path, stored: Mapping[str, Stored]) -> dict[str, Delta]:
-    """Pairs the factors of an adapter.
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The tensors of an adapter, by the names of the modules that PEFT wrapped.
+
+    Attributes:
+        deltas: by module.
+        saved: the name of each whole parameter that was trained (`modules_to_save`), by the parameter's name.
+        tokens: the ids of the rows that were trained (`trainable_token_indices`) and the name of the tensor with those
+            rows, by module.
+    """
+
+    deltas: dict[str, Delta]
+    saved: dict[str, str]
+    tokens: dict[str, tuple[tuple[int, ...], str]]
+
+
+def read_adapter(folder: Path, file: Path, stored: Mapping[str, Stored], *, rounded: bool) -> Adapter:
+    """Sorts the tensors of an adapter, and pairs the factors.
 
     Args:
         folder: of the adapter, with `adapter_config.json`.
         file: that holds the tensors, for messages.
         stored: shape and reader of each tensor in it.
-
-    Returns:
-        By the module's name in the original's layout.
+        rounded: as `Delta` has it.
 
     Raises:
         CheckpointError: the adapter is no plain LoRA, or one of two factors is missing.
@@ -67,15 +88,50 @@ def read_deltas(folder: Path, file: Path, stored: Mapping[str, Stored]) -> dict[
     config = read_json(folder, "adapter_config.json")
     _refuse_unsupported(config)
     factors: dict[str, dict[str, Stored]] = {}
+    saved: dict[str, str] = {}
+    tokens: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, tensor in stored.items():
-        match = _FACTOR.fullmatch(name)
-        if match is None:
-            raise CheckpointError(f"{file.name} holds {name}, which is no factor of a LoRA on a linear layer.")
-        factors.setdefault(match["module"], {})[match["side"]] = tensor
-    return {module: _delta(module, sides, config, file) for module, sides in factors.items()}
+        if match := _FACTOR.fullmatch(name):
+            factors.setdefault(match["module"], {})[match["side"]] = tensor
+        elif match := _TOKENS.fullmatch(name):
+            tokens[match["module"]] = (_token_ids(config, match["module"], tensor, file), name)
+        elif (match := _SAVED.fullmatch(name)) and _is_saved(config, match["module"]):
+            saved[f"{match['module']}.{match['last']}"] = name
+        else:
+            raise CheckpointError(
+                f"{file.name} holds {name}, which is no factor of a LoRA on a linear layer and in none of "
+                "modules_to_save of adapter_config.json."
+            )
+    for whole in config.get("modules_to_save") or ():
+        if not any(f".{whole}." in f".{name}" for name in saved):
+            raise CheckpointError(
+                f"adapter_config.json names {whole} in modules_to_save, but {file.name} does not hold it: use the "
+                "files of one adapter."
+            )
+    deltas = {module: _delta(module, sides, config, file, rounded) for module, sides in factors.items()}
+    return Adapter(deltas, saved, tokens)
 
 
-def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: Path) -> Delta:
+def _is_saved(config: dict[str, Any], module: str) -> bool:
+    """Whether a module was trained as a whole. PEFT also saves embeddings and heads that were resized."""
+    whole = (*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head")
+    return any(f".{part}." in f".{module}." for part in whole)
+
+
+def _token_ids(config: dict[str, Any], module: str, tensor: Stored, file: Path) -> tuple[int, ...]:
+    named = config.get("trainable_token_indices") or ()
+    if isinstance(named, dict):
+        named = next((ids for key, ids in named.items() if module.endswith(key)), ())
+    ids = tuple(int(token_id) for token_id in named)
+    if len(ids) != tensor[0][0]:
+        raise CheckpointError(
+            f"{file.name} holds {tensor[0][0]} rows of {module}, but adapter_config.json names {len(ids)} "
+            "(trainable_token_indices): use the files of one adapter."
+        )
+    return ids
+
+
+def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: Path, rounded: bool) -> Delta:
     if sides.keys() != {"A", "B"}:
         raise CheckpointError(f"{file.name} holds only one of the two factors of {module}.")
     (shape_a, a), (shape_b, b) = sides["A"], sides["B"]
@@ -83,7 +139,7 @@ def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: 
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
         raise CheckpointError(f"{file.name}: the factors of {module} are {shape_a} and {shape_b}; the rank is {rank}.")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Delta((shape_b[0], shape_a[1]), a, b, float(config["lora_alpha"]) / divisor)
+    return Delta((shape_b[0], shape_a[1]), a, b, float(config["lora_alpha"]) / divisor, rounded)
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from llava_serve.checkpoints.companions import find_tower, unused_adapter
 from llava_serve.checkpoints.decoders import refuse_unsupported_text
-from llava_serve.checkpoints.files import first_file, read_json, weight_files
+from llava_serve.checkpoints.files import first_file, no_weights, read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
@@ -66,7 +66,7 @@ def read_original(
     _refuse_unsupported(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
-    tower, tower_inside, notes = find_tower(folder, config, options, weights=weights)
+    tower, tower_inside, notes = find_tower(folder, base_folder, config, options, weights=weights)
     vision = read_vision_config(tower)
     image = _image_processing(config, tower, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
@@ -118,7 +118,7 @@ def _adapter(folder: Path) -> Adapter | None:
     if (folder / "mm_projector.bin").is_file():
         return "projector"
     raise CheckpointError(
-        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no adapter_config.json "
+        f"{no_weights(folder)}: no model.safetensors, no pytorch_model.bin, no adapter_config.json "
         "and no mm_projector.bin."
     )
 
@@ -132,18 +132,33 @@ def _named_adapter(folder: Path, base: str | None) -> Adapter | None:
 def _base_folder(name: str, folder: Path, adapter: Adapter | None, base: str | None, *, weights: bool) -> Path | None:
     if adapter is None:
         if base is not None:
-            raise CheckpointError(f"{name} holds full weights and takes no model_base; leave it out.")
+            raise CheckpointError(f"{name} holds full weights and takes no model_base (--model-base); leave it out.")
         return None
-    kind = "LoRA adapter" if adapter == "lora" else "projector"
     if base is None:
-        wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
-        hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
-        raise CheckpointError(f"{name} holds only a {kind}; name the model it adds to with model_base{hint}.")
+        raise no_base(name, folder, "LoRA adapter" if adapter == "lora" else "projector")
+    return find_base(folder, base, weights=weights)
+
+
+def no_base(name: str, folder: Path, kind: str) -> CheckpointError:
+    """The error for an adapter without a base."""
+    wanted = read_json(folder, "adapter_config.json", optional=True).get("base_model_name_or_path")
+    hint = f" (it was trained on {Path(wanted).name})" if wanted else ""
+    return CheckpointError(
+        f"{name} holds only a {kind}; name the model it adds to with model_base (--model-base){hint}."
+    )
+
+
+def find_base(folder: Path, base: str, *, weights: bool) -> Path:
+    """The folder of an adapter's base.
+
+    Raises:
+        CheckpointError: there is none, or it holds no weights.
+    """
     base_folder = find_folder(base, "base model", Path(), folder.parent, weights=weights)
     if weights and not weight_files(base_folder):
         raise CheckpointError(
             f"The base model {base_folder} holds no weights, neither model.safetensors nor pytorch_model.bin; name a "
-            "full model with model_base."
+            "full model with model_base (--model-base)."
         )
     return base_folder
 
@@ -165,6 +180,11 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         )
     if "mm_vision_select_layer" not in config:
         raise CheckpointError("config.json lacks mm_vision_select_layer; add it, -2 in all released checkpoints.")
+    if isinstance(config["mm_vision_select_layer"], list):
+        raise CheckpointError(
+            f"config.json sets mm_vision_select_layer to {config['mm_vision_select_layer']}: features of several "
+            "layers (ViP-LLaVA) are not supported in the original's layout; take the checkpoint in transformers'."
+        )
 
 
 def _decoder(config: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import sentencepiece
@@ -62,7 +63,7 @@ def load_fast(folder: Path) -> FastTokenizer:
     """
     check_size(folder / "tokenizer.json")
     try:
-        return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        return FastTokenizer.from_buffer((folder / "tokenizer.json").read_bytes().removeprefix(BOM_UTF8))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json in {folder} is damaged; download it again.") from error
 

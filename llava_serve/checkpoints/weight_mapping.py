@@ -61,9 +61,13 @@ _STORED_NAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
 }
 
 
+_WRAPPERS = re.compile(r"^(base_model\.model\.|module\.)+(?=\w+\.)|(?<![^.])_orig_mod\.")
+"""What PEFT, data parallelism and torch.compile put before the names of the modules that they wrap."""
+
+
 def our_name(stored: str, rules: Rules) -> str | None:
     """Our name of a stored tensor; the stored one if no rule matches, None if it is skipped."""
-    stored = stored.removeprefix("base_model.model.")  # PEFT's
+    stored = _WRAPPERS.sub("", stored)
     for pattern, replacement in rules:
         match = pattern.match(stored)
         if match:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_serve.checkpoints.files import first_file, weight_files
-from llava_serve.checkpoints.lora import Delta, read_deltas
+from llava_serve.checkpoints.lora import Delta, read_adapter
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.weight_mapping import LAYOUTS, TOWER, Rules, our_name
 from llava_serve.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,16 @@ class StoredTensor:
         """The first rows of the tensor."""
         return replace(self, shape=(count, *self.shape[1:]), read=lambda: self.value()[:count], delta=None)
 
+    def with_rows(self, ids: tuple[int, ...], rows: StoredTensor) -> StoredTensor:
+        """The tensor with other rows at some places."""
+
+        def read() -> Tensor:
+            table = self.value().clone()
+            table[list(ids)] = rows.value().to(table.dtype)
+            return table
+
+        return replace(self, read=read, delta=None)
+
 
 def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, its base and its tower, by our names; the adapter's over the base's.
@@ -56,18 +70,20 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
     rules = LAYOUTS[spec.layout]
     tensors = _renamed(weight_files(spec.base or spec.path), rules)
     if spec.adapter is not None:
-        own = spec.path / "mm_projector.bin" if spec.adapter == "projector" else _non_lora(spec.path)
-        tensors = _over(tensors, _renamed([own], rules))
+        own = _beside(spec, has_projector=any(name.startswith("projector.") for name in tensors))
+        tensors = _over(tensors, _renamed(own, rules))
     if spec.adapter == "lora":
-        tensors = _with_deltas(tensors, spec, rules)
+        tensors = _with_adapter(tensors, spec, rules)
     has_tower = any(name.startswith("vision_tower.") for name in tensors)
     if spec.tower is not None and not (spec.tower_in_checkpoint and has_tower):
+        if has_tower and spec.adapter is not None:  # without an adapter the description has a note on it
+            _log.warning("%s: the vision tower in its files is not used; the weights are %s.", spec.name, spec.tower)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_tower.")}
         files = weight_files(spec.tower)
         if not files:
             raise CheckpointError(
                 f"The vision tower {spec.tower} holds no weights, neither model.safetensors nor pytorch_model.bin; "
-                "name a folder that does with vision_tower."
+                "name a folder that does with vision_tower (--vision-tower)."
             )
         tensors |= _renamed(files, TOWER)
     return tensors
@@ -80,33 +96,77 @@ def _over(base: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[s
     return base | own
 
 
-def _non_lora(folder: Path) -> Path:
-    path = first_file(folder, "non_lora_trainables.bin", "non_lora_trainables.safetensors")
-    if path is None:
+def _beside(spec: CheckpointSpec, *, has_projector: bool) -> list[Path]:
+    """The file of an adapter's projector: in its folder, or in that of the training run of a `checkpoint-N`."""
+    if spec.adapter == "projector":
+        return [spec.path / "mm_projector.bin"]
+    names = ("non_lora_trainables.bin", "non_lora_trainables.safetensors", "mm_projector.bin")
+    is_step = re.fullmatch(r"checkpoint-\d+", spec.path.name) is not None
+    for folder in (spec.path, *([spec.path.parent] if is_step else ())):
+        if (path := first_file(folder, *names)) is not None:
+            return [path]
+    if not has_projector:
         raise CheckpointError(
-            f"non_lora_trainables.bin is missing in {folder}; the adapter's projector is in it: copy it there."
+            f"non_lora_trainables.bin is missing in {spec.path}; the adapter's projector is in it: copy it there, or "
+            "mm_projector.bin."
         )
-    return path
+    if spec.layout == "original":
+        _log.warning(
+            "%s: %s has no non_lora_trainables.bin; the projector is that of %s.", spec.name, spec.path, spec.base
+        )
+    return []
 
 
-def _with_deltas(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules: Rules) -> dict[str, StoredTensor]:
+def _with_adapter(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules: Rules) -> dict[str, StoredTensor]:
     path = first_file(spec.path, "adapter_model.safetensors", "adapter_model.bin")
     if path is None:
         raise CheckpointError(f"adapter_model.safetensors (or .bin) is missing in {spec.path}; copy it there.")
     stored = read_file(path)
-    deltas = read_deltas(spec.path, path, {name: (tensor.shape, tensor.read) for name, tensor in stored.items()})
-    for module, delta in deltas.items():
-        name = our_name(f"{module}.weight", rules) or ""
-        target = tensors.get(name)
-        if target is None or target.shape != delta.shape:
-            have = "which is not there" if target is None else f"which is {target.shape} there, not {delta.shape}"
-            base = spec.base.name if spec.base else "the base"
-            raise CheckpointError(
-                f"{path.name} adds to {module} of {base}, {have}: it was trained on another base. "
-                "Name that one with model_base."
-            )
-        tensors[name] = replace(target, delta=delta)
+    shapes = {name: (tensor.shape, tensor.read) for name, tensor in stored.items()}
+    adapter = read_adapter(spec.path, path, shapes, rounded=spec.layout == "original")
+    for parameter, name in adapter.saved.items():
+        tensors[our_name(parameter, rules) or ""] = stored[name]
+    for module, (ids, name) in adapter.tokens.items():
+        ours, table = _target(tensors, f"{module}.weight", rules, path, spec)
+        tensors[ours] = table.with_rows(ids, stored[name])
+    unused = [module for module in adapter.deltas if _is_tower_elsewhere(our_name(module, rules) or "", spec)]
+    if unused:
+        _log.warning(
+            "%s: %s adds to %s and %d more modules of a vision tower that is not used; the tower is %s.",
+            *(spec.name, path.name, unused[0], len(unused) - 1, spec.tower),
+        )
+    for module, delta in adapter.deltas.items():
+        if module in unused:
+            continue
+        ours, target = _target(tensors, f"{module}.weight", rules, path, spec, delta.shape)
+        tensors[ours] = replace(target, delta=delta)
     return tensors
+
+
+def _is_tower_elsewhere(ours: str, spec: CheckpointSpec) -> bool:
+    """Whether a tensor is one of a tower whose weights are those in another folder."""
+    return ours.startswith("vision_tower.") and spec.tower is not None and not spec.tower_in_checkpoint
+
+
+def _target(
+    tensors: dict[str, StoredTensor],
+    parameter: str,
+    rules: Rules,
+    path: Path,
+    spec: CheckpointSpec,
+    shape: tuple[int, ...] | None = None,
+) -> tuple[str, StoredTensor]:
+    """What an adapter adds to, by our name."""
+    name = our_name(parameter, rules) or ""
+    target = tensors.get(name)
+    if target is None or (shape is not None and target.shape != shape):
+        have = "which is not there" if target is None else f"which is {target.shape} there, not {shape}"
+        base = spec.base.name if spec.base else "the base"
+        raise CheckpointError(
+            f"{path.name} adds to {parameter.removesuffix('.weight')} of {base}, {have}: it was trained on another "
+            "base. Name that one with model_base (--model-base)."
+        )
+    return name, target
 
 
 def _renamed(files: Iterable[Path], rules: Rules) -> dict[str, StoredTensor]:

@@ -230,6 +230,8 @@ def _fit_vocabulary(
             )
         settings["vocab_size"] = min(size, tokenizer.size)
         tensors = tensors | {name: tensor.first_rows(settings["vocab_size"]) for name, tensor in tables.items()}
+    elif spec.adapter is not None and tables:  # which may add rows to those of its base
+        settings["vocab_size"] = _table_size(spec, list(tables.values()))
     try:
         return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:

@@ -124,8 +124,11 @@ def _check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: s
     if surplus:
         parts.append(f"surplus are {_some([_described(stored[name]) for name in surplus])}")
     advice = "Download it again, or correct its config.json."
-    if spec.adapter is not None:
-        advice = f"Name the base that it was trained on with model_base; {spec.base} is another, or incomplete."
+    if any(name.endswith((".qweight", ".qzeros")) for name in surplus):
+        advice = "The weights are quantized already, by AWQ or GPTQ: take the original ones, and --load-4bit."
+    elif spec.adapter is not None:
+        advice = "Name the base that it was trained on with model_base (--model-base); "
+        advice += f"{spec.base} is another, or incomplete."
     raise CheckpointError(f"The tensors of {spec.path} do not fit its config.json: {'; '.join(parts)}. {advice}")
 
 
@@ -169,6 +172,11 @@ def _place(
 
 
 def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
+    if 0 in stored.shape and 0 not in shape:
+        raise CheckpointError(
+            f"{stored.name} in {stored.file} is empty: DeepSpeed (ZeRO-3) has saved it without gathering it. Make the "
+            "weights from its global_step folder with its zero_to_fp32.py."
+        )
     if stored.shape != shape:
         raise CheckpointError(
             f"{stored.name} in {stored.file} is {stored.shape}, but config.json asks for {shape}: correct config.json, "
@@ -204,5 +212,7 @@ def _check_finite(stored: StoredTensor, value: Tensor, loaded: Tensor) -> None:
     what = f"{stored.name} in {stored.file}" + (" with the adapter's addition" if stored.delta else "")
     if bool(are_finite(value)):
         dtype = str(loaded.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{what} holds numbers too large for {dtype}: choose bfloat16 or float32 with dtype.")
+        raise CheckpointError(
+            f"{what} holds numbers too large for {dtype}: choose bfloat16 or float32 with dtype (--dtype)."
+        )
     raise CheckpointError(f"{what} holds NaN or infinity: download it again.")

@@ -178,7 +178,7 @@ class JsonTokenizer(Tokenizer):
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._byte_level = _is_byte_level(self._tokenizer)
         self._silent = {token_id for token_id, token in added.items() if token.special}
-        marks = [token.content for token in added.values()]
+        marks = [token.content for token in added.values() if token.content.strip()]  # runs of spaces are text
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
         config = read_json(spec.folder, "tokenizer_config.json", optional=True)
         bos = config.get("bos_token")
@@ -213,18 +213,27 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, spans: Sequence[Span]) -> list[int]:
         if self._image_token is None:
             return self._encode_chunks(spans)
-        if any(isinstance(span, Text) and self._marks and self._marks.search(span.text) for span in spans):
+        if self._spells_controls(spans):
             return self._encode_apart(spans)
+        return self._encode_whole(spans)
+
+    def _spells_controls(self, spans: Sequence[Span]) -> bool:
+        """Whether a text spells the name of a control token."""
+        return any(isinstance(span, Text) and self._marks and self._marks.search(span.text) for span in spans)
+
+    def _encode_whole(self, spans: Sequence[Span], *, opening: bool = True) -> list[int]:
+        """Encodes spans as one string, as transformers does."""
         text = "".join(self._spelling(span) for span in spans)
         starts_with_bos = bool(self._bos) and text.startswith(str(self._bos))
-        ids = self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=opening and not starts_with_bos).ids
         return [IMAGE_TOKEN_ID if i == self._image_id else i for i in ids]
 
     def _encode_chunks(self, spans: Sequence[Span]) -> list[int]:
-        ids: list[int] = []
+        encode = self._encode_apart if self._spells_controls(spans) else self._encode_whole
+        ids = encode([]) if spans and isinstance(spans[0], ImageSlot) else []
         for is_image, group in groupby(spans, lambda span: isinstance(span, ImageSlot)):
             chunk = list(group)
-            ids += [IMAGE_TOKEN_ID] * len(chunk) if is_image else self._encode_apart(chunk, opening=not ids)
+            ids += [IMAGE_TOKEN_ID] * len(chunk) if is_image else encode(chunk, opening=not ids)
         return ids
 
     def _encode_apart(self, spans: Sequence[Span], *, opening: bool = True) -> list[int]:

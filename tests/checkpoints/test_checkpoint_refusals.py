@@ -38,6 +38,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown feature": ({"mm_vision_select_feature": "cls"}, ("mm_vision_select_feature", "'cls'", "cls_patch")),
     "no layer": ({"mm_vision_select_layer": None}, ("mm_vision_select_layer",)),
     "a layer that the tower lacks": ({"mm_vision_select_layer": -9}, ("layer -9", "3 layers")),
+    "several layers": ({"mm_vision_select_layer": [-2, -5]}, ("mm_vision_select_layer", "[-2, -5]", "ViP-LLaVA")),
+    "a build of its own": (
+        {"architectures": ["BunnyPhiForCausalLM"], "model_type": "bunny-phi", "mm_vision_select_layer": None},
+        ("BunnyPhiForCausalLM",),
+    ),
     "no such decoder": (
         {"architectures": ["BunnyPhiForCausalLM"], "mm_vision_select_layer": None},
         ("BunnyPhiForCausalLM", "LlavaLlamaForCausalLM"),
@@ -126,6 +131,33 @@ def test_a_tower_of_the_trainers_machine_is_proposed_by_its_name(llava_15: Path)
     assert open_checkpoint(str(llava_15), vision_tower=str(llava_15.parent / TOWER)).tower == llava_15.parent / TOWER
     (llava_15.parent / TOWER).rename(llava_15.parent / "elsewhere")
     assert "name another folder with --vision-tower" in refusal(llava_15)
+
+
+def test_what_deepspeed_leaves_is_named(llava_15: Path) -> None:
+    weights = read(llava_15)
+    write(llava_15, weights | {"model.norm.weight": torch.zeros(0)})
+    message = refusal(llava_15)
+    for part in ("model.norm.weight", "ZeRO-3", "zero_to_fp32.py"):
+        assert part in message
+    (llava_15 / "model.safetensors").unlink()
+    (llava_15 / "global_step100").mkdir()
+    message = refusal(llava_15)
+    assert "holds no weights but DeepSpeed's global_step100" in message
+
+
+def test_old_quantized_weights_are_named(llava_15: Path) -> None:
+    name = "model.layers.0.mlp.up_proj."
+    weights = {key: t for key, t in read(llava_15).items() if not key.startswith(name)}
+    write(llava_15, weights | {f"{name}qweight": torch.zeros(8, 4, dtype=torch.int32)})
+    assert "AWQ or GPTQ" in refusal(llava_15)
+
+
+def test_shards_without_index_and_one_of_them(llava_15: Path) -> None:
+    (llava_15 / "pytorch_model.bin.index.json").unlink()
+    (llava_15 / "pytorch_model-00001-of-00002.bin").unlink()
+    message = refusal(llava_15)
+    assert "pytorch_model-00001-of-00002.bin is missing" in message
+    assert "pytorch_model.bin.index.json" in message
 
 
 def test_a_delta_by_its_name(tmp_path: Path) -> None:

@@ -64,6 +64,39 @@ def test_one_file_of_either_format(llava_15: Path, file: str) -> None:
     assert same(load(llava_15), before)
 
 
+def test_shards_without_their_index(llava_15: Path) -> None:
+    before = load(llava_15)
+    (llava_15 / "pytorch_model.bin.index.json").unlink()
+    assert same(load(llava_15), before)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "module.{0}.{1}",
+        "_orig_mod.{0}.{1}",
+        "base_model.model.{0}.{1}",
+        "module._orig_mod.{0}.{1}",
+        "{0}._orig_mod.{1}",
+    ],
+)
+def test_names_of_wrapped_modules(llava_15: Path, wrapped: str) -> None:
+    before = load(llava_15)
+    weights = read(llava_15)
+    write(llava_15, {wrapped.format(*name.split(".", 1)): tensor for name, tensor in weights.items()})
+    assert same(load(llava_15), before)
+
+
+def test_a_byte_order_mark_does_not_matter(llava_15: Path, folder_of: Any, tmp_path: Path) -> None:
+    hf = Path(shutil.copytree(folder_of("llava-1.5-llama-hub"), tmp_path / "hf"))
+    for folder in (llava_15, hf):
+        before = open_checkpoint(str(folder))
+        for file in [*folder.glob("*.json"), *folder.glob("*.jinja")]:
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert open_checkpoint(str(folder)) == before
+        load(folder)
+
+
 def test_a_bin_file_of_before_torch_1_6(llava_15: Path) -> None:
     before = load(llava_15)
     weights = read(llava_15)

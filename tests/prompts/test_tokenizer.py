@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoTokenizer
 
 from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.conversation import Control, ImageSlot, Text
+from llava_serve.prompts.conversation import Control, ImageSlot, Text, prompt_text, render
 from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
-from llava_serve.types import IMAGE_TOKEN_ID
+from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, TextPart
+from support.tiny_hf import Tiny, write_processor
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog", "USER: what is this? ASSISTANT: a picture of a cat",
@@ -122,3 +125,39 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json .* is damaged"):
         has_token(read_tokenizer(tmp_path, []), "a")
+
+
+def by_the_original(tokenizer: Any, prompt: str) -> list[int]:
+    """Each chunk between images by itself, and one opening token, as the original's code has it."""
+    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split("<image>")]
+    opening = [tokenizer.bos_token_id] if chunks[0][:1] == [tokenizer.bos_token_id] else []
+    ids = [*opening, *chunks[0][len(opening) :]]
+    for chunk in chunks[1:]:
+        ids += [IMAGE_TOKEN_ID, *chunk[len(opening) :]]
+    return ids
+
+
+TALK = [("What is it?", "A red circle. "), (" And what is left of it?", "A blue one."), ("How many?", "")]
+
+
+@pytest.mark.parametrize("prepended", [False, True])
+@pytest.mark.parametrize("template", ["llava_v1", "mistral_instruct", "plain", "mpt", "llava_llama_2"])
+def test_the_history_with_tokenizer_json_only(template: str, prepended: bool, tmp_path: Path) -> None:
+    write_processor(tmp_path, Tiny(False, "llama", prepended=prepended, controls=("<|im_start|>", "<|im_end|>")))
+    tokenizer = load_tokenizer(read_tokenizer(tmp_path, []))
+    turns: list[Message] = []
+    for question, answer in TALK:
+        image: list[TextPart | ImagePart] = [] if turns else [ImagePart(b""), TextPart("\n")]
+        turns += [Message("user", (*image, TextPart(question))), Message("assistant", (TextPart(answer),))]
+    spans = render(template, None, turns[:-1])
+    assert tokenizer.encode(spans) == by_the_original(AutoTokenizer.from_pretrained(tmp_path), prompt_text(spans))
+
+
+@pytest.mark.parametrize("prepended", [False, True])
+def test_tokens_one_by_one_keep_their_spaces_and_bytes(prepended: bool, tmp_path: Path) -> None:
+    write_processor(tmp_path, Tiny(False, "llama", prepended=prepended))
+    tokenizer = load_tokenizer(read_tokenizer(tmp_path, [], "<image>"))
+    text = "The circle  is left of it: é 蓝色."
+    ids = tokenizer.encode([Text(text)])[1:]
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().removeprefix(" ") == text
+    assert "".join(tokenizer.token_text(i) for i in ids).startswith(" The circle  is left of it: <0xC3><0xA9>")
