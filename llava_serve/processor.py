@@ -42,10 +42,9 @@ class Processor:
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._special_tokens = _special_tokens(spec)
         self._tile_cache = TileCache(options.cache_bytes)
-        decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
-        self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
+        self._image = spec.image if options.max_tiles is None else spec.image.limited(options.max_tiles)
         decoder = IsolatedDecoder if options.isolate else InProcessDecoder
-        self._decoder: Decoder = decoder(options, spec.image)
+        self._decoder: Decoder = decoder(options, self._image)
 
     def prepare(
         self,
@@ -110,7 +109,8 @@ class Processor:
             if check is not None:
                 check()
             try:
-                images.append(self._process_image(part, self.spec.context_length - length, check))
+                room = self.spec.context_length - length
+                images.append(self._process_image(part, room, len(parts), check))
             except InvalidImageError as error:
                 which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
                 raise InvalidImageError(which + error.message, path) from error
@@ -161,16 +161,22 @@ class Processor:
             )
         return images
 
-    def _process_image(self, part: ImagePart, room: int, check: Check | None) -> CachedTiles:
+    def _process_image(self, part: ImagePart, room: int, num_images: int, check: Check | None) -> CachedTiles:
         """An image as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
-        key = blake2b(data, digest_size=16, person=self._decoding).digest()
+        key = blake2b(data, digest_size=16, person=self._decoding(num_images)).digest()
         if (known := self._tile_cache.get(key)) is not None:
             return known
-        made = self._decoder.tiles_of(data, room, check)
+        made = self._decoder.tiles_of(data, room, check, num_images=num_images)
         if made.count < room:
             self._tile_cache.put(key, made)
         return made
+
+    def _decoding(self, num_images: int) -> bytes:
+        """Identifies what the tiles of the same bytes depend on."""
+        processing = self._image.for_images(num_images)
+        decoding = f"{self.options.transparency} {self.options.max_pixels} {processing}"
+        return blake2b(decoding.encode(), digest_size=16).digest()
 
     def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
         if self._is_chat_template(key):
@@ -187,7 +193,8 @@ class Processor:
         end = TEMPLATES[key].end_of_answer if key in TEMPLATES else ""
         if not end:
             return (), ()
-        token_id = self.tokenizer.token_id(end) if isinstance(control_spans(end)[0], Control) else None
+        first = control_spans(end)[0]
+        token_id = self.tokenizer.token_id(first.token) if isinstance(first, Control) else None
         return ((), (end,)) if token_id is None else ((token_id,), ())
 
 

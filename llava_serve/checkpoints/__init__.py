@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from llava_serve.checkpoints.families import refuse_other_models
 from llava_serve.checkpoints.files import find_folder, read_json
 from llava_serve.checkpoints.hf import read_hf
 from llava_serve.checkpoints.model_name import model_name
@@ -46,6 +47,7 @@ def open_checkpoint(
             f"config.json in {folder} has a quantization_config: the weights are quantized already. Use the original "
             "ones; they are quantized while they load."
         )
+    refuse_other_models(config, folder)
     reader = read_original if is_original(config) else read_hf
     try:
         spec = reader(model_name(model), folder, config, model_base, vision_tower, weights=weights)

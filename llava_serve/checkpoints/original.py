@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from llava_serve.checkpoints.decoders import refuse_unsupported_text
+from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
 from llava_serve.checkpoints.files import find_folder, first_file, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
 from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
-from llava_serve.checkpoints.towers import image_processing, read_vision_config
+from llava_serve.checkpoints.towers import TOWERS, image_processing, read_vision_config
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import choose_template
 
@@ -33,6 +33,8 @@ _CLASSES = {
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
 """What `model_type` means where a config.json names no class."""
 _PROJECTOR = re.compile(r"linear|identity|mlp\d+x_gelu")
+_GRID_LIMIT = re.compile(r"anyres_max_(\d+)")
+_GRID_SIZE = re.compile(r"\((\d+)x(\d+)\)")
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -65,15 +67,18 @@ def read_original(
     refuse_unsupported_text(text, "LLaVA")
     tower_folder = _tower_folder(folder, config, tower, weights=weights)
     vision = read_vision_config(tower_folder)
+    kind = TOWERS[vision["model_type"]]
     image = _image_processing(config, tower_folder, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
+    defaults = DECODERS[decoder]
     conv_mode, reason = choose_template(
         name_for_templates(name),
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
+        has_headers=has_token(tokenizer, "<|start_header_id|>"),
         modern="mlp" in config.get("mm_projector_type", "linear") or not config.get("mm_use_im_start_end", False),
     )
     return CheckpointSpec(
@@ -83,7 +88,7 @@ def read_original(
         adapter=adapter,
         base=base_folder,
         tower=tower_folder,
-        tower_in_checkpoint=bool(config.get("unfreeze_mm_vision_tower", False)) and tower is None,
+        tower_in_checkpoint=_has_tower(config) and tower is None,
         tokenizer=tokenizer,
         image=image,
         text_config=text,
@@ -91,10 +96,13 @@ def read_original(
         projector_type=config.get("mm_projector_type", "linear"),
         projector_bias=True,
         projector_act="gelu",
-        select_layer=int(config["mm_vision_select_layer"]),
-        select_feature=config.get("mm_vision_select_feature", "patch"),
+        projector_norm=None,
+        select_layers=(_select_layer(config) if kind.original_layer is None else kind.original_layer,),
+        select_feature=config.get("mm_vision_select_feature", "patch") if kind.class_token else "cls_patch",
         mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
-        context_length=int(config.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", 2048)),
+        context_length=int(
+            text.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", defaults.context_length)
+        ),
         eos_token_ids=token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
         conv_mode=conv_mode,
         conv_reason=reason,
@@ -157,8 +165,23 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are supported."
         )
-    if "mm_vision_select_layer" not in config:
+
+
+def _select_layer(config: dict[str, Any]) -> int:
+    layer = config.get("mm_vision_select_layer")
+    if layer is None:
         raise CheckpointError("config.json lacks mm_vision_select_layer; add it, -2 in all released checkpoints.")
+    if isinstance(layer, list):
+        raise CheckpointError(
+            f"config.json selects the layers {layer} (mm_vision_select_layer): of ViP-LLaVA transformers' layout is "
+            "supported, llava-hf/vip-llava-7b-hf."
+        )
+    return int(layer)
+
+
+def _has_tower(config: dict[str, Any]) -> bool:
+    """Whether the tower was trained, so that its weights are the checkpoint's own."""
+    return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in str(config.get("mm_tunable_parts"))
 
 
 def _decoder(config: dict[str, Any]) -> str:
@@ -185,35 +208,42 @@ def _tower_folder(folder: Path, config: dict[str, Any], override: str | None, *,
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
-    aspect: Aspect = config.get("image_aspect_ratio") or "square"
+    written = str(config.get("image_aspect_ratio") or "square")
+    limit = _GRID_LIMIT.fullmatch(written)
+    aspect: Any = "anyres" if limit else written
     merge: Merge = config.get("mm_patch_merge_type") or "flat"
     if aspect not in get_args(Aspect):
         raise CheckpointError(
-            f"config.json sets image_aspect_ratio to {aspect!r}; square, pad and anyres are supported."
+            f"config.json sets image_aspect_ratio to {aspect!r}; square, pad, anyres and anyres_max_N are supported."
         )
     if merge not in get_args(Merge):
         raise CheckpointError(
             f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are supported."
         )
-    keeps_class_token = config.get("mm_vision_select_feature") == "cls_patch"
+    has_class_token = TOWERS[vision["model_type"]].class_token
+    keeps_class_token = has_class_token and config.get("mm_vision_select_feature") == "cls_patch"
     if aspect == "anyres" and merge != "flat" and keeps_class_token:
         raise CheckpointError(
             "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token; only one is possible."
         )
-    pinpoints = _grid_pinpoints(config) if aspect == "anyres" else ()
     return image_processing(
         read_json(tower, "preprocessor_config.json"),
         vision,
         layout="original",
         aspect=aspect,
         merge=merge,
-        grid_pinpoints=pinpoints,
+        grid_pinpoints=_grid_pinpoints(config, int(vision["image_size"])) if aspect == "anyres" else (),
         keeps_class_token=keeps_class_token,
+        max_grid_tiles=int(limit[1]) if limit else None,
     )
 
 
-def _grid_pinpoints(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+def _grid_pinpoints(config: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+    """Canvases as (width, height): a list, or all grids from the first to the last of `(1x1),...,(6x6)` tiles."""
     written = config.get("image_grid_pinpoints")
+    if isinstance(written, str) and (bounds := [(int(a), int(b)) for a, b in _GRID_SIZE.findall(written)]):
+        (left, top), (right, bottom) = bounds[0], bounds[-1]
+        return tuple((i * side, j * side) for i in range(left, right + 1) for j in range(top, bottom + 1))
     try:
         pairs: Any = ast.literal_eval(written) if isinstance(written, str) else written
         pinpoints = tuple((int(width), int(height)) for width, height in pairs)
@@ -240,7 +270,7 @@ def _text_config(config: dict[str, Any], decoder: str) -> dict[str, Any]:
     text = {key: value for key, value in config.items() if not key.startswith(ours)}
     for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_mm_proj", "quantization_config"):
         text.pop(key, None)
-    return {"vocab_size": 50368 if decoder == "mpt" else 32000, **text, "model_type": decoder}
+    return {"vocab_size": DECODERS[decoder].vocab_size, **text, "model_type": decoder}
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

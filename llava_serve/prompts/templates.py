@@ -1,4 +1,4 @@
-"""The original's sixteen conversation templates, as data, and the choice of one.
+"""The conversation templates as data, and the choice of one: the original's sixteen, and two of LLaVA-NeXT.
 
 The texts and the separators are those that the released checkpoints were trained or served with, down to a missing
 space: other ones change the answers. Source: `llava/conversation.py` of the original.
@@ -6,7 +6,7 @@ space: other ones change the answers. Source: `llava/conversation.py` of the ori
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -115,6 +115,15 @@ def _chatml(system: str) -> Template:
 
 _V0 = _hash(_POLITE.format("human"), _ENERGY)
 _V1 = _two(_POLITE.format("user"))
+_QWEN = replace(_chatml("You are a helpful assistant."), sep="<|im_end|>\n")
+_LLAMA_3 = Template(
+    Style.MPT,
+    "You are a helpful language and vision assistant. " + _VISUAL,
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    sep="<|eot_id|>",
+    system_mark="<|start_header_id|>system<|end_header_id|>\n\n",
+)
 _DIRECT = _chatml("Answer the questions.")
 _PLAIN = Template(Style.PLAIN, "", "", "", sep="\n")
 
@@ -135,6 +144,8 @@ TEMPLATES: dict[str, Template] = {
     "v1_mmtag": _two(_MMTAG),
     "llava_llama_2": _inst("You are a helpful language and vision assistant. " + _VISUAL, "<s>"),
     "mpt": _chatml(_MPT),
+    "qwen_1_5": _QWEN,
+    "llava_llama_3": _LLAMA_3,
 }
 
 _BY_NAME = (
@@ -147,7 +158,9 @@ _BY_NAME = (
 )
 
 
-def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) -> tuple[str, str]:
+def choose_template(
+    name: str, decoder: str, *, has_chatml: bool, modern: bool, has_headers: bool = False
+) -> tuple[str, str]:
     """Chooses a template as the original's command line does: by the checkpoint's name, first match wins. If the name
     matches nothing, the content decides (the original takes `llava_v0`, wrong for all but the first release).
 
@@ -155,12 +168,13 @@ def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) 
         name: the part of the model's name that decides, from `name_for_templates`.
         decoder: transformers' `model_type` of the language model.
         has_chatml: `<|im_start|>` is one token of its vocabulary.
+        has_headers: `<|start_header_id|>` is one.
         modern: newer than the first release: an MLP projector, or no image start and end tokens.
 
     Returns:
         The template's key, and a sentence that says why.
     """
-    by_content, why = _by_content(decoder, has_chatml, modern)
+    by_content, why = _by_content(decoder, has_chatml, has_headers, modern)
     for part, key in _BY_NAME:
         if part in name.lower():
             reason = f"the name contains {part!r}"
@@ -170,7 +184,11 @@ def choose_template(name: str, decoder: str, *, has_chatml: bool, modern: bool) 
     return by_content, f"{why}, and the name does not decide"
 
 
-def _by_content(decoder: str, has_chatml: bool, modern: bool) -> tuple[str, str]:
+def _by_content(decoder: str, has_chatml: bool, has_headers: bool, modern: bool) -> tuple[str, str]:
+    if decoder.startswith("qwen"):
+        return "qwen_1_5", "the decoder is Qwen"
+    if has_headers:
+        return "llava_llama_3", "the vocabulary has <|start_header_id|>, as Llama 3"
     if decoder == "mpt":
         return "mpt", "the decoder is MPT"
     if decoder == "mistral" and not has_chatml:

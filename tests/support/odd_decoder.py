@@ -23,7 +23,7 @@ def once(path: Path) -> bytes:
 class OddDecoder(InProcessDecoder):
     """Decodes pictures, but for `sleep SECONDS`, `once FILE`, `die SIGNAL` and `fail`."""
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None) -> CachedTiles:
+    def tiles_of(self, data: bytes, room: int, check: Check | None = None, *, num_images: int = 1) -> CachedTiles:
         order, _, argument = data.decode("latin-1").partition(" ")
         match order:
             case "sleep":
