@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, LlamaConfig, LlamaModel
 
 from llava_serve.checkpoints.decoders import DECODERS, ROTARY_TYPES, rotary_types
+from llava_serve.checkpoints.original import token_ids
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.types import SamplingParams
@@ -159,3 +160,10 @@ def test_padding_changes_no_answer_and_no_cache(kind: str, monkeypatch: pytest.M
     subject = engine(TinyModel(kind))
     for _ in range(2):
         assert run(subject, *[(one, GREEDY) for one in PROMPTS]) == expected
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_defaults_are_those_of_transformers(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    length = config.max_seq_len if kind == "mpt" else config.max_position_embeddings
+    assert DECODERS[kind] == (config.vocab_size, length, token_ids(config.eos_token_id))

@@ -51,6 +51,10 @@ ONE_TURN = {
     "mpt": CHATML.format(
         "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
     ),
+    "qwen_1_5": CHATML.format("You are a helpful assistant.").replace("<|im_end|>", "<|im_end|>\n"),
+    "llava_llama_3": "<|start_header_id|>system<|end_header_id|>\n\n"
+    f"You are a helpful language and vision assistant. {VISUAL}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "<image>\nQ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "plain": "<image>\nQ?\n",
     "v0_plain": "<image>\nQ?\n",
 }
@@ -83,9 +87,9 @@ def test_llama_2_system_message() -> None:
     assert prompt.endswith("share false information.\n<</SYS>>\n\n<image>\nQ? [/INST]")
 
 
-def test_there_are_the_sixteen_keys_of_the_original() -> None:
+def test_there_are_the_sixteen_keys_of_the_original_and_two_of_its_successor() -> None:
     assert set(TEMPLATES) == {*ONE_TURN, "default", "v0", "llama_2"}
-    assert len(TEMPLATES) == 16
+    assert len(TEMPLATES) == 18
 
 
 @pytest.mark.parametrize(
@@ -190,6 +194,8 @@ def test_the_name_decides_and_otherwise_the_content(name: str, decoder: str, exp
 def test_content_of_other_kinds() -> None:
     assert choose_template("ckpt", "llama", has_chatml=True, modern=True)[0] == "chatml_direct"
     assert choose_template("ckpt", "llama", has_chatml=False, modern=False)[0] == "llava_v0"
+    assert choose_template("ckpt", "qwen2", has_chatml=True, modern=True)[0] == "qwen_1_5"
+    assert choose_template("ckpt", "llama", has_chatml=False, modern=True, has_headers=True)[0] == "llava_llama_3"
     key, why = choose_template("llava-v1.6-yi-34b", "llama", has_chatml=True, modern=True)
     assert key == "llava_v1"
     assert "--conv-mode chatml_direct" in why

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layout of the LLaVA-NeXT repository, with the ids, canvases and tiles of the real ones.
+"""Tiny random checkpoints in the layout of the LLaVA-NeXT repository, with the ids, canvases and tiles of real ones.
 
 Their tensors are those that the golden cases in `golden/next` were made from, byte for byte (`DIGESTS`).
 """
@@ -150,11 +150,11 @@ def write_next(parent: Path, name: str) -> Path:
     one, folder = CHECKPOINTS[name], parent / name
     folder.mkdir(parents=True)
     tower = write_tower(parent, one.tower)
-    text = AutoConfig.for_model(
-        one.text_type,
-        **{"vocab_size": one.vocab_size, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, **one.text},
-    )
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2} | {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    text = AutoConfig.for_model(one.text_type, vocab_size=one.vocab_size, **sizes | one.text)
     weights = dict(randomized(AutoModelForCausalLM.from_config(text)).state_dict())
     if text.tie_word_embeddings:
         del weights["lm_head.weight"]

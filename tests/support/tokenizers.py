@@ -16,7 +16,8 @@ _CORPUS = (
     "A chat between a curious human and an artificial intelligence assistant.",
 )
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The pattern that GPT-4's, Llama 3's and Qwen's tokenizers cut words by (Qwen's takes digits one by one)."""
 
@@ -42,7 +43,9 @@ LLAMA_3 = {
 LLAMA_3_1 = LLAMA_3 | {128004: "<|finetune_right_pad_id|>", 128008: "<|eom_id|>", 128010: "<|python_tag|>"}
 
 
-def llama_3(*extra: str, named: Mapping[int, str] = LLAMA_3, pad_token: str = "<|end_of_text|>") -> PreTrainedTokenizerFast:
+def llama_3(
+    *extra: str, named: Mapping[int, str] = LLAMA_3, pad_token: str = "<|end_of_text|>"
+) -> PreTrainedTokenizerFast:
     """Llama 3's, its reserved tokens numbered as in the release whose named ones are given."""
     free = (i for i in range(128000, 128256) if i not in named)
     special = dict(named) | {i: f"<|reserved_special_token_{n}|>" for n, i in enumerate(free)}
