@@ -176,7 +176,11 @@ def write_tower(parent: Path, kind: str) -> Path:
     if folder.exists():
         return folder
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {"hidden_size": TOWER_HIDDEN, "intermediate_size": 64, "num_hidden_layers": TOWER_LAYERS} | {
+    vision: dict[str, Any] = {
+        "hidden_size": TOWER_HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": TOWER_LAYERS,
+    } | {
         "num_attention_heads": 4,
         "image_size": side,
         "patch_size": 14,
