@@ -28,7 +28,7 @@ _SIGLIP: dict[str, Any] = {
     "patch_size": 14,
 }
 _NEXT_CANVASES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-_ONEVISION_CANVASES = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
+_ONEVISION_CANVASES = tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,5 +122,5 @@ def _tokens(image: ImageProcessing) -> str:
     from llava_serve.images.tiles import num_features
 
     if image.aspect != "anyres":
-        return f"{image.features_per_tile} per picture"
+        return f"{image.features_per_tile + image.newline} per picture"
     return ", ".join(f"{num_features(size, image)} for {size[0]} x {size[1]}" for size in _EXAMPLES)

@@ -136,11 +136,11 @@ class Llava(nn.Module):
             return torch.cat([projected.flatten(0, 1), self.image_newline[None]])
         if image.aspect != "anyres" or image.merge == "flat":
             return projected.flatten(0, 1)
-        columns, rows = tile_grid(image_size, image)
+        across, down = tile_grid(image_size, image)
         side = image.grid_side
         # [tiles down, tiles across, side, side, hidden] -> [features down, features across, hidden]
-        grid = projected[1:].view(rows, columns, side, side, -1).transpose(1, 2)
-        grid = grid.reshape(rows * side, columns * side, -1)
+        grid = projected[1:].view(down, across, side, side, -1).transpose(1, 2)
+        grid = grid.reshape(down * side, across * side, -1)
         if self.image_newline is not None:
             top, bottom, left, right = kept_features(image_size, image)
             grid = _resized(grid[top:bottom, left:right], shrunk_grid(bottom - top, right - left, image))

@@ -23,7 +23,7 @@ from llava_serve.checkpoints import CheckpointSpec, open_checkpoint
 from llava_serve.checkpoints.towers import TOWERS
 from llava_serve.images.tiles import num_features
 from llava_serve.model.llava import Llava
-from support import tokenizers
+from support import tiny_tokenizers
 from support.hub_models import MODELS, TEXTS, HubModel
 from support.paths import ROOT
 from support.tiny_hf import USER_ASSISTANT
@@ -145,11 +145,11 @@ def _image_token(model: HubModel) -> str:
 
 
 _TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "qwen": lambda: tokenizers.qwen("<image>", "<video>"),
-    "llama-3.1": lambda: tokenizers.llama_3(named=tokenizers.LLAMA_3_1),
-    "llama-3": lambda: tokenizers.llama_3("<image>", "<pad>"),
-    "yi": lambda: tokenizers.llama(64000, {64000: "<image>"}, controls={6: "<|im_start|>", 7: "<|im_end|>"}),
-    "": lambda: tokenizers.llama(32000, {32000: "<image>", 32001: "<pad>"}),
+    "qwen": lambda: tiny_tokenizers.qwen("<image>", "<video>"),
+    "llama-3.1": lambda: tiny_tokenizers.llama_3(named=tiny_tokenizers.LLAMA_3_1),
+    "llama-3": lambda: tiny_tokenizers.llama_3("<image>", "<pad>"),
+    "yi": lambda: tiny_tokenizers.llama(64000, {64000: "<image>"}, controls={6: "<|im_start|>", 7: "<|im_end|>"}),
+    "": lambda: tiny_tokenizers.llama(32000, {32000: "<image>", 32001: "<pad>"}),
 }
 """By the beginning of the language model's name; the first that fits."""
 

@@ -26,7 +26,7 @@ from transformers import (
     SiglipModel,
 )
 
-from support import tokenizers
+from support import tiny_tokenizers
 
 HIDDEN, TOWER_HIDDEN, TOWER_LAYERS = 64, 32, 3
 SIDES = {"siglip": 384, "clip": 336}
@@ -94,13 +94,20 @@ class Next:
 
 CHECKPOINTS = {
     "llava-onevision-qwen2-7b-ov": Next(
-        "qwen2", 152064, "LlavaQwenForCausalLM", tokenizers.qwen, "siglip", _QWEN, _ONEVISION, generation=_QWEN_ENDS
+        "qwen2",
+        152064,
+        "LlavaQwenForCausalLM",
+        tiny_tokenizers.qwen,
+        "siglip",
+        _QWEN,
+        _ONEVISION,
+        generation=_QWEN_ENDS,
     ),
     "llava-onevision-qwen2-0.5b-ov": Next(
         "qwen2",
         151936,
         "LlavaQwenForCausalLM",
-        tokenizers.qwen,
+        tiny_tokenizers.qwen,
         "siglip",
         _QWEN | {"sliding_window": 32768, "tie_word_embeddings": True},
         _ONEVISION | {"model_type": "llava_qwen", "image_grid_pinpoints": "(1x1),...,(6x6)"},
@@ -110,7 +117,7 @@ CHECKPOINTS = {
         "llama",
         128256,
         "LlavaLlamaForCausalLM",
-        tokenizers.llama_3,
+        tiny_tokenizers.llama_3,
         "clip",
         {
             "max_position_embeddings": 8192,
@@ -125,7 +132,7 @@ CHECKPOINTS = {
         "qwen2",
         152064,
         "LlavaQwenForCausalLM",
-        tokenizers.qwen,
+        tiny_tokenizers.qwen,
         "clip",
         _QWEN,
         _NEXT | {"model_type": "llava_qwen"},
@@ -135,7 +142,7 @@ CHECKPOINTS = {
         "llama",
         32000,
         "LlavaLlamaForCausalLM",
-        tokenizers.llama,
+        tiny_tokenizers.llama,
         "siglip",
         {"max_position_embeddings": 4096},
         {"model_type": "llava_llama", "image_aspect_ratio": "pad"},
