@@ -50,12 +50,12 @@ class StoredTensor:
         """The first rows of the tensor."""
         return replace(self, shape=(count, *self.shape[1:]), read=lambda: self.value()[:count], delta=None)
 
-    def with_rows(self, ids: tuple[int, ...], rows: StoredTensor) -> StoredTensor:
+    def with_rows(self, ids: tuple[int, ...], others: StoredTensor) -> StoredTensor:
         """The tensor with other rows at some places."""
 
         def read() -> Tensor:
             table = self.value().clone()
-            table[list(ids)] = rows.value().to(table.dtype)
+            table[list(ids)] = others.value().to(table.dtype)
             return table
 
         return replace(self, read=read, delta=None)
