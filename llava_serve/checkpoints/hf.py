@@ -18,7 +18,7 @@ from llava_serve.checkpoints.towers import TOWERS, image_processing, tower_confi
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import choose_template
 
-_GRID_LIMIT = re.compile(r"anyres_max_(\d+)")
+_GRID_LIMIT = re.compile(r"anyres_max_([1-9]\d*)")
 
 
 def read_hf(

@@ -38,8 +38,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ViP-LLaVA": ({"mm_vision_select_layer": [-2, -5]}, ("mm_vision_select_layer", "llava-hf/vip-llava-7b-hf")),
     "a layer that the tower lacks": ({"mm_vision_select_layer": -9}, ("layer -9", "3 layers")),
     "no such decoder": (
-        {"architectures": ["BunnyPhiForCausalLM"], "mm_vision_select_layer": None},
-        ("BunnyPhiForCausalLM", "LlavaLlamaForCausalLM"),
+        {"architectures": ["LlavaFooForCausalLM"], "model_type": "llava", "mm_vision_select_layer": None},
+        ("LlavaFooForCausalLM", "LlavaLlamaForCausalLM"),
     ),
     "dynamic positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("'dynamic'", "not supported")),
     "no tower": ({"mm_vision_tower": None}, ("mm_vision_tower", "vision_tower")),
