@@ -41,8 +41,17 @@ _CLASSES = {
     "Share4VLlamaForCausalLM": "llama",
 }
 """The original's classes and those of its descendants with the same files, by the language model's `model_type`."""
-_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
-"""What `model_type` means where a config.json names no class."""
+_MODEL_TYPES = {
+    "llava_gemma": "gemma",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mixtral": "mixtral",
+    "llava_mpt": "mpt",
+    "llava_qwen": "qwen2",
+    "llava_qwen_moe": "qwen2_moe",
+    "share4v": "llama",
+}
+"""What `model_type` means where none of the classes is known."""
 _PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
 _GRID_RANGE = re.compile(r"(?=\((\d{1,2})x(\d{1,2})\)).*\((\d{1,2})x(\d{1,2})\)")
 
@@ -213,8 +222,10 @@ def _decoder(config: dict[str, Any]) -> str:
         if name in _CLASSES:
             return _CLASSES[name]
     model_type = str(config.get("model_type"))
-    if not classes and model_type in _MODEL_TYPES:
+    if model_type in _MODEL_TYPES:
         return _MODEL_TYPES[model_type]
+    if model_type == "llava" and not classes:  # of the first release; some later classes have it, too
+        return "llama"
     raise CheckpointError(
         f"config.json describes {classes or model_type}, which is not supported; the classes of the original's layout "
         f"are {', '.join(_CLASSES)}."

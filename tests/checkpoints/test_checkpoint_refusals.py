@@ -47,8 +47,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("Bunny, which has code of its own", "BunnyPhiForCausalLM"),
     ),
     "no such decoder": (
-        {"architectures": ["BunnyPhiForCausalLM"], "mm_vision_select_layer": None},
-        ("BunnyPhiForCausalLM", "LlavaLlamaForCausalLM"),
+        {"architectures": ["LlavaFooForCausalLM"], "model_type": "llava", "mm_vision_select_layer": None},
+        ("LlavaFooForCausalLM", "LlavaLlamaForCausalLM"),
     ),
     "dynamic positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("'dynamic'", "not supported")),
     "no tower": ({"mm_vision_tower": None}, ("mm_vision_tower", "vision_tower")),

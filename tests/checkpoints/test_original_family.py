@@ -43,6 +43,12 @@ def test_the_class_names_the_decoder(name: str, decoder: str, llava_15: Path) ->
     assert open_checkpoint(str(llava_15)).text_config["model_type"] == decoder
 
 
+@pytest.mark.parametrize(("kind", "decoder"), [("llava_qwen", "qwen2"), ("llava_llama", "llama")])
+def test_a_class_of_ones_own_with_a_model_type_that_is_known(kind: str, decoder: str, llava_15: Path) -> None:
+    edit(llava_15 / "config.json", architectures=["MyLlavaForCausalLM"], model_type=kind)
+    assert open_checkpoint(str(llava_15)).text_config["model_type"] == decoder
+
+
 @pytest.mark.parametrize("written", [RANGE, LIST, str([tuple(one) for one in LIST])], ids=["range", "list", "text"])
 def test_canvases_in_every_spelling(written: Any, llava_16: Path) -> None:
     edit(llava_16 / "config.json", image_aspect_ratio="anyres_max_9", image_grid_pinpoints=written)

@@ -14,7 +14,8 @@ LENGTH = 32
 """Positions of each of the two sequences."""
 _STEPS = (((0, 29), (0, 5)), ((29, 30), (5, 30)), ((30, 31), (30, 31)), ((31, 32), (31, 32)))
 """What a step computes of both sequences, as [start, end): prompts whole and in chunks, then single tokens."""
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-2
+"""Rotary tables in half precision may be rounded otherwise in a compiled decoder: that alone is 1e-3."""
 _HALF_TOLERANCE = 0.2
 """Of half precision and of quantized layers."""
 

@@ -25,7 +25,7 @@ def output_head(language_model: Any) -> Head:
     embeddings = language_model.get_input_embeddings().weight
     width = language_model.config.hidden_size
     sample = torch.linspace(-3, 3, 4 * width, dtype=language_model.dtype, device=embeddings.device).view(4, width)
-    return linear if torch.equal(linear(sample), whole(sample)) else whole
+    return linear if torch.equal(linear(sample[None])[0], whole(sample)) else whole
 
 
 class _ForwardPass:
