@@ -19,7 +19,7 @@ ALLOWANCE = 1.3
 @pytest.fixture(scope="module", params=["safetensors", "bin", "onevision"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 620 MB in float16, in three shards but for OneVision."""
-    to = tmp_path_factory.mktemp("large") / request.param
+    to: Path = tmp_path_factory.mktemp("large") / request.param
     if request.param == "onevision":
         wide = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "tie_word_embeddings": True}
         write_model(to, Tiny("llava_onevision", "qwen2", "hub", tower="siglip", strategy="full", text=wide))
