@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
+from torch import nn
 
 from llava_serve.engine.executor.attention import PackedSequence, PackedStep
 from llava_serve.engine.executor.decoder import Decoder
@@ -19,6 +22,9 @@ _TOLERANCE = 1e-2
 _HALF_TOLERANCE = 0.2
 """Of half precision and of quantized layers."""
 
+_checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Language models that were found right, with the attention that they had: engines may share one."""
+
 
 @torch.inference_mode()
 def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[int, int, int]) -> None:
@@ -30,6 +36,9 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[
     Raises:
         CheckpointError: they differ, or the engine cannot compute them.
     """
+    attention = model.language_model.config._attn_implementation
+    if attention in _checked.get(model.language_model, ()):
+        return
     vocabulary = model.language_model.get_input_embeddings().num_embeddings
     ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
     sequences = model.embed(ids).view(2, LENGTH, -1)
@@ -52,6 +61,7 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[
             f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: the "
             f"logits differ by {worst:.1%}. It would answer wrongly, so it is not loaded."
         )
+    _checked.setdefault(model.language_model, set()).add(attention)
 
 
 def _engine_logits(
