@@ -196,6 +196,11 @@ class ApiOptions(Options):
         max_in_flight_bytes: of all their bodies; more gets 429.
         default_timeout_s: the timeout of a request that sets none.
         max_timeout_s: the longest timeout that a request may set.
+        default_max_tokens: the longest answer to a request that sets none; None is to the end of the context.
+        unknown_fields: of requests: `refuse` them by name, or `ignore` them and name them in the header
+            `x-llava-serve-notes`.
+        image_order: where the images of a turn stand: `images_first`, before its text, as models were trained; or
+            `as_sent`. A checkpoint's own chat template decides by itself.
         priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
     """
 
@@ -207,6 +212,9 @@ class ApiOptions(Options):
     max_in_flight_bytes: int = Field(default=512 << 20, ge=1)
     default_timeout_s: float = Field(default=120, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
+    default_max_tokens: int | None = Field(default=None, ge=1)
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    image_order: Literal["images_first", "as_sent"] = "images_first"
     priority_range: tuple[int, int] = (0, 100)
 
     @model_validator(mode="before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -19,18 +20,19 @@ from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.prompts.chat_template import render_chat_template
 from llava_serve.prompts.conversation import (
+    Arranged,
     Control,
     Span,
-    chat_message,
+    arrange,
+    chat_turn,
     control_spans,
     prompt_text,
     query_message,
     render,
-    split_system,
 )
 from llava_serve.prompts.templates import TEMPLATES
 from llava_serve.text.tokenizer import load_tokenizer
-from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt, Query, TextPart
+from llava_serve.types import IMAGE_TOKEN_ID, Conversation, ImagePart, Message, PreparedPrompt, Query, TextPart
 
 
 class Processor:
@@ -57,7 +59,7 @@ class Processor:
         """Prepares a query or a conversation. The images are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
-            asked: of messages system (optional, first), then user and assistant; the last is the user's.
+            asked: of messages, see `arrange`.
             conv_mode: overrides the checkpoint's template.
             check: called before each image, and while a child process decodes one; what it raises ends the work.
 
@@ -65,12 +67,15 @@ class Processor:
             RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
         """
         key = conv_mode or self.spec.conv_mode
-        own_breaks = self._is_chat_template(key)  # the checkpoint's own template sets the line breaks around images
+        own_layout = self._is_chat_template(key)  # the checkpoint's own template lays images and texts out
         if isinstance(asked, Query):
-            messages: Sequence[Message] = [query_message(asked.text, asked.images, line_breaks=not own_breaks)]
-        else:
-            messages = asked if own_breaks else [chat_message(message) for message in asked]
-        return self._prepare(messages, _paths_of_images(asked), key, check)
+            message = query_message(asked.text, asked.images, line_breaks=not own_layout)
+            return self._prepare(arrange([message]), _paths_of_images(asked), key, check)
+        arranged = arrange(asked, line_breaks=own_layout)
+        if not own_layout:
+            order = asked.image_order if isinstance(asked, Conversation) else "images_first"
+            arranged = replace(arranged, turns=[chat_turn(turn, order) for turn in arranged.turns])
+        return self._prepare(arranged, _paths_of_images(asked), key, check)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -96,12 +101,9 @@ class Processor:
         """
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
-    def _prepare(
-        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Check | None = None
-    ) -> PreparedPrompt:
-        parts = self._check_counts(messages)
-        system, turns = split_system(messages)
-        spans = self._render(key, system, turns)
+    def _prepare(self, asked: Arranged, paths: Sequence[str], key: str, check: Check | None = None) -> PreparedPrompt:
+        parts = self._check_counts(asked)
+        spans = self._render(key, asked)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
         images: list[CachedTiles] = []
@@ -133,16 +135,18 @@ class Processor:
             prompt=prompt_text(spans),
             stop_token_ids=stop_token_ids,
             stop=stop,
+            continues=asked.ending == "continue",
         )
 
-    def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
+    def _check_counts(self, asked: Arranged) -> list[ImagePart]:
         """The images of a conversation. Refuses too many or too large ones, and a text that cannot fit: the work on all
         of them grows with them."""
-        parts = [part for message in messages for part in message.parts]
+        parts = [TextPart(asked.system or ""), *(part for turn in asked.turns for part in turn.parts)]
         images = [part for part in parts if isinstance(part, ImagePart)]
         if len(images) > self.options.max_per_request:
             raise InvalidImageError(
-                f"The request has {len(images)} images; at most {self.options.max_per_request} are accepted.",
+                f"The request has {len(images)} images, those of earlier turns included; at most "
+                f"{self.options.max_per_request} are accepted.",
                 "messages",
             )
         size = sum(len(part.source) if isinstance(part.source, bytes) else len(part.source) * 3 // 4 for part in images)
@@ -154,11 +158,7 @@ class Processor:
         characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
         least = characters // self.tokenizer.longest
         if least >= self.spec.context_length:
-            raise PromptTooLongError(
-                least,
-                self.spec.context_length - 1,
-                f"The prompt takes at least {least} tokens; this model takes at most {self.spec.context_length - 1}.",
-            )
+            raise PromptTooLongError(least, self.spec.context_length - 1, at_least=True)
         return images
 
     def _process_image(self, part: ImagePart, room: int, check: Check | None) -> CachedTiles:
@@ -172,11 +172,11 @@ class Processor:
             self._tile_cache.put(key, made)
         return made
 
-    def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
+    def _render(self, key: str, asked: Arranged) -> list[Span]:
         if self._is_chat_template(key):
             assert self.spec.chat_template is not None
-            return render_chat_template(self.spec.chat_template, system, turns, self._special_tokens)
-        return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
+            return render_chat_template(self.spec.chat_template, asked, self._special_tokens)
+        return render(key, asked.system, asked.turns, ending=asked.ending, image_marks=self.spec.mm_use_im_start_end)
 
     def _is_chat_template(self, key: str) -> bool:
         """Whether the checkpoint's own template renders the prompt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -26,6 +27,10 @@ ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
 
+_BASE64_START = re.compile(r"[A-Za-z0-9+/_-]{40}")
+_FROM_URL_SAFE = str.maketrans("-_", "+/")
+
+
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
     """The bytes of a picture in a request. A request never reads this machine's files or network;
     allowed links were followed earlier (`llava_serve.images.links`).
@@ -37,6 +42,11 @@ def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
         return source
     if source[:5].lower() == "data:":
         return _read_data_url(source, options)
+    if _BASE64_START.match(source):
+        raise InvalidImageError(
+            "The picture looks like base64 alone: put 'data:image/png;base64,' before it, with the picture's own type.",
+            "messages",
+        )
     if options.links in ("off", ()):
         raise InvalidImageError(
             "A picture must be sent as a data: URL; links are not accepted by this server.", "messages"
@@ -77,7 +87,8 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(payload)
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        plain = "".join(payload.split()).translate(_FROM_URL_SAFE).rstrip("=")
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidImageError("The data: URL is not valid base64.", "messages") from error
 

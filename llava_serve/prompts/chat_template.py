@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,23 +13,20 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_serve.errors import RequestError
-from llava_serve.prompts.conversation import ImageSlot, Span, Text, control_spans, merge_text
-from llava_serve.types import ImagePart, Message
+from llava_serve.prompts.conversation import Arranged, ImageSlot, Span, Text, control_spans, merge_text
+from llava_serve.types import ImagePart, TextPart
 
 # Private-use characters mark the texts while the template runs: all other output is the template's own.
 _MARK = "\ue000{}\ue001"
 _MARKED = re.compile("\ue000(\\d+)\ue001|<image>")
 
 
-def render_chat_template(
-    template: str, system: str | None, turns: Sequence[Message], special_tokens: dict[str, str]
-) -> list[Span]:
+def render_chat_template(template: str, asked: Arranged, special_tokens: dict[str, str]) -> list[Span]:
     """Renders a conversation up to where the assistant's answer begins.
 
     Args:
         template: the Jinja text.
-        system: the system message, or None.
-        turns: the first and the last one are the user's.
+        asked: the conversation.
         special_tokens: such as `bos_token`, which templates use by name.
 
     Raises:
@@ -47,15 +43,19 @@ def render_chat_template(
         return left + _MARK.format(len(texts) - 1) + right
 
     messages: list[dict[str, Any]] = []
-    if system is not None:
-        messages.append({"role": "system", "content": [{"type": "text", "text": marked(system)}]})
-    for turn in turns:
+    if asked.system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": marked(asked.system)}]})
+    for turn in asked.turns:
         content = [
             {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": marked(part.text)}
             for part in turn.parts
         ]
         messages.append({"role": turn.role, "content": content})
-    prompt = _run(template, messages, special_tokens)
+    prompt = _run(template, messages, special_tokens, opens_answer=asked.ending == "answer")
+    if asked.ending == "continue":
+        last = asked.turns[-1].parts[-1]
+        assert isinstance(last, TextPart), "the last turn is the assistant's"
+        prompt = _up_to_text(prompt, len(texts) - 1, last.text)
     spans: list[Span] = []
     at = 0
     for match in _MARKED.finditer(prompt):
@@ -76,9 +76,17 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
+def _up_to_text(prompt: str, number: int, text: str) -> str:
+    """The prompt up to the end of a text, with the white space that ends it."""
+    before, mark, _ = prompt.rpartition(_MARK.format(number))
+    if not mark:
+        raise RequestError("The model's chat template does not show the last message.", "messages")
+    return before + mark + text[len(text.rstrip()) :]
+
+
+def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str], *, opens_answer: bool) -> str:
     try:
-        return _compiled(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
+        return _compiled(template).render(messages=messages, add_generation_prompt=opens_answer, **special_tokens)
     except TemplateError as error:
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
 
