@@ -49,20 +49,25 @@ class ContentLogprobs:
                 part, size = b"", 0  # a token without text
             if part:
                 self._begun = True
-                shown.append(_entry(token, part))
+                shown.append(_entry(token, part, opens=opens))
             self._content = self._content[size:]
             del self._tokens[0]
         return ChoiceLogprobs(content=shown)
 
 
-def _entry(token: TokenLogprob, part: bytes) -> TokenLogprobs:
-    whole = part == token.token_bytes
+def _entry(token: TokenLogprob, part: bytes, *, opens: bool) -> TokenLogprobs:
+    """A token as far as it is a part of the content. One that opens it has no white space before it, and neither have
+    its alternatives."""
     return TokenLogprobs(
-        token=token.text if whole else part.decode(errors="replace"),
+        token=token.text if part == token.token_bytes else part.decode(errors="replace"),
         bytes=list(part),
         logprob=token.logprob,
         top_logprobs=[
-            Alternative(token=text, bytes=list(as_bytes), logprob=logprob)
+            Alternative(
+                token=text.lstrip() if opens else text,
+                bytes=list(as_bytes.lstrip() if opens else as_bytes),
+                logprob=logprob,
+            )
             for (_, text, logprob), as_bytes in zip(token.top, token.top_bytes, strict=True)
         ],
     )

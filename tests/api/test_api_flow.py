@@ -157,8 +157,8 @@ def test_an_error_after_a_long_silence_is_an_event(monkeypatch: pytest.MonkeyPat
             list(official(web).chat.completions.create(model="paced", messages=MESSAGES, stream=True))
         assert web.post(PATH, json=BODY).status_code == 400
     assert raw.status_code == 200
-    comment, *_, last = raw.text.removesuffix("\n\n").split("\n\n")
-    assert comment == ": keep-alive"
+    comment, *_, last, done = raw.text.removesuffix("\n\n").split("\n\n")
+    assert (comment, done) == (": keep-alive", "data: [DONE]")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "invalid_image"
 
 
