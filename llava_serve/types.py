@@ -112,7 +112,7 @@ class SamplingParams:
         check(texts, "stop", "a tuple of strings that are not empty")
         check(_are_ids(self.stop_token_ids), "stop_token_ids", "a tuple of token ids")
         bias = self.logit_bias or {}
-        in_range = all(isinstance(value, Real) and abs(value) <= _MOST_BIAS for value in bias.values())
+        in_range = all(isinstance(value, int | float) and abs(value) <= _MOST_BIAS for value in bias.values())
         check(_are_ids(tuple(bias)) and in_range, "logit_bias", f"numbers within {_MOST_BIAS} by token id")
         check(not self.max_new_tokens < self.min_tokens, "min_tokens", "at most the longest answer")
         if self.num_beams > 1 and (not self.greedy or self.n > 1):

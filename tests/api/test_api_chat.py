@@ -144,17 +144,17 @@ def test_a_blank_before_a_stop_string_stays(client: OpenAI) -> None:
 def test_an_answer_ends_at_a_token_of_the_request_and_not_before_its_least_length(client: OpenAI) -> None:
     told = {"return_token_ids": True}
     whole = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=told)).choices[0]
-    ids = whole.token_ids  # type: ignore[attr-defined]
+    ids = whole.token_ids
     stop = {**told, "stop_token_ids": [ids[5]]}
     at = ids.index(ids[5])
     ended = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=stop)).choices[0]
-    assert ended.token_ids == ids[: at + 1]  # type: ignore[attr-defined]
+    assert ended.token_ids == ids[: at + 1]
     assert ended.finish_reason == "stop"
     assert whole.message.content is not None
     assert whole.message.content.startswith(ended.message.content or "?")
     longer = client.chat.completions.create(**greedy(LANDSCAPE, extra_body={**stop, "min_tokens": at + 3})).choices[0]
-    assert len(longer.token_ids) >= at + 3  # type: ignore[attr-defined]
-    assert ids[5] not in longer.token_ids[: at + 2]  # type: ignore[attr-defined]
+    assert len(longer.token_ids) >= at + 3
+    assert ids[5] not in longer.token_ids[: at + 2]
     with pytest.raises(BadRequestError, match="logit_bias has an id"):
         client.chat.completions.create(**greedy(LANDSCAPE, logit_bias={"999999": 1}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from llava_serve.prompts.chat_template import render_chat_template
 from llava_serve.prompts.conversation import (
     Arranged,
     Control,
+    Ending,
     ImageSlot,
     Text,
     arrange,
@@ -177,7 +179,7 @@ def test_images_stand_where_they_were_sent_on_request() -> None:
     assert laid_out("See:", IMAGE, "Q?", as_sent=True) == "See:<1>\nQ?"
 
 
-def shape(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str]], str]:
+def shape(messages: Sequence[Message]) -> tuple[str | None, list[tuple[Role, str]], Ending]:
     """The system message, the roles and texts of the turns, and the ending."""
     arranged = arrange(messages)
     turns = [(turn.role, prompt_text(render("plain", None, [turn])).removesuffix("\n")) for turn in arranged.turns]
@@ -185,7 +187,7 @@ def shape(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str]
 
 
 Q, A = said("user", "Q"), said("assistant", "A")
-SHAPES: dict[str, tuple[list[Message], tuple[str | None, list[tuple[str, str]], str]]] = {
+SHAPES: dict[str, tuple[list[Message], tuple[str | None, list[tuple[Role, str]], Ending]]] = {
     "two leading system messages": (
         [said("system", "S"), said("system", "T"), Q],
         ("S\nT", [("user", "Q")], "answer"),
@@ -235,7 +237,7 @@ def test_a_conversation_is_arranged(name: str) -> None:
         ({"continue_final_message": False, "add_generation_prompt": False}, [Q, A], "closed"),
     ],
 )
-def test_flags_say_how_a_prompt_ends(flags: dict[str, bool], messages: list[Message], ending: str) -> None:
+def test_flags_say_how_a_prompt_ends(flags: dict[str, Any], messages: list[Message], ending: str) -> None:
     assert arrange(Conversation(tuple(messages), **flags)).ending == ending
 
 
