@@ -125,7 +125,7 @@ class SamplingParams:
 
 
 def _are_ids(given: Any) -> bool:
-    return isinstance(given, tuple) and all(isinstance(each, Integral) and each >= 0 for each in given)
+    return isinstance(given, tuple) and all(isinstance(each, Integral) and int(each) >= 0 for each in given)
 
 
 @dataclass(frozen=True, slots=True)

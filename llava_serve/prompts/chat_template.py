@@ -78,10 +78,10 @@ class _Generation(Extension):
 
 def _up_to_text(prompt: str, number: int, text: str) -> str:
     """The prompt up to the end of a text, with the white space that ends it."""
-    before, mark, _ = prompt.rpartition(_MARK.format(number))
+    shown, mark, _ = prompt.rpartition(_MARK.format(number))
     if not mark:
         raise RequestError("The model's chat template does not show the last message.", "messages")
-    return before + mark + text[len(text.rstrip()) :]
+    return shown + mark + text[len(text.rstrip()) :]
 
 
 def _run(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str], *, opens_answer: bool) -> str:

@@ -148,8 +148,8 @@ def arrange(messages: Sequence[Message], *, line_breaks: bool = True) -> Arrange
             flags of a `Conversation` do not fit its last message.
     """
 
-    def after(before: Parts, parts: Parts) -> Parts:
-        return [TextPart("\n"), *parts] if line_breaks and before and parts else parts
+    def after(first: Parts, parts: Parts) -> Parts:
+        return [TextPart("\n"), *parts] if line_breaks and first and parts else parts
 
     rest = list(messages)
     system: list[str] = []

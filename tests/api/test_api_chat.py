@@ -142,10 +142,10 @@ def test_a_blank_before_a_stop_string_stays(client: OpenAI) -> None:
 
 
 def test_an_answer_ends_at_a_token_of_the_request_and_not_before_its_least_length(client: OpenAI) -> None:
-    told = {"return_token_ids": True}
-    whole = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=told)).choices[0]
+    reported = {"return_token_ids": True}
+    whole = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=reported)).choices[0]
     ids = whole.token_ids
-    stop = {**told, "stop_token_ids": [ids[5]]}
+    stop = {**reported, "stop_token_ids": [ids[5]]}
     at = ids.index(ids[5])
     ended = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=stop)).choices[0]
     assert ended.token_ids == ids[: at + 1]

@@ -283,7 +283,7 @@ def test_a_long_note_is_cut(backend: PacedBackend) -> None:
     assert len(response.headers["x-llava-serve-notes"]) == 1000
 
 
-def test_ids_of_tokens_and_of_the_completion_are_told_on_request(web: httpx.Client) -> None:
+def test_ids_of_tokens_and_of_the_completion_are_returned_on_request(web: httpx.Client) -> None:
     whole = ask(web, return_token_ids=True, request_id="job-7").json()
     assert whole["id"] == "chatcmpl-job-7"
     assert whole["prompt_token_ids"] == list(range(7))

@@ -160,8 +160,8 @@ def test_the_tokens_of_logprobs_join_to_the_content(web: httpx.Client, stream: b
 
 
 def test_a_bias_and_the_least_length_are_obeyed(web: httpx.Client) -> None:
-    told = answer(web, [ASKED], return_token_ids=True)
-    red, end = told["token_ids"][-3], told["token_ids"][-1]
+    reported = answer(web, [ASKED], return_token_ids=True)
+    red, end = reported["token_ids"][-3], reported["token_ids"][-1]
     assert "red" not in answer(web, [ASKED], logit_bias={str(red): -100})["message"]["content"]
     longer = answer(web, [ASKED], return_token_ids=True, min_tokens=15, max_tokens=20)["token_ids"]
     assert len(longer) >= 15

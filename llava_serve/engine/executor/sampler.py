@@ -89,19 +89,19 @@ def _must_go_on(sequence: Sequence) -> bool:
 def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     """Applies biases, penalties and `min_tokens` to `logits` [sequences, vocabulary] in place."""
     _penalize(logits, sequences)
-    rows: list[int] = []
+    at: list[int] = []
     columns: list[int] = []
     values: list[float] = []
     for index, sequence in enumerate(sequences):
         added = dict(sequence.request.sampling.logit_bias or {})
         if _must_go_on(sequence):
             added |= dict.fromkeys(sequence.request.stop_token_ids, float("-inf"))
-        rows += [index] * len(added)
+        at += [index] * len(added)
         columns += added.keys()
         values += added.values()
-    if rows:
-        at = (torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device))
-        logits.index_put_(at, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+    if at:
+        where = (torch.tensor(at, device=logits.device), torch.tensor(columns, device=logits.device))
+        logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
 
 
 def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
