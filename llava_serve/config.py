@@ -201,6 +201,8 @@ class ApiOptions(Options):
             `x-llava-serve-notes`.
         image_order: where the images of a turn stand: `images_first`, before its text, as models were trained; or
             `as_sent`. A checkpoint's own chat template decides by itself.
+        cors_origins: the origins whose pages may use the server from a browser, such as `https://app.example.org`; `*`
+            is all. None by default.
         priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
     """
 
@@ -215,6 +217,7 @@ class ApiOptions(Options):
     default_max_tokens: int | None = Field(default=None, ge=1)
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
     image_order: Literal["images_first", "as_sent"] = "images_first"
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")], ...] = ()
     priority_range: tuple[int, int] = (0, 100)
 
     @model_validator(mode="before")

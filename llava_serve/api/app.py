@@ -11,6 +11,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import ChatAnswer
@@ -18,7 +19,8 @@ from llava_serve.api.completion import new_completion_id
 from llava_serve.api.errors import WireError, log_refusal, openai_error
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
-from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
+from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
+from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.notes import IgnoredFields
 from llava_serve.api.pipeline import GenerationRequest
 from llava_serve.api.protocol import Answer, ChatRequest, Model, ModelList
@@ -132,6 +134,14 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     if keys := accepted_keys(options):
         app.add_middleware(APIKeyMiddleware, keys=keys)
     app.add_middleware(RequestContextMiddleware)
+    if options.cors_origins:  # outermost: a preflight has no key, and errors need the headers, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, NOTES, "retry-after"],
+        )
     return app
 
 
