@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
 from llava_serve.errors import InvalidImageError, RequestError, UnsupportedParameterError
-from llava_serve.types import ImagePart, Message, Query, Role, TextPart
+from llava_serve.types import Conversation, ImagePart, Message, Query, Role, TextPart
 from llava_serve.wire import Wire, anything, as_request_error, one_of, refuse_extras
 
 MAX_MESSAGES = 4096
@@ -155,7 +156,7 @@ def read_messages(messages: Sequence[ChatMessage], read_source: ReadSource) -> t
 
 def read_asked(
     asked: str | Sequence[ChatMessage], images: Sequence[Any], read_source: ReadSource
-) -> Query | tuple[Message, ...]:
+) -> Query | Sequence[Message]:
     """What a library's user asks: a query with its images, or a conversation, which holds its own.
 
     Raises:
@@ -165,7 +166,8 @@ def read_asked(
         return Query(asked, tuple(_read_image(image, f"images[{i}]", read_source) for i, image in enumerate(images)))
     if images:
         raise RequestError("The images of a conversation stand in its messages; leave images out.", "images")
-    return read_messages(asked, read_source)
+    messages = read_messages(asked, read_source)
+    return replace(asked, messages=messages) if isinstance(asked, Conversation) else messages
 
 
 def _read(message: ChatMessage, path: str) -> Message | WireMessage:

@@ -87,9 +87,7 @@ class Processor:
         """
         return self.prepare(self.read(query, images), conv_mode=conv_mode)
 
-    def read(
-        self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()
-    ) -> Query | tuple[Message, ...]:
+    def read(self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()) -> Query | Sequence[Message]:
         """A question of a library's user, with the images read in the user's process.
 
         Args:
