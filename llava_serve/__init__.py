@@ -21,7 +21,7 @@ from llava_serve.errors import (
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
-from llava_serve.types import Chunk, Completion, GenerationResult, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Completion, Conversation, GenerationResult, Message, PreparedPrompt, SamplingParams
 
 if TYPE_CHECKING:
     from llava_serve.async_llm import AsyncLLM
@@ -38,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Completion",
+    "Conversation",
     "DeadlineExceededError",
     "EngineDeadError",
     "EngineOptions",
