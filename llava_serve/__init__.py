@@ -21,7 +21,8 @@ from llava_serve.errors import (
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
-from llava_serve.types import Chunk, Completion, Conversation, GenerationResult, Message, PreparedPrompt, SamplingParams
+from llava_serve.results import Completion, GenerationResult
+from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt, SamplingParams
 
 if TYPE_CHECKING:
     from llava_serve.async_llm import AsyncLLM

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from llava_serve.engine.failures import request_failure
 from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob
+from llava_serve.results import Completion, GenerationResult
 from llava_serve.text.detokenizer import Detokenizer
 from llava_serve.text.tokenizer import Tokenizer
-from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPrompt, TokenLogprob
+from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
 
 
 class OutputProcessor:

@@ -163,7 +163,7 @@ def arrange(messages: Sequence[Message], *, line_breaks: bool = True) -> Arrange
         if message.role != "user":
             texts = _texts(message)
         if message.role == "system":
-            waiting = [*waiting, *after(waiting, [*texts])]
+            waiting += after(waiting, [*texts])
             continue
         role, parts = message.role, [] if _is_empty(message) else list(message.parts)
         if role == "user":

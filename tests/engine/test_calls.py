@@ -18,7 +18,8 @@ from llava_serve import AsyncLLM, Conversation, EngineOptions, ImageOptions, Sam
 from llava_serve.errors import DeadlineExceededError, LlavaServeError, RequestError
 from llava_serve.llm import LLM
 from llava_serve.openai_messages import read_messages
-from llava_serve.types import Chunk, GenerationResult
+from llava_serve.results import GenerationResult
+from llava_serve.types import Chunk
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of
 from support.paths import GOLDEN
 
