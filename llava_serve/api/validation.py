@@ -137,7 +137,9 @@ def completion_id(request: ChatRequest, default: str) -> str:
     if request.request_id is None:
         return default
     if not is_request_id(request.request_id):
-        raise RequestError("request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -.", "request_id")
+        raise RequestError(
+            "request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -.", "request_id"
+        )
     return f"chatcmpl-{request.request_id}"
 
 

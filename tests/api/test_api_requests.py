@@ -145,7 +145,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (
         {"request_id": "a b"},
         "request_id",
-        "request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -",
+        "request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -.",
     ),
     ({"max_tokens": 0}, "max_tokens", "'max_tokens' must be 1 or more."),
     ({"max_tokens": 1.5}, "max_tokens", "'max_tokens' must be an integer."),
