@@ -51,6 +51,7 @@ LIBRARY_WORDS = {
 
 ALLOWED = {
     ("llava_serve/checkpoints/weights.py", "first_rows"): "rows of a matrix",
+    ("llava_serve/checkpoints/weights.py", "with_rows"): "rows of a matrix",
     ("llava_serve/images/pixels.py", "rows"): "rows of pixels",
     ("llava_serve/images/tiff.py", "row_bytes"): "row of pixels",
     ("llava_serve/images/tiff.py", "rows"): "rows of pixels",

@@ -149,6 +149,8 @@ class ImageOptions(Options):
         max_total_pixels: of all decoded images of a request.
         transparency: `white` lays transparent images over white, as a person sees them; `drop` drops their alpha, so
             that the colours hidden behind it are seen, as the original does.
+        max_tiles: of one image, without its overview, where the model takes a grid of tiles. Less detail is seen, and
+            fewer positions are taken; None leaves it to the model.
         cache_bytes: memory for the tiles of the images seen last.
         isolate: decode in child processes, where the next two limits hold; on Linux. Servers do so whatever this says.
         decode_timeout_s: of one image.
@@ -164,6 +166,7 @@ class ImageOptions(Options):
     max_total_bytes: int = Field(default=64 << 20, ge=1)
     max_total_pixels: int = Field(default=256_000_000, ge=1)
     transparency: Transparency = "white"
+    max_tiles: int | None = Field(default=None, ge=1)
     cache_bytes: int = Field(default=64 << 20, ge=0)
     links: Annotated[Literal["off", "public"] | tuple[LinkHost, ...], BeforeValidator(_as_links)] = "off"
     isolate: bool = False

@@ -49,12 +49,11 @@ class Processor:
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self._tile_cache = TileCache(options.cache_bytes)
-        decoding = f"{options.transparency} {options.max_pixels}"  # what the same bytes may decode differently by
-        self._decoding = blake2b(decoding.encode(), digest_size=16).digest()
+        self._image = spec.image if options.max_tiles is None else spec.image.limited(options.max_tiles)
         self._decoder: Decoder = (
-            IsolatedDecoder(options, spec.image, count_ended=count_ended)
+            IsolatedDecoder(options, self._image, count_ended=count_ended)
             if options.isolate
-            else InProcessDecoder(options, spec.image)
+            else InProcessDecoder(options, self._image)
         )
 
     def close(self) -> None:
@@ -127,7 +126,8 @@ class Processor:
             if check is not None:
                 check()
             try:
-                images.append(self._process_image(part, self.spec.context_length - length, pixels, check, cache_salt))
+                room = self.spec.context_length - length
+                images.append(self._process_image(part, room, pixels, len(parts), check, cache_salt))
             except InvalidImageError as error:
                 which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
                 raise InvalidImageError(which + error.message, path) from error
@@ -174,18 +174,24 @@ class Processor:
         return images
 
     def _process_image(
-        self, part: ImagePart, room: int, pixels: int, check: Check | None, cache_salt: str
+        self, part: ImagePart, room: int, pixels: int, num_images: int, check: Check | None, cache_salt: str
     ) -> CachedTiles:
         """An image of at most so many pixels as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
-        key = blake2b(data, digest_size=16, person=self._decoding).digest() + cache_salt.encode()
+        key = blake2b(data, digest_size=16, person=self._decoding(num_images)).digest() + cache_salt.encode()
         if (known := self._tile_cache.get(key)) is not None:
             check_total(known.size[0] * known.size[1], pixels, self.options)
             return known
-        made = self._decoder.tiles_of(data, room, check, pixels)
+        made = self._decoder.tiles_of(data, room, check, pixels, num_images)
         if made.count < room:
             self._tile_cache.put(key, made)
         return made
+
+    def _decoding(self, num_images: int) -> bytes:
+        """Identifies what the tiles of the same bytes depend on."""
+        processing = self._image.for_images(num_images)
+        decoding = f"{self.options.transparency} {self.options.max_pixels} {processing}"
+        return blake2b(decoding.encode(), digest_size=16).digest()
 
     def _render(self, key: str, asked: Arranged) -> list[Span]:
         if own := self._own_template(key):
@@ -204,7 +210,8 @@ class Processor:
         end = TEMPLATES[key].end_of_answer if key in TEMPLATES else ""
         if not end:
             return (), ()
-        token_id = self.tokenizer.token_id(end) if isinstance(control_spans(end)[0], Control) else None
+        first = control_spans(end)[0]
+        token_id = self.tokenizer.token_id(first.token) if isinstance(first, Control) else None
         return ((), (end,)) if token_id is None else ((token_id,), ())
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from support.paths import CONFIG
 from support.picture_server import PICTURE, PictureServer, picture_server, response
-from support.tiny_hf import MODELS, write_model
+from support.tiny_hf import FAMILY, MODELS, write_model
 from support.variants import copy
 
 # Ray reads them when it is first imported: this process joins the application's Ray as another job.
@@ -126,7 +126,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @cache
     def write(name: str) -> Path:
         folder = tmp_path_factory.mktemp("hf") / name
-        write_model(folder, MODELS[name])
+        write_model(folder, (MODELS | FAMILY)[name])
         return folder
 
     return write

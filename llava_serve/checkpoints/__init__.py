@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal, Unpack
 
+from llava_serve.checkpoints.families import refuse_other_models
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.hf import read_hf, read_hf_adapter
@@ -56,6 +57,7 @@ def open_checkpoint(
         )
     reader = read_original if is_original(config) else read_hf
     try:
+        refuse_other_models(config, folder)
         if base is not None and reader is read_hf:
             spec = read_hf_adapter(model_name(model), folder, base, config, options, weights=weights)
         else:

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_serve.errors import CheckpointError
 
-DECODERS = frozenset(
-    {
-        *("apertus", "arcee", "bitnet", "cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "glm", "glm4"),
-        *("granite", "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "mpt", "olmo2", "olmo3"),
-        *("phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
-    }
-)
+
+class Defaults(NamedTuple):
+    """Of a language model's config class in transformers: files leave out what equals them."""
+
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+
+
+DECODERS = {
+    "apertus": Defaults(131_072, 65_536, (2,)),
+    "arcee": Defaults(32_000, 4_096, (128001,)),
+    "bitnet": Defaults(128_256, 2_048, (128001,)),
+    "cohere": Defaults(256_000, 8_192, (255001,)),
+    "cohere2": Defaults(256_000, 8_192, (255001,)),
+    "exaone4": Defaults(102_400, 2_048, (2,)),
+    "gemma": Defaults(256_000, 8_192, (1,)),
+    "gemma3_text": Defaults(262_208, 131_072, (1,)),
+    "glm": Defaults(151_552, 131_072, (151329, 151336, 151338)),
+    "glm4": Defaults(151_552, 131_072, (151329, 151336, 151338)),
+    "granite": Defaults(32_000, 2_048, (2,)),
+    "helium": Defaults(48_000, 4_096, (2,)),
+    "llama": Defaults(32_000, 2_048, (2,)),
+    "ministral": Defaults(32_000, 131_072, (2,)),
+    "ministral3": Defaults(131_072, 262_144, (2,)),
+    "mistral": Defaults(32_000, 131_072, (2,)),
+    "mixtral": Defaults(32_000, 131_072, (2,)),
+    "mpt": Defaults(50_368, 2_048, ()),
+    "olmo2": Defaults(50_304, 2_048, (50279,)),
+    "olmo3": Defaults(50_304, 2_048, (50279,)),
+    "phi": Defaults(51_200, 2_048, (2,)),
+    "phi3": Defaults(32_064, 4_096, (32000,)),
+    "qwen2": Defaults(151_936, 32_768, ()),
+    "qwen2_moe": Defaults(151_936, 32_768, ()),
+    "qwen3": Defaults(151_936, 32_768, ()),
+    "qwen3_moe": Defaults(151_936, 32_768, ()),
+    "seed_oss": Defaults(155_136, 524_288, (2,)),
+    "smollm3": Defaults(128_256, 32_768, (128001,)),
+    "starcoder2": Defaults(49_152, 4_096, (50256,)),
+}
 """`model_type` of the language models whose steps the tests compare with transformers' own forward pass. Another one
 may differ without an error: its attention is bounded or has sinks, or there are states beside the keys and values."""
 

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llava_serve.checkpoints.companions import find_tower, unused_adapter
-from llava_serve.checkpoints.decoders import refuse_unsupported_text
+from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
 from llava_serve.checkpoints.files import first_file, no_weights, read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.model_name import name_for_templates
-from llava_serve.checkpoints.spec import Adapter, Aspect, CheckpointSpec, ImageProcessing, Merge, TokenizerSpec
+from llava_serve.checkpoints.spec import (
+    GRID_LIMIT,
+    Adapter,
+    Aspect,
+    CheckpointSpec,
+    ImageProcessing,
+    Merge,
+    TokenizerSpec,
+)
 from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer, tokenizer_template
-from llava_serve.checkpoints.towers import image_processing, read_vision_config
+from llava_serve.checkpoints.towers import TOWERS, image_processing, read_vision_config
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import Content, choose_template
@@ -36,6 +44,7 @@ _CLASSES = {
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
 """What `model_type` means where a config.json names no class."""
 _PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
+_GRID_RANGE = re.compile(r"(?=\((\d{1,2})x(\d{1,2})\)).*\((\d{1,2})x(\d{1,2})\)")
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -68,14 +77,17 @@ def read_original(
     refuse_unsupported_text(text, "LLaVA")
     tower, tower_inside, notes = find_tower(folder, base_folder, config, options, weights=weights)
     vision = read_vision_config(tower)
+    kind = TOWERS[vision["model_type"]]
     image = _image_processing(config, tower, vision)
     tokenizer = _tokenizer(base_folder or folder, config, decoder)
     generation = read_json(folder, "generation_config.json", optional=True)
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
+    defaults = DECODERS[decoder]
     content = Content(
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
+        has_headers=has_token(tokenizer, "<|start_header_id|>"),
         mlp="mlp" in config.get("mm_projector_type", "linear"),
         start_end=bool(config.get("mm_use_im_start_end", False)),
         tokenizer_template=tokenizer_template(tokenizer.folder),
@@ -96,10 +108,13 @@ def read_original(
         projector_type=config.get("mm_projector_type", "linear"),
         projector_bias=True,
         projector_act="gelu",
-        select_layer=int(config["mm_vision_select_layer"]),
-        select_feature=config.get("mm_vision_select_feature", "patch"),
+        projector_norm=None,
+        select_layers=(_select_layer(config) if kind.original_layer is None else kind.original_layer,),
+        select_feature=config.get("mm_vision_select_feature", "patch") if kind.class_token else "cls_patch",
         mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
-        context_length=int(config.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", 2048)),
+        context_length=int(
+            text.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", defaults.context_length)
+        ),
         eos_token_ids=token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
         conv_mode=choice.key,
         conv_reason=choice.reason,
@@ -178,13 +193,18 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are supported."
         )
-    if "mm_vision_select_layer" not in config:
+
+
+def _select_layer(config: dict[str, Any]) -> int:
+    layer = config.get("mm_vision_select_layer")
+    if layer is None:
         raise CheckpointError("config.json lacks mm_vision_select_layer; add it, -2 in all released checkpoints.")
-    if isinstance(config["mm_vision_select_layer"], list):
+    if isinstance(layer, list):
         raise CheckpointError(
-            f"config.json sets mm_vision_select_layer to {config['mm_vision_select_layer']}: features of several "
-            "layers (ViP-LLaVA) are not supported in the original's layout; take the checkpoint in transformers'."
+            f"config.json selects the layers {layer} (mm_vision_select_layer): of ViP-LLaVA transformers' layout is "
+            "supported, llava-hf/vip-llava-7b-hf."
         )
+    return int(layer)
 
 
 def _decoder(config: dict[str, Any]) -> str:
@@ -202,35 +222,43 @@ def _decoder(config: dict[str, Any]) -> str:
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
-    aspect: Aspect = config.get("image_aspect_ratio") or "square"
+    written = str(config.get("image_aspect_ratio") or "square")
+    limit = GRID_LIMIT.fullmatch(written)
+    aspect: Any = "anyres" if limit else written
     merge: Merge = config.get("mm_patch_merge_type") or "flat"
     if aspect not in get_args(Aspect):
         raise CheckpointError(
-            f"config.json sets image_aspect_ratio to {aspect!r}; square, pad and anyres are supported."
+            f"config.json sets image_aspect_ratio to {written[:100]!r}; square, pad, anyres and anyres_max_N are "
+            "supported."
         )
     if merge not in get_args(Merge):
         raise CheckpointError(
             f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are supported."
         )
-    keeps_class_token = config.get("mm_vision_select_feature") == "cls_patch"
+    has_class_token = TOWERS[vision["model_type"]].class_token
+    keeps_class_token = has_class_token and config.get("mm_vision_select_feature") == "cls_patch"
     if aspect == "anyres" and merge != "flat" and keeps_class_token:
         raise CheckpointError(
             "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token; only one is possible."
         )
-    pinpoints = _grid_pinpoints(config) if aspect == "anyres" else ()
     return image_processing(
         read_json(tower, "preprocessor_config.json"),
         vision,
         layout="original",
         aspect=aspect,
         merge=merge,
-        grid_pinpoints=pinpoints,
+        grid_pinpoints=_grid_pinpoints(config, int(vision["image_size"])) if aspect == "anyres" else (),
         keeps_class_token=keeps_class_token,
+        max_grid_tiles=int(limit[1]) if limit else None,
     )
 
 
-def _grid_pinpoints(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+def _grid_pinpoints(config: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+    """Canvases as (width, height): a list, or all grids from the first to the last of `(1x1),...,(6x6)` tiles."""
     written = config.get("image_grid_pinpoints")
+    if isinstance(written, str) and (sizes := _GRID_RANGE.fullmatch(written.strip())):
+        left, top, right, bottom = map(int, sizes.groups())
+        return tuple((i * side, j * side) for i in range(left, right + 1) for j in range(top, bottom + 1))
     try:
         pairs: Any = ast.literal_eval(written) if isinstance(written, str) else written
         pinpoints = tuple((int(width), int(height)) for width, height in pairs)
@@ -257,7 +285,7 @@ def _text_config(config: dict[str, Any], decoder: str) -> dict[str, Any]:
     text = {key: value for key, value in config.items() if not key.startswith(ours)}
     for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_mm_proj", "quantization_config"):
         text.pop(key, None)
-    return {"vocab_size": 50368 if decoder == "mpt" else 32000, **text, "model_type": decoder}
+    return {"vocab_size": DECODERS[decoder].vocab_size, **text, "model_type": decoder}
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

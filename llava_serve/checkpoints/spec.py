@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,9 @@ Aspect = Literal["square", "pad", "anyres"]
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 Layout = Literal["original", "transformers"]
 Adapter = Literal["lora", "projector"]
+
+GRID_LIMIT = re.compile(r"anyres_max_([1-9]\d?)")
+"""How files of both layouts write `ImageProcessing.max_grid_tiles`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,10 @@ class ImageProcessing:
         mean, std: per channel, in units of [0, 1].
         patch_size: of the tower, in pixels.
         extra_features: 1 where the class token is kept (`cls_patch`), else 0.
+        max_grid_tiles: where a grid has more features than so many tiles, they are interpolated to about as many
+            (`anyres_max_N`); None keeps all.
+        newline: a single tile ends with a newline feature.
+        of_several: how each image of a request with several is processed, where that differs.
     """
 
     layout: Layout
@@ -49,6 +57,43 @@ class ImageProcessing:
     std: tuple[float, float, float]
     patch_size: int
     extra_features: int
+    max_grid_tiles: int | None = None
+    newline: bool = False
+    of_several: ImageProcessing | None = None
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of an image, without the overview of a grid."""
+        return max((self._tiles(canvas) for canvas in self.grid_pinpoints), default=1)
+
+    def for_images(self, count: int) -> ImageProcessing:
+        """How an image is processed in a request with so many."""
+        return self.of_several if self.of_several is not None and count > 1 else self
+
+    def for_tiles(self, count: int) -> ImageProcessing:
+        """How an image was processed that has so many tiles, the overview included. The canvas that was chosen for it
+        is the best of those with as many tiles, too, whatever other ones there were."""
+        if self.aspect != "anyres":
+            return self
+        if count == 1 and self.of_several is not None:
+            return self.of_several
+        canvases = tuple(canvas for canvas in self.grid_pinpoints if self._tiles(canvas) == count - 1)
+        return dataclasses.replace(self, grid_pinpoints=canvases)
+
+    def limited(self, max_tiles: int) -> ImageProcessing:
+        """With the canvases of at most so many tiles.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        canvases = tuple(canvas for canvas in self.grid_pinpoints if self._tiles(canvas) <= max_tiles)
+        if self.grid_pinpoints and not canvases:
+            least = min(self._tiles(canvas) for canvas in self.grid_pinpoints)
+            raise CheckpointError(f"max_tiles is {max_tiles}, but the model's smallest grid has {least} tiles.")
+        return dataclasses.replace(self, grid_pinpoints=canvases)
+
+    def _tiles(self, canvas: tuple[int, int]) -> int:
+        return canvas[0] // self.crop_size[1] * (canvas[1] // self.crop_size[0])
 
     @property
     def grid_side(self) -> int:
@@ -99,7 +144,8 @@ class CheckpointSpec:
         vision_config: those of the vision tower's.
         projector_type: `linear`, `mlpNx_gelu`, `identity`.
         projector_bias, projector_act: of transformers' two-layer projector.
-        select_layer: index into the tower's hidden states, usually -2.
+        projector_norm: epsilon of a LayerNorm before the projector; None has none.
+        select_layers: indices into the tower's hidden states, usually -2 alone; the features of several are joined.
         select_feature: `patch` drops the class token, `cls_patch` keeps it.
         mm_use_im_start_end: an image stands between `<im_start>` and `<im_end>`.
         context_length: positions that the model has.
@@ -124,7 +170,8 @@ class CheckpointSpec:
     projector_type: str
     projector_bias: bool
     projector_act: str
-    select_layer: int
+    projector_norm: float | None
+    select_layers: tuple[int, ...]
     select_feature: Literal["patch", "cls_patch"]
     mm_use_im_start_end: bool
     context_length: int
@@ -138,6 +185,11 @@ class CheckpointSpec:
     @property
     def vocab_size(self) -> int:
         return int(self.text_config["vocab_size"])
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of a feature, before the projector."""
+        return int(self.vision_config["hidden_size"]) * len(self.select_layers)
 
     def limited_to(self, max_model_len: int | None) -> CheckpointSpec:
         """The same with a shorter context; None keeps it.

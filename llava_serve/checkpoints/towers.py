@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,91 @@ from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import Aspect, ImageProcessing, Layout, Merge
 from llava_serve.errors import CheckpointError
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_CLIP_DEFAULTS = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768} | {
-    "image_size": 224,
-    "patch_size": 32,
-}
-"""Of transformers' CLIPVisionConfig: files leave out what equals them."""
 _UNIT = 1 / 255
+_HALF = (0.5, 0.5, 0.5)
+_BASE = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "image_size": 224}
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """What differs between the kinds of vision towers.
+
+    Attributes:
+        name: for messages.
+        defaults: of its config class in transformers: files leave out what equals them.
+        settings: of its config here, whatever its file says.
+        class_token: its first feature is that of no patch.
+        crops: its processor crops the centre, where its file does not say; else an image is squashed to a square.
+        mean, std: of its processor, where its file does not say.
+        original_layer: the hidden state that the original takes, whatever config.json selects; None takes that one.
+    """
+
+    name: str
+    defaults: dict[str, int]
+    settings: dict[str, Any]
+    class_token: bool
+    crops: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    original_layer: int | None
+
+
+TOWERS = {
+    "clip_vision_model": Tower(
+        name="CLIP",
+        defaults={**_BASE, "patch_size": 32},
+        settings={},
+        class_token=True,
+        crops=True,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        original_layer=None,
+    ),
+    "siglip_vision_model": Tower(
+        name="SigLIP",
+        defaults={**_BASE, "patch_size": 16},
+        settings={"vision_use_head": False},  # it pools all features to one, which LLaVA does not use
+        class_token=False,
+        crops=False,
+        mean=_HALF,
+        std=_HALF,
+        original_layer=-2,
+    ),
+}
+"""By the `model_type` of the tower's config."""
+_TOWER_NAMES = " and ".join(tower.name for tower in TOWERS.values())
 
 
 def read_vision_config(folder: Path) -> dict[str, Any]:
-    """The config of a CLIP tower, from a folder that holds one by itself or inside a two-tower CLIP.
+    """The config of a tower, from a folder that holds one by itself or beside a text model.
 
     Raises:
-        CheckpointError: it is not CLIP's.
+        CheckpointError: it is of no supported kind.
     """
     config = read_json(folder, "config.json")
-    vision = config.get("vision_config") if config.get("model_type") == "clip" else config
-    if not isinstance(vision, dict) or config.get("model_type") not in ("clip", "clip_vision_model"):
+    kind = str(config.get("model_type"))
+    both = f"{kind}_vision_model" in TOWERS
+    vision = (config.get("vision_config") or {}) if both else config
+    return tower_config(vision, f"{kind}_vision_model" if both else kind, f"config.json in {folder}")
+
+
+def tower_config(vision: dict[str, Any], kind: str, file: str) -> dict[str, Any]:
+    """A tower's config with the sizes that its file may leave out.
+
+    Args:
+        vision: the config.
+        kind: its `model_type`.
+        file: that it is from, for the message.
+
+    Raises:
+        CheckpointError: the kind is not supported.
+    """
+    if kind not in TOWERS:
         raise CheckpointError(
-            f"config.json in {folder} describes a vision tower of type {config.get('model_type')!r}; only CLIP is "
-            "supported: name one with vision_tower."
+            f"{file} describes a vision tower of type {kind!r}, which is not supported; {_TOWER_NAMES} are."
         )
-    return clip_config(vision)
-
-
-def clip_config(vision: dict[str, Any]) -> dict[str, Any]:
-    """A CLIP tower's config with the sizes that its file may leave out."""
-    return {**_CLIP_DEFAULTS, **vision, "model_type": "clip_vision_model"}
+    tower = TOWERS[kind]
+    return {**tower.defaults, **vision, **tower.settings, "model_type": kind}
 
 
 def image_processing(
@@ -51,22 +108,25 @@ def image_processing(
     merge: Merge,
     grid_pinpoints: tuple[tuple[int, int], ...],
     keeps_class_token: bool,
+    max_grid_tiles: int | None = None,
 ) -> ImageProcessing:
-    """Reads a CLIP processor's settings.
+    """Reads the settings of a tower's processor.
 
     Args:
         settings: of `preprocessor_config.json`.
         vision: the tower's config.
-        layout, aspect, merge, grid_pinpoints, keeps_class_token: from the checkpoint.
+        layout, aspect, merge, grid_pinpoints, keeps_class_token, max_grid_tiles: from the checkpoint.
 
     Raises:
         CheckpointError: tiles that the tower cannot take, or canvases that are too many or too large.
     """
     check_tower(vision, grid_pinpoints)
+    tower = TOWERS[vision["model_type"]]
     side = int(vision["image_size"])
-    crop = _pair(settings.get("crop_size", side))
-    size = settings.get("size", {"shortest_edge": side})
-    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crops = bool(settings.get("do_center_crop", tower.crops))
+    crop = _pair(settings.get("crop_size") or side)
+    size = settings.get("size") or side
+    size = ({"shortest_edge": size} if crops else {"height": size, "width": size}) if isinstance(size, int) else size
     shortest = size.get("shortest_edge")
     if crop != (side, side):
         raise CheckpointError(
@@ -87,12 +147,13 @@ def image_processing(
         shortest_edge=None if shortest is None else int(shortest),
         resize_to=None if shortest is not None else _pair(size),
         do_resize=bool(settings.get("do_resize", True)),
-        do_center_crop=bool(settings.get("do_center_crop", True)),
+        do_center_crop=crops,
         resample=int(settings.get("resample", 3)),
-        mean=_triple(settings.get("image_mean", _CLIP_MEAN)),
-        std=_triple(settings.get("image_std", _CLIP_STD)),
+        mean=_triple(settings.get("image_mean") or tower.mean),
+        std=_triple(settings.get("image_std") or tower.std),
         patch_size=int(vision["patch_size"]),
-        extra_features=int(keeps_class_token),
+        extra_features=int(keeps_class_token and tower.class_token),
+        max_grid_tiles=max_grid_tiles,
     )
 
 

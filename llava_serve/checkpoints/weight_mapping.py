@@ -1,7 +1,7 @@
 """The names of tensors: those of each layout's files, and this project's, which are those of `Llava`'s modules.
 
-Ours: `vision_tower.*` (transformers' CLIPVisionModel), `projector.N.{weight,bias}`, `image_newline`, and
-`language_model.*` (transformers' causal language model).
+Ours: `vision_tower.*` (transformers' CLIPVisionModel or SiglipVisionModel), `projector_norm.{weight,bias}`,
+`projector.N.{weight,bias}`, `image_newline`, and `language_model.*` (transformers' causal language model).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LAYOUTS: dict[Layout, Rules] = {
     ),
     "transformers": _rules(
         _SKIPPED,
+        (r"(model\.)?multi_modal_projector\.projector_layernorm\.", "projector_norm."),
         (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),
         (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.2."),
         (r"(model\.)?image_newline$", "image_newline"),
@@ -41,7 +42,7 @@ LAYOUTS: dict[Layout, Rules] = {
 }
 TOWER: Rules = _rules(
     _SKIPPED,
-    (r"(text_model\.|text_projection|visual_projection|logit_scale)", None),  # CLIP's other half
+    (r"(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)", None),  # the other half
     (r"(vision_model\.)?", "vision_tower."),
 )
 
@@ -53,6 +54,7 @@ _STORED_NAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
         ("language_model.", ""),
     ),
     "transformers": (
+        ("projector_norm.", "multi_modal_projector.projector_layernorm."),
         ("projector.0.", "multi_modal_projector.linear_1."),
         ("projector.2.", "multi_modal_projector.linear_2."),
         ("vision_tower.", "vision_tower.vision_model."),

@@ -74,10 +74,14 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     tower = f"{vision['model_type']}: {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
     yield "vision tower", f"{tower}, {vision['image_size']} px in patches of {vision['patch_size']}"
     yield "", f"weights {_tower_weights(spec)}"
-    kept = "without" if spec.select_feature == "patch" else "with"
-    yield "features", f"of layer {spec.select_layer}, {kept} the class token"
-    yield "projector", f"{spec.projector_type} ({vision['hidden_size']} to {text.width})"
+    yield "features", _features(spec)
+    norm = "" if spec.projector_norm is None else ", after a norm"
+    yield "projector", f"{spec.projector_type} ({spec.feature_width} to {text.width}{norm})"
     yield "pictures", _images(spec.image)
+    if (several := spec.image.of_several) is not None:
+        yield "", f"of several in a request each {_images(several)}, {_tokens(several)}"
+    if spec.image.aspect == "anyres":
+        yield "", f"at most {spec.image.max_tiles} tiles beside the overview; images.max_tiles sets fewer"
     yield from _differences()
     yield "tokens", _tokens(spec.image)
     yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
@@ -86,14 +90,15 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
 
 
 class _Decoder:
-    """The sizes of a language model; MPT has its own names for them."""
+    """The sizes of a language model, with those that its file leaves out."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.family = config["model_type"]
-        self.layers = config.get("num_hidden_layers") or config["n_layers"]
-        self.width = config.get("hidden_size") or config["d_model"]
-        heads = config.get("num_attention_heads") or config["n_heads"]
-        shared = config.get("num_key_value_heads") or heads
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**settings)
+        self.family = config.model_type
+        self.layers, self.width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+        shared = getattr(config, "num_key_value_heads", None) or heads
         self.heads = f"{heads} heads" + (f" ({shared} for keys and values)" if shared != heads else "")
 
 
@@ -103,10 +108,20 @@ def _tower_weights(spec: CheckpointSpec) -> str:
     return f"from {spec.tower}"
 
 
+def _features(spec: CheckpointSpec) -> str:
+    from llava_serve.checkpoints.towers import TOWERS
+
+    layers = ", ".join(map(str, spec.select_layers))
+    layers = f"of layer {layers}" if len(spec.select_layers) == 1 else f"of the layers {layers}, joined"
+    if not TOWERS[spec.vision_config["model_type"]].class_token:
+        return layers
+    return f"{layers}, {'without' if spec.select_feature == 'patch' else 'with'} the class token"
+
+
 def _images(image: ImageProcessing) -> str:
     height, width = image.crop_size
     how = {
-        "square": f"the centre, {width} x {height}",
+        "square": f"the centre, {width} x {height}" if image.do_center_crop else f"squashed to {width} x {height}",
         "pad": f"padded to a square, then {width} x {height}",
         "anyres": f"an overview and a grid of tiles, each {width} x {height}",
     }[image.aspect]
@@ -129,5 +144,5 @@ def _tokens(image: ImageProcessing) -> str:
     from llava_serve.images.tiles import num_features
 
     if image.aspect != "anyres":
-        return f"{image.features_per_tile} per picture"
+        return f"{image.features_per_tile + image.newline} per picture"
     return ", ".join(f"{num_features(size, image)} for {size[0]} x {size[1]}" for size in _EXAMPLES)

@@ -38,7 +38,7 @@ class Engine:
             prefix_caching=options.prefix_caching,
             salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}".encode(),
         )
-        per_tile = spec.image.features_per_tile * int(spec.vision_config["hidden_size"]) * model.dtype.itemsize
+        per_tile = spec.image.features_per_tile * spec.feature_width * model.dtype.itemsize
         encoder_cache = EncoderCacheManager(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, encoder_cache, options.max_num_seqs)
         self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles)

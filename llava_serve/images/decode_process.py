@@ -72,7 +72,9 @@ class DecodeProcess:
         """It lives, and waits for a picture or is about to."""
         return not self._busy and self._process.poll() is None
 
-    def decode(self, data: bytes, room: int, check: Check | None, pixels: int | None = None) -> CachedTiles:
+    def decode(
+        self, data: bytes, room: int, check: Check | None, pixels: int | None = None, num_images: int = 1
+    ) -> CachedTiles:
         """A picture as model input, as `Decoder` says. The process may not be usable after it.
 
         Raises:
@@ -83,7 +85,7 @@ class DecodeProcess:
             self._await_ready(check)
         os.pwrite(self._memory.fileno(), data, 0)
         self._busy = True
-        self._send(len(data), room, pixels)
+        self._send(len(data), room, pixels, num_images)
         reply = self._await_reply(check)
         self._busy = "over_memory" in reply
         if self._busy:

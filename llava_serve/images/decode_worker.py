@@ -67,12 +67,14 @@ def _limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _decode(decoder: Decoder, memory: int, length: int, room: int, pixels: int | None) -> dict[str, Any]:
+def _decode(
+    decoder: Decoder, memory: int, length: int, room: int, pixels: int | None, num_images: int
+) -> dict[str, Any]:
     """One picture, from the shared memory to its tiles in there: the message to send."""
     last_errno = _LIBC.__errno_location().contents
     last_errno.value = 0
     try:
-        made = decoder.tiles_of(os.pread(memory, length, 0), room, pixels=pixels)
+        made = decoder.tiles_of(os.pread(memory, length, 0), room, pixels=pixels, num_images=num_images)
     except Exception as error:
         # Decoders in C give up without a word of it when an allocation fails: then the C library knows.
         if last_errno.value == errno.ENOMEM or _is_memory_error(error):

@@ -20,7 +20,9 @@ Check = Callable[[], None]
 class Decoder(Protocol):
     """Decodes images. For several threads."""
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
+    def tiles_of(
+        self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None, num_images: int = 1
+    ) -> CachedTiles:
         """An image as model input.
 
         Args:
@@ -28,6 +30,7 @@ class Decoder(Protocol):
             room: positions that are left in the prompt; an image that takes as many gets neither tiles nor digest.
             check: where decoding can be ended, what this raises ends it.
             pixels: how many the image may have of those of its request; None leaves the limit of each image.
+            num_images: of the request; some models process each of several images otherwise than a single one.
 
         Raises:
             InvalidImageError: not an image, damaged, or over a limit.
@@ -44,14 +47,17 @@ class InProcessDecoder:
         self._options = options
         self._processing = processing
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
+    def tiles_of(
+        self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None, num_images: int = 1
+    ) -> CachedTiles:
         """As `Decoder` says. The decoded image lives only in here: a large one takes hundreds of megabytes."""
+        processing = self._processing.for_images(num_images)
         image = decode_image(data, self._options, pixels)
-        count = num_features(image.size, self._processing)
+        count = num_features(image.size, processing)
         if count >= room:
             return CachedTiles(image.size, count, np.empty(0, np.uint8), "")
-        tiles = make_tiles(image, self._processing)
-        return CachedTiles(image.size, count, tiles, digest(tiles, image.size, self._processing))
+        tiles = make_tiles(image, processing)
+        return CachedTiles(image.size, count, tiles, digest(tiles, image.size, processing))
 
     def close(self) -> None:
         """Nothing was started."""

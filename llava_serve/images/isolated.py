@@ -49,7 +49,9 @@ class IsolatedDecoder:
         self._spare = self._start()
         self._ended = weakref.finalize(self, _kill_all, self._starter, self._processes)
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
+    def tiles_of(
+        self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None, num_images: int = 1
+    ) -> CachedTiles:
         """As `Decoder` says. What `check` raises ends the work, and the process if that does not end soon.
 
         Raises:
@@ -58,7 +60,7 @@ class IsolatedDecoder:
         for _ in range(_ATTEMPTS):
             process = self._take()
             try:
-                return process.decode(data, room, check, pixels)
+                return process.decode(data, room, check, pixels, num_images)
             except DecodeProcessEndedError:
                 _logger.warning("A decoding process has ended; its exit status is %s.", process.kill())
             finally:

@@ -21,6 +21,10 @@ _MAX_CANVAS = 100_000_000
 """Pixels of the largest intermediate picture: a thin strip, padded or enlarged, must not fill the memory."""
 
 
+_MIN_RATIO = 1.1
+"""A grid that is too large by less, along each side, is left as it is."""
+
+
 def make_tiles(image: Image.Image, processing: ImageProcessing) -> NDArray[np.uint8]:
     """Makes the tower's input.
 
@@ -46,13 +50,22 @@ def make_tiles(image: Image.Image, processing: ImageProcessing) -> NDArray[np.ui
 def num_features(size: Size, processing: ImageProcessing) -> int:
     """Positions that a picture of (width, height) takes in the prompt."""
     if processing.aspect != "anyres":
-        return processing.features_per_tile
+        return processing.features_per_tile + processing.newline
     columns, rows = tile_grid(size, processing)
     if processing.merge == "flat":
         return (1 + columns * rows) * processing.features_per_tile
     top, bottom, left, right = kept_features(size, processing)
+    height, width = shrunk_grid(bottom - top, right - left, processing)
     newline = 1 if processing.merge == "spatial_unpad" else 0
-    return processing.features_per_tile + (bottom - top) * (right - left + newline)
+    return processing.features_per_tile + height * (width + newline)
+
+
+def shrunk_grid(height: int, width: int, processing: ImageProcessing) -> Size:
+    """(height, width) to which a grid of features is interpolated; its own where it is small enough."""
+    if processing.max_grid_tiles is None or processing.merge != "spatial_unpad":
+        return height, width
+    ratio = math.sqrt(height * width / (processing.max_grid_tiles * processing.grid_side**2))
+    return (int(height // ratio), int(width // ratio)) if ratio > _MIN_RATIO else (height, width)
 
 
 def tile_grid(size: Size, processing: ImageProcessing) -> Size:

@@ -10,13 +10,14 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
+from torch.nn.functional import interpolate
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
-from llava_serve.images.tiles import kept_features, tile_grid
+from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
 from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta, weight_bytes
 from llava_serve.text.tokenizer import load_tokenizer
@@ -32,7 +33,8 @@ class Llava(nn.Module):
 
     Attributes:
         spec: what was loaded.
-        vision_tower: CLIP, without the layers after the selected one.
+        vision_tower: without the layers after the last selected one.
+        projector_norm: of the features before the projector; None in most models.
         projector: from tower features to the language model's hidden size.
         image_newline: [hidden], follows each line of features in `spatial_unpad`; None elsewhere.
         language_model: transformers' causal language model.
@@ -41,13 +43,16 @@ class Llava(nn.Module):
     def __init__(self, spec: CheckpointSpec, text_config: Any) -> None:
         super().__init__()
         self.spec = spec
-        vision = CLIPVisionConfig(**{**spec.vision_config, "num_hidden_layers": selected_layers(spec)})
-        self.vision_tower = CLIPVisionModel(vision)
+        self._layers = selected_layers(spec)
+        vision = AutoConfig.for_model(**{**spec.vision_config, "num_hidden_layers": max(self._layers)})
+        self.vision_tower = AutoModel.from_config(vision)
         self.language_model = AutoModelForCausalLM.from_config(text_config)
         if spec.layout == "original" and hasattr(self.language_model.base_model, "rotary_emb"):
             self.language_model.base_model.rotary_emb = HalfRotary(self.language_model.base_model.rotary_emb)
         hidden = text_config.hidden_size
-        self.projector = make_projector(spec, vision.hidden_size, hidden)
+        norm = spec.projector_norm
+        self.projector_norm = None if norm is None else nn.LayerNorm(spec.feature_width, eps=norm)
+        self.projector = make_projector(spec, spec.feature_width, hidden)
         self.image_newline = nn.Parameter(torch.empty(hidden)) if _uses_newline(spec) else None
 
     @classmethod
@@ -110,13 +115,16 @@ class Llava(nn.Module):
             tiles: uint8 [tiles, height, width, 3].
 
         Returns:
-            [tiles, features, vision hidden].
+            [tiles, features, feature width].
         """
         image = self.spec.image
         mean = torch.tensor(image.mean, device=self.device)
         std = torch.tensor(image.std, device=self.device)
         pixels = (tiles.to(self.device, non_blocking=True).float() / 255 - mean) / std
-        hidden: Tensor = self.vision_tower(pixels.permute(0, 3, 1, 2).to(self.dtype)).last_hidden_state
+        pixels = pixels.permute(0, 3, 1, 2).to(self.dtype)
+        # Not the last hidden state: SigLIP's is normalized.
+        states = self.vision_tower(pixels, output_hidden_states=list(self._layers)).hidden_states
+        hidden = torch.cat([states[layer] for layer in self._layers], dim=-1)
         return hidden[:, 1:] if self.spec.select_feature == "patch" else hidden
 
     @torch.inference_mode()
@@ -124,24 +132,28 @@ class Llava(nn.Module):
         """Projects and joins one image's features.
 
         Args:
-            features: [tiles, features, vision hidden] of the image's tiles, the overview first.
+            features: [tiles, features, feature width] of the image's tiles, the overview first.
             image_size: (width, height) before tiling.
 
         Returns:
             [positions, hidden], as many as `num_features` says.
         """
+        if self.projector_norm is not None:
+            features = self.projector_norm(features)
         projected: Tensor = self.projector(features)
-        image = self.spec.image
+        image = self.spec.image.for_tiles(len(features))
+        if image.newline and self.image_newline is not None:
+            return torch.cat([projected.flatten(0, 1), self.image_newline[None]])
         if image.aspect != "anyres" or image.merge == "flat":
             return projected.flatten(0, 1)
-        width, height = tile_grid(image_size, image)
+        across, down = tile_grid(image_size, image)
         side = image.grid_side
         # [tiles down, tiles across, side, side, hidden] -> [features down, features across, hidden]
-        grid = projected[1:].view(height, width, side, side, -1).transpose(1, 2)
-        grid = grid.reshape(height * side, width * side, -1)
+        grid = projected[1:].view(down, across, side, side, -1).transpose(1, 2)
+        grid = grid.reshape(down * side, across * side, -1)
         if self.image_newline is not None:
             top, bottom, left, right = kept_features(image_size, image)
-            grid = grid[top:bottom, left:right]
+            grid = _resized(grid[top:bottom, left:right], shrunk_grid(bottom - top, right - left, image))
             grid = torch.cat([grid, self.image_newline.expand(grid.shape[0], 1, -1)], dim=1)
         return torch.cat([projected[0], grid.flatten(0, 1)])
 
@@ -181,19 +193,27 @@ def make_projector(spec: CheckpointSpec, vision_hidden: int, hidden: int) -> nn.
     return nn.Sequential(*layers)
 
 
-def selected_layers(spec: CheckpointSpec) -> int:
-    """How many of the tower's layers run, so that its last hidden state is the selected one.
+def _resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """A grid of features [height, width, hidden], interpolated to (height, width) where it has another size."""
+    if size == tuple(grid.shape[:2]):
+        return grid
+    return interpolate(grid.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
+
+
+def selected_layers(spec: CheckpointSpec) -> tuple[int, ...]:
+    """How many of the tower's layers come before each of the selected hidden states.
 
     Raises:
         CheckpointError: the tower has no such layer.
     """
     layers = int(spec.vision_config["num_hidden_layers"])
-    selected = spec.select_layer if spec.select_layer >= 0 else layers + 1 + spec.select_layer
-    if not 1 <= selected <= layers:
-        raise CheckpointError(
-            f"config.json selects layer {spec.select_layer} of a vision tower with {layers} layers; name the tower "
-            "that it was trained with."
-        )
+    selected = tuple(layer if layer >= 0 else layers + 1 + layer for layer in spec.select_layers)
+    for layer, written in zip(selected, spec.select_layers, strict=True):
+        if not 1 <= layer <= layers:
+            raise CheckpointError(
+                f"config.json selects layer {written} of a vision tower with {layers} layers; name the tower that it "
+                "was trained with."
+            )
     return selected
 
 
@@ -203,12 +223,15 @@ def _uses_newline(spec: CheckpointSpec) -> bool:
 
 
 def _is_unused(name: str, spec: CheckpointSpec) -> bool:
-    """Tensors that a checkpoint may hold although no answer depends on them: the tower's layers after the selected one,
-    and the newline feature where images are not tiled."""
+    """Tensors that a checkpoint may hold although no answer depends on them: the tower's layers after the last selected
+    one and its pooling head, and the newline feature where images are not tiled."""
+    if name.startswith("vision_tower.head."):
+        return True
     if name == "image_newline":
         return spec.image.merge == "spatial_unpad" and not _uses_newline(spec)
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
-    return layer is not None and selected_layers(spec) <= int(layer[1]) < int(spec.vision_config["num_hidden_layers"])
+    used, stored = max(selected_layers(spec)), int(spec.vision_config["num_hidden_layers"])
+    return layer is not None and used <= int(layer[1]) < stored
 
 
 def _fit_vocabulary(

@@ -1,4 +1,4 @@
-"""The original's sixteen conversation templates, as data, and the choice of one.
+"""The conversation templates as data, and the choice of one: the original's sixteen, and two of LLaVA-NeXT.
 
 The texts and the separators are those that the released checkpoints were trained or served with, down to a missing
 space: other ones change the answers. Source: `llava/conversation.py` of the original.
@@ -7,7 +7,7 @@ space: other ones change the answers. Source: `llava/conversation.py` of the ori
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -117,6 +117,15 @@ def _chatml(system: str) -> Template:
 
 _V0 = _hash(_POLITE.format("human"), _ENERGY)
 _V1 = _two(_POLITE.format("user"))
+_QWEN = replace(_chatml("You are a helpful assistant."), sep="<|im_end|>\n")
+_LLAMA_3 = Template(
+    Style.MPT,
+    "You are a helpful language and vision assistant. " + _VISUAL,
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    sep="<|eot_id|>",
+    system_mark="<|start_header_id|>system<|end_header_id|>\n\n",
+)
 _DIRECT = _chatml("Answer the questions.")
 _PLAIN = Template(Style.PLAIN, "", "", "", sep="\n")
 
@@ -137,6 +146,8 @@ TEMPLATES: dict[str, Template] = {
     "v1_mmtag": _two(_MMTAG),
     "llava_llama_2": _inst("You are a helpful language and vision assistant. " + _VISUAL, "<s>"),
     "mpt": _chatml(_MPT),
+    "qwen_1_5": _QWEN,
+    "llava_llama_3": _LLAMA_3,
 }
 
 _BY_NAME = (
@@ -157,6 +168,7 @@ class Content:
     Attributes:
         decoder: transformers' `model_type` of the language model.
         has_chatml: `<|im_start|>` is one token of its vocabulary.
+        has_headers: `<|start_header_id|>` is one.
         mlp: its projector has several layers, which the first release had not.
         start_end: images stand between `<im_start>` and `<im_end>`, as in the first release.
         tokenizer_template: the chat template of its tokenizer, empty if it has none.
@@ -164,6 +176,7 @@ class Content:
 
     decoder: str
     has_chatml: bool = False
+    has_headers: bool = False
     mlp: bool = True
     start_end: bool = False
     tokenizer_template: str = ""
@@ -172,6 +185,10 @@ class Content:
         """The template that the files suggest, and why."""
         if self.decoder == "mpt":
             return "mpt", "the decoder is MPT"
+        if self.decoder.startswith("qwen"):
+            return "qwen_1_5", "the decoder is Qwen"
+        if self.has_headers:
+            return "llava_llama_3", "the vocabulary has <|start_header_id|>, as Llama 3"
         if self.has_chatml:
             return "chatml_direct", "the vocabulary has <|im_start|>"
         if self.decoder == "mistral":
@@ -184,9 +201,10 @@ class Content:
 
     def allows(self, key: str) -> bool:
         """Whether a checkpoint with such files can have been trained with a template."""
-        if key in ("mpt", "mistral_instruct", "chatml_direct"):
-            return self.template()[0] == key
-        return self.decoder == "llama" and not self.has_chatml and not (key == "llava_v0" and self.mlp)
+        if key == self.template()[0]:
+            return True
+        others = self.decoder != "llama" or self.has_chatml or self.has_headers
+        return not others and (key in ("llava_llama_2", "llava_v1") or (key == "llava_v0" and not self.mlp))
 
 
 class Choice(NamedTuple):

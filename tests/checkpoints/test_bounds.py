@@ -41,6 +41,13 @@ CONFIG: dict[str, tuple[Any, str]] = {
     "image_grid_pinpoints": ([[10**9, 10**9]], "each a whole number between 1 and 8,192"),
     "image_grid_pinpoints of many": ([[336, 336]] * 1001, "at most 1000 pairs"),
     "image_grid_pinpoints of text": ("-" * 100_000 + "1", "image_grid_pinpoints"),
+    "image_grid_pinpoints of a range": ("(1x1),...,(99x99)", "at most 1000 pairs"),
+    "image_grid_pinpoints of a long range": (f"(1x1),...,({10**6}x{10**6})", "no list of (width, height)"),
+    "image_aspect_ratio": ("anyres_max_0", "anyres_max_N"),
+    "image_aspect_ratio of many digits": ("anyres_max_" + "9" * 500, "anyres_max_N"),
+    "logits_scaling": (0, "logits_scaling '0'"),
+    "partial_rotary_factor": (1e9, "0.001 and 1"),
+    "final_logit_softcapping": (float("nan"), "'nan'"),
     "mm_vision_select_layer": (10**9, "selects layer 1000000000"),
 }
 TOWER_CONFIG: dict[str, tuple[Any, str]] = {

@@ -35,11 +35,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown merge": ({"mm_patch_merge_type": "maxpool2x2"}, ("mm_patch_merge_type", "'maxpool2x2'", "spatial_unpad")),
     "unknown feature": ({"mm_vision_select_feature": "cls"}, ("mm_vision_select_feature", "'cls'", "cls_patch")),
     "no layer": ({"mm_vision_select_layer": None}, ("mm_vision_select_layer",)),
+    "ViP-LLaVA": (
+        {"mm_vision_select_layer": [-2, -5]},
+        ("mm_vision_select_layer", "[-2, -5]", "llava-hf/vip-llava-7b-hf"),
+    ),
     "a layer that the tower lacks": ({"mm_vision_select_layer": -9}, ("layer -9", "3 layers")),
-    "several layers": ({"mm_vision_select_layer": [-2, -5]}, ("mm_vision_select_layer", "[-2, -5]", "ViP-LLaVA")),
     "a build of its own": (
         {"architectures": ["BunnyPhiForCausalLM"], "model_type": "bunny-phi", "mm_vision_select_layer": None},
-        ("BunnyPhiForCausalLM",),
+        ("Bunny, which has code of its own", "BunnyPhiForCausalLM"),
     ),
     "no such decoder": (
         {"architectures": ["BunnyPhiForCausalLM"], "mm_vision_select_layer": None},
@@ -142,7 +145,7 @@ def test_a_tower_without_weights(llava_15: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "named"),
     [
-        ("config.json", {"model_type": "siglip_vision_model"}, "siglip_vision_model"),
+        ("config.json", {"model_type": "mlcd_vision_model"}, "'mlcd_vision_model', which is not supported; CLIP and"),
         ("config.json", {"image_size": 70}, "tiles of 56 x 56"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
         ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor"),

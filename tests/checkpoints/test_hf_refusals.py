@@ -34,10 +34,14 @@ def change_json(path: Path, *inside: str, **changes: Any) -> None:
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
-    "OneVision": ((), {"model_type": "llava_onevision"}, "LLaVA-OneVision"),
-    "video": ((), {"model_type": "llava_next_video"}, "LLaVA-NeXT-Video"),
-    "VipLLaVA": ((), {"model_type": "vipllava"}, "VipLLaVA"),
-    "another model": ((), {"model_type": "qwen2_vl"}, "'qwen2_vl'"),
+    "another model": ((), {"model_type": "qwen2_vl"}, "'qwen2_vl', which is not supported; of transformers' models"),
+    "videos": ((), {"model_type": "video_llava"}, "Video-LLaVA, which answers questions about videos"),
+    "OneVision 1.5": ((), {"model_type": "llavaonevision1_5"}, "LLaVA-OneVision-1.5, which has another tower"),
+    "OneVision 2": ((), {"model_type": "llava_onevision2"}, "LLaVA-OneVision-2, which has another tower"),
+    "FastVLM": ((), {"model_type": "fast_vlm"}, "FastVLM, whose tower is FastViT"),
+    "Bunny": ((), {"model_type": "bunny-phi"}, "Bunny, which has code of its own"),
+    "VILA": ((), {"model_type": "llava_llama", "llm_cfg": "llm"}, "VILA, which keeps its parts in folders"),
+    "Pixtral": (("vision_config",), {"model_type": "pixtral"}, "Pixtral, whose tower takes images of any size"),
     "sinks": (("text_config",), {"model_type": "gpt_oss"}, "gpt_oss, which is not supported; these are: apertus, "),
     "dynamic positions": (("text_config",), {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' rotary"),
     "positions of two kinds": (
@@ -45,8 +49,16 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"rope_parameters": {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {}}},
         "'longrope' rotary",
     ),
-    "SigLIP": (("vision_config",), {"model_type": "siglip_vision_model"}, "'siglip_vision_model'"),
-    "several layers": ((), {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+    "another tower": (
+        ("vision_config",),
+        {"model_type": "mlcd_vision_model"},
+        "'mlcd_vision_model', which is not supported; CLIP and SigLIP are",
+    ),
+    "SigLIP without its class token": (
+        ("vision_config",),
+        {"model_type": "siglip_vision_model"},
+        "vision_feature_select_strategy is default), and the features of SigLIP have none",
+    ),
     "another tokenizer": ((), {"image_token_index": 7}, "image_token_index"),
     "quantized": ((), {"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
     "no such value": (("vision_config",), {"patch_size": "many"}, "config.json"),
@@ -81,6 +93,20 @@ def test_refused_with_the_class_token_in_a_grid(folder_of: Any, tmp_path: Path) 
     change_json(folder / "config.json", vision_feature_select_strategy="full")
     with pytest.raises(CheckpointError, match="vision_feature_select_strategy"):
         open_checkpoint(str(folder))
+
+
+def test_refused_with_another_limit_of_the_grid(folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of("onevision-hub"), tmp_path)
+    change_json(folder / "config.json", vision_aspect_ratio="highres")
+    with pytest.raises(CheckpointError, match="vision_aspect_ratio to 'highres'; anyres_max_N"):
+        open_checkpoint(str(folder))
+
+
+def test_refused_with_a_layer_that_the_tower_lacks(folder_of: Any, tmp_path: Path) -> None:
+    folder = copy(folder_of("vip-llava-hub"), tmp_path)
+    change_json(folder / "config.json", vision_feature_layer=[-2, -5])
+    with pytest.raises(CheckpointError, match="layer -5 of a vision tower with 3 layers"):
+        Llava.load(open_checkpoint(str(folder)))
 
 
 def test_refused_where_canvases_differ(folder_of: Any, tmp_path: Path) -> None:

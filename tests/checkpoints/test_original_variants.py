@@ -18,11 +18,11 @@ from support.paths import GOLDEN
 from support.variants import (
     TOWER,
     Weights,
+    all_logits,
     copy,
     decoder_weights,
     edit,
     expected_logits,
-    logits,
     merged_by_peft,
     narrow,
     prepare,
@@ -182,7 +182,7 @@ def check(folder: Path, config: dict[str, Any], weights: Weights, tower: Weights
     prepared = prepare(folder)
     counting = tower_weights(folder.parent / TOWER) if tower is None else tower
     expected = expected_logits(config, weights, (folder.parent / TOWER, counting), prepared, *join)
-    torch.testing.assert_close(logits(load(folder), prepared), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(all_logits(load(folder), prepared), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

@@ -21,7 +21,7 @@ from llava_serve.config import EngineOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.model.llava import Llava
 from support.random_llava import write_llava
-from support.variants import copy, logits, merged_by_peft, prepare, read, write
+from support.variants import all_logits, copy, merged_by_peft, prepare, read, write
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -78,7 +78,9 @@ def test_layers_memory_and_logits(folder: Path, quantization: Any, dtype: torch.
     if dtype == torch.bfloat16:
         assert low < memory(small.language_model) / memory(plain.language_model) < high
     prepared = prepare(folder)
-    similarity = functional.cosine_similarity(logits(small, prepared).float(), logits(plain, prepared).float(), dim=-1)
+    similarity = functional.cosine_similarity(
+        all_logits(small, prepared).float(), all_logits(plain, prepared).float(), dim=-1
+    )
     assert cosine < float(similarity.min()) < 1 - 1e-6
 
 
@@ -96,9 +98,9 @@ def test_lora_is_merged_before_it_is_quantized(tmp_path: Path, quantization: Any
         for path, of in ((adapter, str(base)), (whole, None))
     ]
     assert len(quantized_layers(models[0])) == 7 * 3
-    assert torch.equal(logits(models[0], prepared), logits(models[1], prepared))
+    assert torch.equal(all_logits(models[0], prepared), all_logits(models[1], prepared))
     plain = Llava.load(open_checkpoint(str(whole)))
-    assert not torch.equal(logits(models[0], prepared), logits(plain, prepared))
+    assert not torch.equal(all_logits(models[0], prepared), all_logits(plain, prepared))
 
 
 @needs_bitsandbytes
@@ -111,7 +113,7 @@ def test_every_decoder_answers_through_the_engine(
     prepared = prepare(folder)
     model = Llava.load(open_checkpoint(str(folder)), quantization=quantization)
     with caplog.at_level(logging.WARNING, "bitsandbytes"):
-        expected = int(logits(model, prepared)[-1].argmax())
+        expected = int(all_logits(model, prepared)[-1].argmax())
         options = EngineOptions(num_threads=1, compile=True)  # quantized layers go without
         llm = LLM(str(folder), device="cpu", dtype="float32", quantization=quantization, engine=options)
         assert llm.run([prepared], SamplingParams(temperature=0, max_new_tokens=4))[0].token_ids[0] == expected

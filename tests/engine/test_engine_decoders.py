@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, LlamaConfig, LlamaModel
 
 from llava_serve.checkpoints.decoders import DECODERS, ROTARY_TYPES, rotary_types
+from llava_serve.checkpoints.original import token_ids
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.types import SamplingParams
@@ -52,7 +53,7 @@ def test_every_decoder_gives_what_transformers_gives(kind: str) -> None:
 
 
 def test_the_decoders_that_are_supported_are_those_that_are_compared() -> None:
-    assert {kind for kind, _ in CONFIGS.values()} - {"gemma2"} == DECODERS
+    assert {kind for kind, _ in CONFIGS.values()} - {"gemma2"} == DECODERS.keys()
     rotary = {one for _, settings in CONFIGS.values() for one in rotary_types(settings)}
     assert rotary == ROTARY_TYPES
 
@@ -159,3 +160,10 @@ def test_padding_changes_no_answer_and_no_cache(kind: str, monkeypatch: pytest.M
     subject = engine(TinyModel(kind))
     for _ in range(2):
         assert run(subject, *[(one, GREEDY) for one in PROMPTS]) == expected
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_defaults_are_those_of_transformers(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    length = config.max_seq_len if kind == "mpt" else config.max_position_embeddings
+    assert DECODERS[kind] == (config.vocab_size, length, token_ids(config.eos_token_id))

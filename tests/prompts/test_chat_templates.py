@@ -58,7 +58,7 @@ def parts(text: str = "", head: str = "") -> str:
 
 
 def tiny(template: str, *controls: str, **more: Any) -> Tiny:
-    return Tiny(False, "llama", "hub", template=template, controls=controls, **more)
+    return Tiny("llava", "llama", "hub", template=template, controls=controls, **more)
 
 
 KINDS: dict[str, tuple[Tiny, str]] = {

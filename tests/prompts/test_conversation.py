@@ -56,6 +56,10 @@ ONE_TURN = {
     "mpt": CHATML.format(
         "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
     ),
+    "qwen_1_5": CHATML.format("You are a helpful assistant.").replace("<|im_end|>", "<|im_end|>\n"),
+    "llava_llama_3": "<|start_header_id|>system<|end_header_id|>\n\n"
+    f"You are a helpful language and vision assistant. {VISUAL}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "<image>\nQ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "plain": "<image>\nQ?\n",
     "v0_plain": "<image>\nQ?\n",
 }
@@ -88,9 +92,9 @@ def test_llama_2_system_message() -> None:
     assert prompt.endswith("share false information.\n<</SYS>>\n\n<image>\nQ? [/INST]")
 
 
-def test_there_are_the_sixteen_keys_of_the_original() -> None:
+def test_there_are_the_sixteen_keys_of_the_original_and_two_of_its_successor() -> None:
     assert set(TEMPLATES) == {*ONE_TURN, "default", "v0", "llama_2"}
-    assert len(TEMPLATES) == 16
+    assert len(TEMPLATES) == 18
 
 
 @pytest.mark.parametrize(
@@ -369,6 +373,12 @@ def test_content_of_other_kinds() -> None:
     assert choose_template("ckpt", Content("llama", mlp=False, start_end=True)).key == "llava_v0"
     llama_2 = Content("llama", mlp=False, start_end=True, tokenizer_template="[INST] <<SYS>>")
     assert choose_template("ckpt", llama_2).key == "llava_llama_2"
+    assert choose_template("ckpt", Content("qwen2", has_chatml=True)).key == "qwen_1_5"
+    assert choose_template("ckpt", Content("llama", has_headers=True)).key == "llava_llama_3"
+
+
+def test_a_name_that_says_what_the_content_says_is_no_contradiction() -> None:
+    assert choose_template("llava-v1.5-gemma", Content("gemma")) == ("llava_v1", "the name contains 'v1'", None)
 
 
 TEMPLATE = (

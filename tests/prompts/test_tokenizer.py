@@ -143,7 +143,7 @@ TALK = [("What is it?", "A red circle. "), (" And what is left of it?", "A blue 
 @pytest.mark.parametrize("prepended", [False, True])
 @pytest.mark.parametrize("template", ["llava_v1", "mistral_instruct", "plain", "mpt", "llava_llama_2"])
 def test_the_history_with_tokenizer_json_only(template: str, prepended: bool, tmp_path: Path) -> None:
-    write_processor(tmp_path, Tiny(False, "llama", prepended=prepended, controls=("<|im_start|>", "<|im_end|>")))
+    write_processor(tmp_path, Tiny("llava", "llama", prepended=prepended, controls=("<|im_start|>", "<|im_end|>")))
     tokenizer = load_tokenizer(read_tokenizer(tmp_path, []))
     turns: list[Message] = []
     for question, answer in TALK:
@@ -155,7 +155,7 @@ def test_the_history_with_tokenizer_json_only(template: str, prepended: bool, tm
 
 @pytest.mark.parametrize("prepended", [False, True])
 def test_tokens_one_by_one_keep_their_spaces_and_bytes(prepended: bool, tmp_path: Path) -> None:
-    write_processor(tmp_path, Tiny(False, "llama", prepended=prepended))
+    write_processor(tmp_path, Tiny("llava", "llama", prepended=prepended))
     tokenizer = load_tokenizer(read_tokenizer(tmp_path, [], "<image>"))
     text = "The circle  is left of it: é 蓝色."
     ids = tokenizer.encode([Text(text)])[1:]

@@ -23,7 +23,9 @@ def once(path: Path) -> bytes:
 class OddDecoder(InProcessDecoder):
     """Decodes pictures, but for `sleep SECONDS`, `once FILE`, `die SIGNAL` and `fail`."""
 
-    def tiles_of(self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None) -> CachedTiles:
+    def tiles_of(
+        self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None, num_images: int = 1
+    ) -> CachedTiles:
         order, _, argument = data.decode("latin-1").partition(" ")
         match order:
             case "sleep":
@@ -36,7 +38,7 @@ class OddDecoder(InProcessDecoder):
             case "fail":
                 raise LookupError("a fault of ours")
             case _ if order != "once":
-                return super().tiles_of(data, room, check, pixels)
+                return super().tiles_of(data, room, check, pixels, num_images)
         return super().tiles_of(DEMO_IMAGE.read_bytes(), room, check)
 
 

@@ -85,7 +85,7 @@ class TinySpec:
     context_length: int = CONTEXT
     eos_token_ids: tuple[int, ...] = (2,)
     image: TinyImage = TinyImage()
-    vision_config: dict[str, int] = dataclasses.field(default_factory=lambda: {"hidden_size": HIDDEN})
+    feature_width: int = HIDDEN
 
 
 class TinyModel:

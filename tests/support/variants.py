@@ -114,11 +114,11 @@ def prepare(folder: Path, query: str = "What is it?", image: Path = PICTURE, **o
     return Processor(open_checkpoint(str(folder), **options), ImageOptions()).prepare_query(query, [image])
 
 
-def logits(model: Llava, prepared: PreparedPrompt) -> Tensor:
+def all_logits(model: Llava, prepared: PreparedPrompt) -> Tensor:
     """[positions, vocabulary], by this project's modules."""
     merged = model.embed(torch.from_numpy(prepared.token_ids.astype(np.int64)).clamp(min=0)).clone()
-    (start, end), tiles, size = prepared.image_spans[0], prepared.tiles[0], prepared.image_sizes[0]
-    merged[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
+    for (start, end), tiles, size in zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True):
+        merged[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
     with torch.inference_mode():
         found: Tensor = model.language_model(inputs_embeds=merged[None]).logits[0]
     return found

@@ -1,0 +1,35 @@
+"""What `inspect` says of the newer kinds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from llava_serve.cli import inspect
+
+LINES = {
+    "onevision": (
+        "qwen2: 2 layers of 64, 4 heads (2 for keys and values)",
+        "siglip_vision_model: 3 layers of 32, 42 px in patches of 14",
+        "features        of layer -1\n",
+        "of several in a request each padded to a square, then 42 x 42 (bicubic), 10 per picture",
+        "at most 16 tiles beside the overview; images.max_tiles sets fewer",
+    ),
+    "vip-llava-hub": (
+        "of the layers -2, 1, 3, joined, without the class token",
+        "mlp2x_gelu (96 to 64, after a norm)",
+        "the centre, 42 x 42",
+    ),
+    "joycaption": ("squashed to 42 x 42", "9 per picture"),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_inspect(kind: str, folder_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(path=str(folder_of(kind)), model_base=None, vision_tower=None, conv_mode=None)
+    assert inspect.run(options) == 0
+    printed = capsys.readouterr().out
+    for line in LINES[kind]:
+        assert line in printed
