@@ -23,7 +23,8 @@ from llava_serve.errors import UnknownModelError
 from llava_serve.images.fetch import ImageSource, read_local_source
 from llava_serve.inputs import CallOptions, images_and_sampling
 from llava_serve.openai_messages import ChatMessage, read_asked
-from llava_serve.types import Chunk, GenerationResult, Message, PreparedPrompt, SamplingParams
+from llava_serve.results import GenerationResult
+from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
 
 from .handle_calls import AbortSender, stream
 

@@ -16,12 +16,14 @@ from llava_serve.errors import (
     LlavaServeError,
     NumericalError,
     PromptTooLongError,
+    RateLimitError,
     RequestError,
     UnknownModelError,
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
-from llava_serve.types import Chunk, Completion, GenerationResult, Message, PreparedPrompt, SamplingParams
+from llava_serve.results import Completion, GenerationResult
+from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt, SamplingParams
 
 if TYPE_CHECKING:
     from llava_serve.async_llm import AsyncLLM
@@ -38,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Completion",
+    "Conversation",
     "DeadlineExceededError",
     "EngineDeadError",
     "EngineOptions",
@@ -50,6 +53,7 @@ __all__ = [
     "NumericalError",
     "PreparedPrompt",
     "PromptTooLongError",
+    "RateLimitError",
     "RequestError",
     "SamplingParams",
     "UnknownModelError",

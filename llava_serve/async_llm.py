@@ -27,9 +27,10 @@ from llava_serve.engine.stats import EngineStats
 from llava_serve.inputs import CallOptions, Images, images_and_sampling
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
+from llava_serve.results import GenerationResult
 from llava_serve.text.tokenizer import load_tokenizer
 from llava_serve.threaded_processor import ThreadedProcessor
-from llava_serve.types import Chunk, GenerationResult, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
 
 
 class AsyncLLM:

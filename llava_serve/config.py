@@ -215,6 +215,13 @@ class ApiOptions(Options):
             them evenly over a minute. Counted as `max_in_flight_per_key`.
         default_timeout_s: the timeout of a request that sets none.
         max_timeout_s: the longest timeout that a request may set.
+        default_max_tokens: the longest answer to a request that sets none; None is to the end of the context.
+        unknown_fields: of requests: `refuse` them by name, or `ignore` them and name them in the header
+            `x-llava-serve-notes`.
+        image_order: where the images of a turn stand: `images_first`, before its text, as models were trained; or
+            `as_sent`. A checkpoint's own chat template decides by itself.
+        cors_origins: the origins whose pages may use the server from a browser, such as `https://app.example.org`; `*`
+            is all. None by default.
         priority_range: the smallest and the largest priority that a request may set; a smaller one is served earlier.
         cache_scope: who shares cached prefixes and images: `shared`, all requests; `key`, those with the same API key.
             The time of an answer tells whether something was cached, and so what others have asked.
@@ -232,6 +239,10 @@ class ApiOptions(Options):
     requests_per_minute_per_key: int | None = Field(default=None, ge=1)
     default_timeout_s: float = Field(default=120, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
+    default_max_tokens: int | None = Field(default=None, ge=1)
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    image_order: Literal["images_first", "as_sent"] = "images_first"
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")], ...] = ()
     priority_range: tuple[int, int] = (0, 100)
     cache_scope: CacheScope = "shared"
 

@@ -59,16 +59,22 @@ class InvalidImageError(RequestError):
 
 
 class PromptTooLongError(RequestError):
-    """The prompt and the answer asked for do not fit the model's context.
+    """The prompt does not fit the model's context. Clients know the sentence by "maximum context length is N tokens".
 
     Args:
-        got: positions that the request needs.
-        limit: positions that the model has.
+        got: positions that the prompt takes.
+        limit: the most positions of a prompt: one less than the context has.
+        at_least: the prompt takes `got` or more.
     """
 
-    def __init__(self, got: int, limit: int, message: str | None = None) -> None:
-        super().__init__(message or f"The prompt takes {got} tokens; this model takes at most {limit}.", "messages")
-        self.args = (got, limit, self.message)  # what unpickling passes to __init__
+    def __init__(self, got: int, limit: int, at_least: bool = False) -> None:
+        takes = f"at least {got}" if at_least else got
+        super().__init__(
+            f"This model's maximum context length is {limit + 1} tokens, and the answer needs one of them; "
+            f"the prompt takes {takes}.",
+            "messages",
+        )
+        self.args = (got, limit, at_least)  # what unpickling passes to __init__
         self.got = got
         self.limit = limit
 

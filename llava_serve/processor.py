@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -19,18 +20,19 @@ from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import (
+    Arranged,
     Control,
     Span,
-    chat_message,
+    arrange,
+    chat_turn,
     control_spans,
     prompt_text,
     query_message,
     render,
-    split_system,
 )
 from llava_serve.prompts.templates import TEMPLATES
 from llava_serve.text.tokenizer import load_tokenizer
-from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, PreparedPrompt, Query, TextPart
+from llava_serve.types import IMAGE_TOKEN_ID, Conversation, ImagePart, Message, PreparedPrompt, Query, TextPart
 
 
 class Processor:
@@ -69,7 +71,7 @@ class Processor:
         """Prepares a query or a conversation. The images are encoded bytes or `data:` URLs: nothing else is read.
 
         Args:
-            asked: of messages system (optional, first), then user and assistant; the last is the user's.
+            asked: of messages, see `arrange`.
             conv_mode: overrides the checkpoint's template.
             check: called before each image, and while a child process decodes one; what it raises ends the work.
             cache_salt: prompts of different ones share nothing that is cached, here and in the engine.
@@ -79,12 +81,15 @@ class Processor:
         """
         key = conv_mode or self.spec.conv_mode
         own = self._own_template(key)
-        own_breaks = own is not None and own.sets_line_breaks
+        own_layout = own is not None and own.sets_line_breaks  # it lays images and texts out
         if isinstance(asked, Query):
-            messages: Sequence[Message] = [query_message(asked.text, asked.images, line_breaks=not own_breaks)]
-        else:
-            messages = asked if own_breaks else [chat_message(message) for message in asked]
-        return self._prepare(messages, _paths_of_images(asked), key, check, cache_salt)
+            message = query_message(asked.text, asked.images, line_breaks=not own_layout)
+            return self._prepare(arrange([message]), _paths_of_images(asked), key, check, cache_salt)
+        arranged = arrange(asked, line_breaks=own_layout)
+        if not own_layout:
+            order = asked.image_order if isinstance(asked, Conversation) else "images_first"
+            arranged = replace(arranged, turns=[chat_turn(turn, order) for turn in arranged.turns])
+        return self._prepare(arranged, _paths_of_images(asked), key, check, cache_salt)
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -96,9 +101,7 @@ class Processor:
         """
         return self.prepare(self.read(query, images), conv_mode=conv_mode)
 
-    def read(
-        self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()
-    ) -> Query | tuple[Message, ...]:
+    def read(self, asked: str | Sequence[ChatMessage], images: Sequence[ImageSource] = ()) -> Query | Sequence[Message]:
         """A question of a library's user, with the images read in the user's process.
 
         Args:
@@ -111,11 +114,10 @@ class Processor:
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
     def _prepare(
-        self, messages: Sequence[Message], paths: Sequence[str], key: str, check: Check | None, cache_salt: str
+        self, asked: Arranged, paths: Sequence[str], key: str, check: Check | None, cache_salt: str
     ) -> PreparedPrompt:
-        parts = self._check_counts(messages)
-        system, turns = split_system(messages)
-        spans = self._render(key, system, turns)
+        parts = self._check_counts(asked)
+        spans = self._render(key, asked)
         input_ids = self.tokenizer.encode(spans)
         length = len(input_ids) - len(parts)
         images: list[CachedTiles] = []
@@ -145,16 +147,18 @@ class Processor:
             stop_token_ids=stop_token_ids,
             stop=stop,
             cache_salt=cache_salt,
+            continues=asked.ending == "continue",
         )
 
-    def _check_counts(self, messages: Sequence[Message]) -> list[ImagePart]:
+    def _check_counts(self, asked: Arranged) -> list[ImagePart]:
         """The images of a conversation. Refuses too many or too large ones, and a text that cannot fit: the work on all
         of them grows with them."""
-        parts = [part for message in messages for part in message.parts]
+        parts = [TextPart(asked.system or ""), *(part for turn in asked.turns for part in turn.parts)]
         images = [part for part in parts if isinstance(part, ImagePart)]
         if len(images) > self.options.max_per_request:
             raise InvalidImageError(
-                f"The request has {len(images)} images; at most {self.options.max_per_request} are accepted.",
+                f"The request has {len(images)} images, those of earlier turns included; at most "
+                f"{self.options.max_per_request} are accepted.",
                 "messages",
             )
         size = sum(len(part.source) if isinstance(part.source, bytes) else len(part.source) * 3 // 4 for part in images)
@@ -166,11 +170,7 @@ class Processor:
         characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
         least = characters // self.tokenizer.longest
         if least >= self.spec.context_length:
-            raise PromptTooLongError(
-                least,
-                self.spec.context_length - 1,
-                f"The prompt takes at least {least} tokens; this model takes at most {self.spec.context_length - 1}.",
-            )
+            raise PromptTooLongError(least, self.spec.context_length - 1, at_least=True)
         return images
 
     def _process_image(
@@ -193,10 +193,10 @@ class Processor:
         decoding = f"{self.options.transparency} {self.options.max_pixels} {processing}"
         return blake2b(decoding.encode(), digest_size=16).digest()
 
-    def _render(self, key: str, system: str | None, turns: Sequence[Message]) -> list[Span]:
+    def _render(self, key: str, asked: Arranged) -> list[Span]:
         if own := self._own_template(key):
-            return own.render(system, turns)
-        return render(key, system, turns, image_marks=self.spec.mm_use_im_start_end)
+            return own.render(asked)
+        return render(key, asked.system, asked.turns, ending=asked.ending, image_marks=self.spec.mm_use_im_start_end)
 
     def _own_template(self, key: str) -> ChatTemplate | None:
         """The checkpoint's own template, if it renders the prompt."""

@@ -1,11 +1,12 @@
-"""Values that processes exchange: options, messages, the prepared prompt, results. Plain values and numpy only."""
+"""Values that processes exchange: options, messages, the prepared prompt, chunks. Plain values and numpy only."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,9 @@ _RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
     ("temperature", Real, 0, 100, "between 0 and 100"),
     ("top_p", Real, math.ulp(0), 1, "above 0 and at most 1"),
     ("top_k", Integral, 0, math.inf, "a whole number, 0 or more"),
+    ("min_p", Real, 0, 1, "between 0 and 1"),
     ("max_new_tokens", Integral, 1, math.inf, "a whole number, 1 or more"),
+    ("min_tokens", Integral, 0, math.inf, "a whole number, 0 or more"),
     ("seed", Integral, -(2**63), 2**63 - 1, "a whole number of 64 bits"),
     ("n", Integral, 1, 128, "a whole number between 1 and 128"),
     ("num_beams", Integral, 1, 64, "a whole number between 1 and 64"),
@@ -34,6 +37,9 @@ _RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
     ("repetition_penalty", Real, 0.01, 10, "between 0.01 and 10"),
 )
 """Of the sampling fields: name, type, least and greatest value, and the same in words. NaN lies in no range."""
+
+_MOST_BIAS = 100
+"""OpenAI's bound of `logit_bias`."""
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
@@ -47,8 +53,13 @@ class SamplingParams:
         temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus mass in (0, 1].
         top_k: sample from this many likeliest tokens; 0, or more than the vocabulary has, is all.
+        min_p: sample from the tokens with at least this share of the likeliest one's probability; 0 is all.
         max_new_tokens: the longest answer, the end token included; the context's end cuts it, too.
+        min_tokens: tokens before which neither an end token nor a stop string ends the answer.
         stop: strings that end the answer; they are not part of it.
+        stop_token_ids: tokens that end the answer, beside the model's end tokens; their text is not part of it.
+        include_stop_str_in_output: what ends the answer of `stop` and `stop_token_ids` is a part of it.
+        logit_bias: added to the logits of tokens, by id; each in [-100, 100], as OpenAI's.
         seed: a signed number of 64 bits; makes sampling a function of (seed, choice, position).
         n: answers per prompt.
         num_beams: above 1 is beam search, whose answer is sent only at its end.
@@ -56,7 +67,7 @@ class SamplingParams:
         presence_penalty: OpenAI's, in [-2, 2].
         frequency_penalty: OpenAI's, in [-2, 2].
         repetition_penalty: in [0.01, 10]; 1 is none.
-        ignore_eos: go on to `max_new_tokens` even after an end token.
+        ignore_eos: go on to `max_new_tokens` even after an end token of the model or the template.
         max_tokens: another name for `max_new_tokens`, as in OpenAI's API and vLLM.
 
     Raises:
@@ -77,6 +88,11 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
     max_tokens: InitVar[int | None] = None
+    min_p: float = 0.0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self, max_tokens: int | None) -> None:
         if max_tokens is not None:
@@ -92,6 +108,11 @@ class SamplingParams:
             check(absent or (isinstance(value, kind) and least <= value <= greatest), name, rule)
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a tuple of strings that are not empty")
+        check(_are_ids(self.stop_token_ids), "stop_token_ids", "a tuple of token ids")
+        bias = self.logit_bias or {}
+        in_range = all(isinstance(value, int | float) and abs(value) <= _MOST_BIAS for value in bias.values())
+        check(_are_ids(tuple(bias)) and in_range, "logit_bias", f"numbers within {_MOST_BIAS} by token id")
+        check(not self.max_new_tokens < self.min_tokens, "min_tokens", "at most the longest answer")
         if self.num_beams > 1 and (not self.greedy or self.n > 1):
             raise RequestError("num_beams above 1 needs temperature 0 and n 1.", "num_beams")
 
@@ -99,6 +120,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         """The likeliest token is taken each time."""
         return self.temperature < _GREEDY_BELOW
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, tuple) and all(isinstance(each, Integral) and int(each) >= 0 for each in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +146,40 @@ class Message:
 
     role: Role
     parts: tuple[TextPart | ImagePart, ...]
+
+
+ImageOrder = Literal["images_first", "as_sent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation(Sequence[Message]):
+    """Messages, and how their prompt is made. A plain sequence of messages is one with the defaults.
+
+    Attributes:
+        continue_final_message: the answer goes on from the last message, which is the assistant's. None: if the last
+            message is the assistant's, and `add_generation_prompt` is not set.
+        add_generation_prompt: the prompt ends with the mark of the assistant's turn. None: unless the answer goes on
+            from the last message.
+        image_order: where the images of a turn stand in templates other than a checkpoint's own. `images_first`: before
+            its text, unless text stands between images.
+    """
+
+    messages: tuple[Message, ...]
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    image_order: ImageOrder = "images_first"
+
+    @overload
+    def __getitem__(self, at: int) -> Message: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Message]: ...
+
+    def __getitem__(self, at: int | slice) -> Message | Sequence[Message]:
+        return self.messages[at]
+
+    def __len__(self) -> int:
+        return len(self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +206,7 @@ class PreparedPrompt:
         stop_token_ids: end tokens of the template, beside the checkpoint's own.
         stop: stop strings of the template, beside the request's own.
         cache_salt: prompts share what is cached of them only where they have the same, as in vLLM.
+        continues: the answer goes on from the text at the prompt's end: white space at its start is a part of it.
         version: of this layout, since rolling upgrades mix releases. The engine refuses another one by name.
     """
 
@@ -159,6 +219,7 @@ class PreparedPrompt:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     cache_salt: str = ""
+    continues: bool = False
     version: int = PROMPT_VERSION
 
     def __getstate__(self) -> dict[str, Any]:
@@ -199,49 +260,6 @@ class TokenLogprob:
     top: tuple[tuple[int, str, float], ...] = ()
     token_bytes: bytes = b""
     top_bytes: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer. `token_ids` includes the end token where one was produced; `text` is stripped as the original's."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """The answers to a prompt: `outputs` holds all `n`; the short names are those of the first.
-
-    Attributes:
-        num_prompt_tokens: positions, images merged in.
-        num_cached_tokens: those of them that came from a cache.
-    """
-
-    prompt: str
-    input_ids: list[int]
-    num_prompt_tokens: int
-    outputs: tuple[Completion, ...]
-    num_cached_tokens: int = 0
-
-    @property
-    def text(self) -> str:
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.outputs[0].token_ids
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.outputs[0].finish_reason
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        return self.outputs[0].logprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,11 +37,12 @@ _RULES = {
 class Wire(BaseModel):
     """Base: JSON types are strict (no "5" for 5), and null is the same as absent.
 
-    An undeclared field is kept as an extra, so that `refuse_extras` can accept values that ask for nothing, and refuse
+    An undeclared field is kept as an extra, so that `unsupported_fields` can tell values that ask for nothing from
     those that ask for something that this server does not support.
 
     Attributes:
-        NEUTRAL: by the name of an undeclared field, which of its values ask for nothing. Null always asks for nothing.
+        NEUTRAL: by the name of an undeclared field, which of its values ask for nothing; without an entry, `nothing`
+            says so. Null always asks for nothing.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
@@ -50,8 +51,17 @@ class Wire(BaseModel):
 
 
 def one_of(*values: object) -> Neutral:
-    """These values ask for nothing."""
-    return lambda value: any(value == neutral and type(value) is type(neutral) for neutral in values)
+    """These values ask for nothing; a number does so as an integer and as a float."""
+    return lambda value: any(value == neutral and _kind(value) is _kind(neutral) for neutral in values)
+
+
+def _kind(value: object) -> type:
+    return float if type(value) is int else type(value)
+
+
+def nothing(value: object) -> bool:
+    """The rule for fields without an entry of their own: false and what is empty ask for nothing."""
+    return value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def anything(value: object) -> bool:
@@ -59,28 +69,33 @@ def anything(value: object) -> bool:
     return True
 
 
+def unsupported_fields(model: Wire, path: str = "") -> Iterator[str]:
+    """The fields that ask for something unknown.
+
+    Args:
+        model: the parsed model; those in it are looked at, too.
+        path: of the model in the request, with a final dot.
+    """
+    for name, value in (model.model_extra or {}).items():
+        if value is not None and not model.NEUTRAL.get(name, nothing)(value):
+            yield f"{path}{shown(name)}"
+    for name, value in model:
+        if isinstance(value, Wire):
+            yield from unsupported_fields(value, f"{path}{name}.")
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, Wire):
+                    yield from unsupported_fields(item, f"{path}{name}[{number}].")
+
+
 def refuse_extras(model: Wire, path: str = "") -> None:
     """Raises `UnsupportedParameterError` for the first field that asks for something unknown.
 
     Args:
-        model: the parsed model; those in it are checked, too.
-        path: of the model in the request, with a final dot.
+        model, path: as for `unsupported_fields`.
     """
-    for name in _asking(model, path):
+    for name in unsupported_fields(model, path):
         raise UnsupportedParameterError(f"This server does not support '{name}' as given; leave it out.", name)
-
-
-def _asking(model: Wire, path: str) -> Iterator[str]:
-    for name, value in (model.model_extra or {}).items():
-        if value is not None and not (name in model.NEUTRAL and model.NEUTRAL[name](value)):
-            yield f"{path}{shown(name)}"
-    for name, value in model:
-        if isinstance(value, Wire):
-            yield from _asking(value, f"{path}{name}.")
-        elif isinstance(value, list):
-            for number, item in enumerate(value):
-                if isinstance(item, Wire):
-                    yield from _asking(item, f"{path}{name}[{number}].")
 
 
 def as_request_error(error: ValidationError, path: str = "") -> RequestError:

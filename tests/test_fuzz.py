@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from llava_serve.api.protocol import ChatRequest
-from llava_serve.api.validation import parse_request, sampling_of
+from llava_serve.api.validation import conversation_of, parse_request, sampling_of
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError, RequestError
@@ -22,7 +22,6 @@ from llava_serve.images.decode import decode_image
 from llava_serve.images.fetch import read_request_source
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.links import RequestLinks
-from llava_serve.openai_messages import from_wire
 from llava_serve.processor import Processor
 from support.broken_images import FILES
 from support.fuzz import EXAMPLES, fuzz
@@ -118,7 +117,7 @@ def request(body: bytes, processor: Processor) -> None:
     try:
         wire = parse_request(body)
         sampling_of(wire)
-        processor.prepare(from_wire(wire.messages), conv_mode=wire.conv_mode)
+        processor.prepare(conversation_of(wire, "images_first")[0], conv_mode=wire.conv_mode)
     except RequestError as error:
         check_sentence(error)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from llava_serve.api.backends import Backend
 from llava_serve.api.cache_scope import cache_salt
@@ -18,15 +21,16 @@ from llava_serve.api.errors import WireError, log_refusal, openai_error
 from llava_serve.api.key_limits import KeyLimitMiddleware
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
-from llava_serve.api.middleware import AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
+from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
+from llava_serve.api.notes import HEADER as NOTES
+from llava_serve.api.notes import IgnoredFields
 from llava_serve.api.pipeline import GenerationRequest
 from llava_serve.api.protocol import Answer, ChatRequest, Model, ModelList
 from llava_serve.api.routing import CHAT_RESPONSES, ERROR_RESPONSES, route_reading_by
-from llava_serve.api.validation import check_priority, parse_request, sampling_of
+from llava_serve.api.validation import check_priority, completion_id, conversation_of, parse_request, sampling_of
 from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
 from llava_serve.errors import DeadlineExceededError, UnknownModelError, shown
-from llava_serve.openai_messages import from_wire
 
 LARGE_BODY_BYTES = 64 << 10
 """Takes about a millisecond to parse."""
@@ -57,7 +61,15 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         RequestError: as `accepted_keys`.
     """
     app = FastAPI(title="llava-serve", version="1", docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
-    model = Model(id=backend.model_name, object="model", created=int(time.time()), owned_by="llava-serve")
+    model = Model(
+        id=backend.model_name,
+        object="model",
+        created=int(time.time()),
+        owned_by="llava-serve",
+        default_max_tokens=options.default_max_tokens,
+        generation_config="ignored",
+    )
+    ignored_fields = IgnoredFields()
     names = (model.id, short_name(model.id))
     page = _PAGE.read_text(encoding="utf-8")
 
@@ -68,26 +80,32 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
             )
 
     async def read(request: Request) -> ChatRequest:
-        return await _parsed(await _body(request, options.default_timeout_s))
+        body = await _body(request, options.default_timeout_s)
+        wire = await _parsed(partial(parse_request, body, ignore_unknown=options.unknown_fields == "ignore"), len(body))
+        request.state.notes += ignored_fields.notes(wire)
+        return wire
 
     chat = APIRouter(route_class=route_reading_by(read))
 
     @chat.post("/v1/chat/completions", summary="Create a chat completion about pictures", responses=CHAT_RESPONSES)
     async def chat_completions(request: Request, wire: ChatRequest) -> Response:
-        check_model(wire.model)
+        if wire.model is not None:
+            check_model(wire.model)
         priority = wire.priority or 0
         check_priority(priority, options.priority_range)
         seconds = min(wire.timeout or options.default_timeout_s, options.max_timeout_s)
+        asked, notes = conversation_of(wire, options.image_order)
+        request.state.notes += notes
         work = GenerationRequest(
-            asked=from_wire(wire.messages),
-            sampling=sampling_of(wire),
+            asked=asked,
+            sampling=sampling_of(wire, options.default_max_tokens),
             request_id=new_completion_id(),
             deadline=request.state.arrived + seconds,
             conv_mode=wire.conv_mode,
             priority=priority,
             cache_salt=cache_salt(options.cache_scope, getattr(request.state, "client", None), wire.cache_salt),
         )
-        return ChatAnswer(backend, wire, work, request.state.request_id)
+        return ChatAnswer(backend, wire, work, request.state.request_id, completion_id(wire, work.request_id))
 
     @app.get("/v1/models", summary="List the models")
     async def models() -> ModelList:
@@ -119,6 +137,14 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     if (keys := accepted_keys(options)) is not None:
         app.add_middleware(APIKeyMiddleware, keys=keys)
     app.add_middleware(RequestContextMiddleware)
+    if options.cors_origins:  # outermost: a preflight has no key, and errors need the headers, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, NOTES, "retry-after"],
+        )
     return app
 
 
@@ -131,9 +157,9 @@ async def _body(request: Request, timeout_s: float) -> bytes:
         raise DeadlineExceededError("The request's body did not arrive in time.") from None
 
 
-async def _parsed(body: bytes) -> ChatRequest:
+async def _parsed(parse: Callable[[], ChatRequest], size: int) -> ChatRequest:
     """Parses a large body in a thread, so that the streams of other requests go on."""
-    return parse_request(body) if len(body) < LARGE_BODY_BYTES else await asyncio.to_thread(parse_request, body)
+    return parse() if size < LARGE_BODY_BYTES else await asyncio.to_thread(parse)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -27,16 +27,20 @@ class ChatAnswer(Response):
     Args:
         backend: what prepares and generates.
         wire: the request as it was sent.
-        request: the same in the library's form; its id is that of the completion.
+        request: the same in the library's form.
         log_id: names the request in the log and in internal errors.
+        completion_id: of the answer.
     """
 
-    def __init__(self, backend: Backend, wire: ChatRequest, request: GenerationRequest, log_id: str) -> None:
+    def __init__(
+        self, backend: Backend, wire: ChatRequest, request: GenerationRequest, log_id: str, completion_id: str
+    ) -> None:
         super().__init__()
         self._backend = backend
         self._wire = wire
         self._request = request
         self._log_id = log_id
+        self._completion_id = completion_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = EventSender(send)
@@ -57,28 +61,26 @@ class ChatAnswer(Response):
         except Exception as error:
             if not events.started:
                 raise
-            await events.write(event(json.dumps(reported(error, self._log_id)).encode()))
+            await events.write(event(json.dumps(reported(error, self._log_id)).encode()) + DONE)
         if events.started:
             await events.end()
         else:
             await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, sender: EventSender, answer: Generation) -> None:
-        options = self._wire.stream_options
-        include_usage = bool(options is not None and options.include_usage)
-        events = StreamEvents(self._request.request_id, self._backend.model_name, include_usage)
+        name = self._backend.model_name
+        events = StreamEvents(self._completion_id, name, self._wire, answer.prepared, answer.counter)
         async for group in answer:
             lines = [event(each.json_bytes()) for chunk in group if (each := events.event(chunk)) is not None]
             if lines:
                 await sender.write(b"".join(lines))
-        if (last := events.last(answer.counter)) is not None:
+        if (last := events.last()) is not None:
             await sender.write(event(last.json_bytes()))
         await sender.write(DONE)
 
     async def _whole(self, answer: Generation) -> bytes:
-        builder = CompletionBuilder()
+        builder = CompletionBuilder(self._wire, answer.prepared)
         async for group in answer:
             for chunk in group:
                 builder.add(chunk)
-        completion = builder.completion(self._request.request_id, self._backend.model_name, answer.counter)
-        return completion.json_bytes()
+        return builder.completion(self._completion_id, self._backend.model_name, answer.counter).json_bytes()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from typing import Any
 
+from llava_serve.api.logprobs import ContentLogprobs
 from llava_serve.api.protocol import (
-    Alternative,
     AssistantMessage,
     ChatCompletion,
     ChatCompletionChunk,
+    ChatRequest,
     Choice,
-    ChoiceLogprobs,
     ChunkChoice,
     Delta,
     PromptTokensDetails,
-    TokenLogprobs,
+    StreamOptions,
     Usage,
 )
 from llava_serve.engine.output_processor import join_chunks
 from llava_serve.errors import EngineDeadError
-from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
+from llava_serve.types import Chunk, PreparedPrompt
 
 
 def new_completion_id() -> str:
@@ -76,51 +76,74 @@ class StreamEvents:
     Args:
         completion_id: the same on every event.
         model: name of the model.
-        include_usage: `stream_options.include_usage`.
+        request: says what the events tell.
+        prepared: the prompt.
+        counter: of the answer, up to date at each call.
     """
 
-    def __init__(self, completion_id: str, model: str, include_usage: bool) -> None:
+    def __init__(
+        self, completion_id: str, model: str, request: ChatRequest, prepared: PreparedPrompt, counter: UsageCounter
+    ) -> None:
         self._id = completion_id
         self._model = model
         self._created = int(time.time())
-        self._include_usage = include_usage
-        self._begun: set[int] = set()
+        options = request.stream_options or StreamOptions()
+        self._include_usage = bool(options.include_usage)
+        self._continuous_usage = bool(options.continuous_usage_stats)
+        self._prompt_ids = prepared.token_ids.tolist() if request.return_token_ids else None
+        self._counter = counter
+        self._begun: dict[int, ContentLogprobs] = {}
 
     def event(self, chunk: Chunk) -> ChatCompletionChunk | None:
-        """None for a chunk without text yet: its token is not a whole character, or may begin a stop string."""
+        """None for a chunk that tells nothing yet: its token is not a whole character, or may begin a stop string."""
         first = chunk.index not in self._begun
-        if not (first or chunk.text or chunk.finish_reason or chunk.logprobs):
+        logprobs = self._begun.setdefault(chunk.index, ContentLogprobs()).push(
+            chunk.text, chunk.logprobs, last=chunk.finish_reason is not None
+        )
+        shows_ids = self._prompt_ids is not None and chunk.token_ids
+        if not (first or chunk.text or chunk.finish_reason or (logprobs and logprobs.content) or shows_ids):
             return None
-        self._begun.add(chunk.index)
         delta = Delta(role="assistant", content=chunk.text) if first else Delta(content=chunk.text)
         choice = ChunkChoice(
             index=chunk.index,
             delta=delta if first or chunk.text else Delta(),
-            logprobs=wire_logprobs(chunk.logprobs),
+            logprobs=logprobs,
             finish_reason=chunk.finish_reason,
+            **({} if self._prompt_ids is None else {"token_ids": list(chunk.token_ids)}),
         )
-        return self._chunk([choice], None)
+        return self._chunk(
+            [choice],
+            self._counter.usage() if self._continuous_usage else None,
+            **({"prompt_token_ids": self._prompt_ids} if first and self._prompt_ids is not None else {}),
+        )
 
-    def last(self, counter: UsageCounter) -> ChatCompletionChunk | None:
+    def last(self) -> ChatCompletionChunk | None:
         """The event with the usage, if the request asks for it."""
-        return self._chunk([], counter.usage()) if self._include_usage else None
+        return self._chunk([], self._counter.usage()) if self._include_usage else None
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
-        reported = {"usage": usage} if self._include_usage else {}  # a field that is set is sent, even if it is null
+    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None, **fields: Any) -> ChatCompletionChunk:
+        if self._include_usage:
+            fields["usage"] = usage  # a field that is set is sent, even if it is null
         return ChatCompletionChunk(
             id=self._id,
             object="chat.completion.chunk",
             created=self._created,
             model=self._model,
             choices=choices,
-            **reported,
+            **fields,
         )
 
 
 class CompletionBuilder:
-    """Gathers the chunks of an unstreamed answer."""
+    """Gathers the chunks of an unstreamed answer.
 
-    def __init__(self) -> None:
+    Args:
+        request: says what the answer tells.
+        prepared: the prompt.
+    """
+
+    def __init__(self, request: ChatRequest, prepared: PreparedPrompt) -> None:
+        self._prompt_ids = prepared.token_ids.tolist() if request.return_token_ids else None
         self._chunks: list[Chunk] = []
 
     def add(self, chunk: Chunk) -> None:
@@ -135,36 +158,17 @@ class CompletionBuilder:
             object="chat.completion",
             created=int(time.time()),
             model=model,
-            choices=[_choice(choice) for choice in choices],
+            choices=[self._choice(choice) for choice in choices],
             usage=counter.usage(),
+            **({} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids}),
         )
 
-
-def _choice(choice: Chunk) -> Choice:
-    assert choice.finish_reason is not None
-    return Choice(
-        index=choice.index,
-        message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
-        logprobs=wire_logprobs(choice.logprobs),
-        finish_reason=choice.finish_reason,
-    )
-
-
-def wire_logprobs(logprobs: Sequence[TokenLogprob] | None) -> ChoiceLogprobs | None:
-    """OpenAI's form of the library's log-probabilities."""
-    if logprobs is None:
-        return None
-    return ChoiceLogprobs(
-        content=[
-            TokenLogprobs(
-                token=token.text,
-                bytes=list(token.token_bytes),
-                logprob=token.logprob,
-                top_logprobs=[
-                    Alternative(token=text, bytes=list(as_bytes), logprob=logprob)
-                    for (_, text, logprob), as_bytes in zip(token.top, token.top_bytes, strict=True)
-                ],
-            )
-            for token in logprobs
-        ]
-    )
+    def _choice(self, choice: Chunk) -> Choice:
+        assert choice.finish_reason is not None
+        return Choice(
+            index=choice.index,
+            message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
+            logprobs=ContentLogprobs().push(choice.text, choice.logprobs, last=True),
+            finish_reason=choice.finish_reason,
+            **({} if self._prompt_ids is None else {"token_ids": list(choice.token_ids)}),
+        )

@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_serve.api.errors import error_response, log_error
 from llava_serve.api.keys import ApiKeys
 from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.notes import HEADER as NOTES
+from llava_serve.api.notes import header_value
 from llava_serve.errors import AccessError, BodyTooLargeError
 from llava_serve.types import ImagePart, Query
 from llava_serve.types import Message as Turn
@@ -31,7 +33,8 @@ _ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 class RequestContextMiddleware:
-    """Sets `state.request_id` and `state.arrived` (seconds since the epoch), and returns the id in `X-Request-ID`.
+    """Sets `state.request_id` and `state.arrived` (seconds since the epoch), and returns the id in `X-Request-ID`. What
+    the app adds to the list `state.notes` goes into the header `x-llava-serve-notes`.
 
     Args:
         app: an error that it raises before its first byte is answered here.
@@ -45,7 +48,8 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
-        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time())
+        notes: list[str] = []
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time(), notes=notes)
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
         started = False
@@ -54,7 +58,10 @@ class RequestContextMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                if notes:
+                    headers[NOTES] = header_value(notes)
             await send(message)
 
         try:

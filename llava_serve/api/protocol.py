@@ -6,32 +6,53 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from llava_serve.api.neutral import NEUTRAL_FIELDS
 from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
-from llava_serve.wire import Wire, anything, one_of
+from llava_serve.wire import Wire, one_of
 
 MAX_SALT = 256
 """Characters; vLLM's documentation asks for 43."""
 MAX_STOPS = 16
 """OpenAI allows 4; each is searched for at every token, so their number is limited."""
+MAX_TOKEN_IDS = 1024
+"""Of `logit_bias` and `stop_token_ids`: the work for them is done at every token."""
 
 
 class StreamOptions(Wire):
-    """How a stream ends.
+    """What a stream tells beside the answer.
 
     Attributes:
         include_usage: one more event before `[DONE]` has the usage.
+        continuous_usage_stats: with `include_usage`, every event has the usage so far, as in vLLM.
     """
 
     NEUTRAL = {"include_obfuscation": one_of(False)}  # noqa: RUF012 (a ClassVar of the base)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+def _without_empty(stop: Any) -> Any:
+    """A list. An empty string stops nothing."""
+    given = [stop] if isinstance(stop, str) else stop
+    return [each for each in given if each != ""] if isinstance(given, list) else given
 
 
+def _whole(number: Any) -> Any:
+    """JSON has one kind of number: 64.0 is 64."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _unless_minus_one(number: Any) -> Any:
+    """-1 is llama.cpp's and vLLM's spelling of an absent limit or seed."""
+    return None if number == -1 and not isinstance(number, bool) else _whole(number)
+
+
+Integer = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
+Limit = Annotated[
+    Annotated[int, Field(ge=1)] | None, BeforeValidator(_unless_minus_one, json_schema_input_type=int | None)
+]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
@@ -39,12 +60,18 @@ class ChatRequest(Wire):
     """A chat completion request. Defaults and ranges that are not written here are those of `SamplingParams`.
 
     Attributes:
-        model: a name from `/v1/models`.
-        messages: the conversation, oldest turn first; the last one is the user's.
-        max_tokens, max_completion_tokens: two names for the longest answer in tokens.
+        model: a name from `/v1/models`; may be left out, since one model is served.
+        messages: the conversation, oldest turn first; the answer goes on from a last message of the assistant.
+        max_tokens, max_completion_tokens: two names for the longest answer in tokens; without them it may go on to the
+            end of the context, or to `default_max_tokens` in `/v1/models`.
+        min_tokens: tokens before which nothing ends the answer. vLLM's.
         temperature: 0 takes the likeliest token each time.
-        top_p: sample from the smallest set of tokens with this total probability.
+        top_p: sample from the smallest set of tokens with this total probability; 0 takes the likeliest token.
+        min_p: sample from tokens with at least this share of the likeliest one's probability. vLLM's.
         stop: strings that end the answer.
+        stop_token_ids: tokens that end the answer, too. vLLM's.
+        include_stop_str_in_output: the answer has the stop string or token that ended it. vLLM's.
+        logit_bias: added to the logits of tokens, by token id.
         seed: the same seed and request give the same answer.
         n: number of answers.
         logprobs: return the log-probability of each token.
@@ -61,52 +88,51 @@ class ChatRequest(Wire):
         timeout: seconds that the answer may take from the request's arrival. Ours.
         priority: a smaller number is served earlier, as in vLLM; 0 by default. Ours.
         cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.
+        continue_final_message: the answer goes on from the last message, which is the assistant's, as it does without
+            this field. vLLM's.
+        add_generation_prompt: the prompt ends where the assistant's turn begins, also after one of its own. vLLM's.
+        return_token_ids: return the ids of the prompt and the answer; an image's positions have the id -200. vLLM's.
+        request_id: names the completion: its id is `chatcmpl-` and this. vLLM's.
     """
 
-    NEUTRAL = {  # noqa: RUF012 (a ClassVar of the base)
-        "function_call": one_of("none", "auto"),
-        "functions": one_of([]),
-        "logit_bias": one_of({}),
-        "metadata": anything,
-        "modalities": one_of(["text"]),
-        "parallel_tool_calls": one_of(True, False),
-        "prompt_cache_key": anything,
-        "prompt_cache_options": anything,
-        "prompt_cache_retention": anything,
-        "reasoning_effort": one_of("none"),
-        "response_format": one_of({"type": "text"}),
-        "safety_identifier": anything,
-        "service_tier": one_of("auto", "default"),
-        "store": one_of(False),
-        "tool_choice": one_of("none", "auto"),
-        "tools": one_of([]),
-        "verbosity": one_of("medium"),
-    }
+    NEUTRAL = NEUTRAL_FIELDS
 
-    model: str
+    model: str | None = None
     messages: Annotated[list[WireMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Limit = None
+    max_completion_tokens: Limit = None
+    min_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    stop: Annotated[Stops | None, BeforeValidator(_as_list, json_schema_input_type=str | Stops | None)] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: int | None = None
+    min_p: float | None = None
+    stop: Annotated[Stops | None, BeforeValidator(_without_empty, json_schema_input_type=str | Stops | None)] = None
+    stop_token_ids: Annotated[list[Integer], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    seed: Annotated[
+        Annotated[int, Field(ge=-(2**63), lt=2**63)] | None,
+        BeforeValidator(_unless_minus_one, json_schema_input_type=int | None),
+    ] = None
+    n: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    top_k: int | None = None
-    num_beams: int | None = None
+    top_k: Annotated[int | None, BeforeValidator(_unless_minus_one, json_schema_input_type=int | None)] = None
+    num_beams: Integer | None = None
     repetition_penalty: float | None = None
     conv_mode: str | None = None
     ignore_eos: bool | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
-    priority: int | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
+    priority: Integer | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_ids: bool | None = None
+    request_id: str | None = None
 
 
 class Answer(BaseModel):
@@ -154,6 +180,7 @@ class Choice(Answer):
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | None = None
 
 
 class Delta(Answer):
@@ -170,6 +197,7 @@ class ChunkChoice(Answer):
     delta: Delta
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
 
 
 class PromptTokensDetails(Answer):
@@ -197,10 +225,12 @@ class ChatCompletion(Answer):
     model: str
     choices: list[Choice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(Answer):
-    """One event of a stream. With `include_usage`, `usage` is null on all but the last, which has no choices."""
+    """One event of a stream. With `include_usage`, `usage` is null on all but the last, which has no choices; with
+    `return_token_ids`, the first one of a choice has the prompt's ids."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -208,15 +238,23 @@ class ChatCompletionChunk(Answer):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Model(Answer):
-    """An entry of `/v1/models`."""
+    """An entry of `/v1/models`.
+
+    Attributes:
+        default_max_tokens: the longest answer to a request that sets none; null is to the end of the context.
+        generation_config: the sampling defaults of the checkpoint's `generation_config.json` are not applied.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    default_max_tokens: int | None
+    generation_config: Literal["ignored"]
 
 
 class ModelList(Answer):

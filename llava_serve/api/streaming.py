@@ -19,7 +19,7 @@ KEEP_ALIVE_S = 15.0
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
+    (b"cache-control", b"no-store, no-transform"),  # a proxy that compresses would hold events back
     (b"x-accel-buffering", b"no"),  # nginx would buffer events
 ]
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+
 from pydantic import ValidationError
 
+from llava_serve.api.middleware import is_request_id
 from llava_serve.api.protocol import ChatRequest
-from llava_serve.errors import RequestError
-from llava_serve.types import SamplingParams
+from llava_serve.errors import RequestError, UnsupportedParameterError
+from llava_serve.openai_messages import from_wire
+from llava_serve.types import Conversation, ImageOrder, Message, SamplingParams
 from llava_serve.wire import as_request_error, refuse_extras
 
 _SAME_NAME = (
@@ -20,6 +25,9 @@ _SAME_NAME = (
     "frequency_penalty",
     "repetition_penalty",
     "ignore_eos",
+    "min_p",
+    "min_tokens",
+    "include_stop_str_in_output",
 )
 
 
@@ -27,11 +35,18 @@ MAX_VALUES = 100_000
 """JSON values of a body, counted by its commas and brackets, those in texts too. Parsing takes time and some hundred
 bytes of memory for each, and a conversation of a hundred thousand tokens has fewer."""
 
+_TO_THE_END = 1 << 31
+"""More tokens than a context has; the engine cuts it to what the context holds."""
+_TOKEN_ID = re.compile("[0-9]{1,9}", re.ASCII)
 _STRUCTURE = (b",", b"[", b"{")
 
 
-def parse_request(body: bytes) -> ChatRequest:
+def parse_request(body: bytes, *, ignore_unknown: bool = False) -> ChatRequest:
     """Parses a request. The work is linear in the body's length, and the first fault ends it.
+
+    Args:
+        ignore_unknown: accept fields that ask for something that this server does not support; `unsupported_fields`
+            lists them.
 
     Raises:
         RequestError: it is not JSON, or a field is missing or wrong; the sentence names the field.
@@ -43,12 +58,35 @@ def parse_request(body: bytes) -> ChatRequest:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise as_request_error(error) from None
-    refuse_extras(request)
+    check_tools(request)
+    if not ignore_unknown:
+        refuse_extras(request)
     return request
 
 
-def sampling_of(request: ChatRequest) -> SamplingParams:
+def check_tools(request: ChatRequest) -> None:
+    """Refuses to call tools. A list of tools that are not to be called passes.
+
+    Raises:
+        UnsupportedParameterError: a tool may or must be called.
+    """
+    fields = request.model_extra or {}
+    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        must = fields.get(choice) not in (None, "", "none", "auto")
+        if must or (fields.get(tools) and fields.get(choice) != "none"):
+            name = choice if must else tools
+            raise UnsupportedParameterError(
+                f"This server calls no tools, so '{name}' is not supported as given: leave it out, or send "
+                f"'{choice}': 'none'. For an answer of a given form, describe the form in 'response_format'.",
+                name,
+            )
+
+
+def sampling_of(request: ChatRequest, default_max_tokens: int | None = None) -> SamplingParams:
     """The sampling parameters: the request's, and the library's defaults for the rest.
+
+    Args:
+        default_max_tokens: the longest answer where the request sets none; None is to the end of the context.
 
     Raises:
         RequestError: two fields contradict each other, or a value is outside its range.
@@ -61,11 +99,48 @@ def sampling_of(request: ChatRequest) -> SamplingParams:
         raise RequestError("stream_options needs stream to be true.", "stream_options")
     given = {
         **{name: getattr(request, name) for name in _SAME_NAME},
-        "max_new_tokens": request.max_completion_tokens or request.max_tokens,
-        "stop": tuple(request.stop) if request.stop is not None else None,
+        "max_new_tokens": request.max_completion_tokens or request.max_tokens or default_max_tokens or _TO_THE_END,
+        "stop": tuple(request.stop or ()),
+        "stop_token_ids": tuple(request.stop_token_ids or ()),
+        "logit_bias": _bias(request.logit_bias or {}),
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
     }
+    if request.top_p == 0:
+        given |= {"top_p": None, "temperature": 0.0}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _bias(given: Mapping[str, float]) -> dict[int, float]:
+    if not all(_TOKEN_ID.fullmatch(token) for token in given):
+        raise RequestError("The keys of logit_bias must be token ids.", "logit_bias")
+    return {int(token): value for token, value in given.items()}
+
+
+def conversation_of(request: ChatRequest, image_order: ImageOrder) -> tuple[Sequence[Message], tuple[str, ...]]:
+    """The conversation of a request, and notes on what stands elsewhere than it was sent.
+
+    Raises:
+        RequestError: a message cannot be used.
+    """
+    messages, notes = from_wire(request.messages)
+    conversation = Conversation(messages, request.continue_final_message, request.add_generation_prompt, image_order)
+    # One with the defaults goes as plain messages, which picture replicas of older releases take, too.
+    return messages if conversation == Conversation(messages) else conversation, notes
+
+
+def completion_id(request: ChatRequest, default: str) -> str:
+    """The id of a completion: by the request's own, as in vLLM.
+
+    Raises:
+        RequestError: it is no short word.
+    """
+    if request.request_id is None:
+        return default
+    if not is_request_id(request.request_id):
+        raise RequestError(
+            "request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -.", "request_id"
+        )
+    return f"chatcmpl-{request.request_id}"
 
 
 def check_priority(priority: int, allowed: tuple[int, int]) -> None:

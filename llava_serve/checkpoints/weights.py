@@ -50,12 +50,12 @@ class StoredTensor:
         """The first rows of the tensor."""
         return replace(self, shape=(count, *self.shape[1:]), read=lambda: self.value()[:count], delta=None)
 
-    def with_rows(self, ids: tuple[int, ...], others: StoredTensor) -> StoredTensor:
-        """The tensor with other rows at some places."""
+    def replaced_at(self, ids: tuple[int, ...], values: StoredTensor) -> StoredTensor:
+        """The tensor with other vectors at some places of its first axis."""
 
         def read() -> Tensor:
             table = self.value().clone()
-            table[list(ids)] = others.value().to(table.dtype)
+            table[list(ids)] = values.value().to(table.dtype)
             return table
 
         return replace(self, read=read, delta=None)
@@ -128,7 +128,7 @@ def _with_adapter(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules:
         tensors[our_name(parameter, rules) or ""] = stored[name]
     for module, (ids, name) in adapter.tokens.items():
         ours, table = _target(tensors, f"{module}.weight", rules, path, spec)
-        tensors[ours] = table.with_rows(ids, stored[name])
+        tensors[ours] = table.replaced_at(ids, stored[name])
     unused = [module for module in adapter.deltas if _is_tower_elsewhere(our_name(module, rules) or "", spec)]
     if unused:
         _log.warning(

@@ -10,7 +10,7 @@ from llava_serve.cli import options as flags
 from llava_serve.errors import RequestError
 
 if TYPE_CHECKING:
-    from llava_serve.types import GenerationResult
+    from llava_serve.results import GenerationResult
 
 
 def add_to(commands: flags.Commands) -> None:

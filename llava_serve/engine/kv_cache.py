@@ -36,7 +36,7 @@ class KVCache:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # only the prefix cache holds them; in LRU order
-        self._claims: dict[int, int] = {}  # end of a sequence's extent -> blocks by which it may still grow
+        self._claims: dict[int, int] = {}  # end of a sequence's extent -> blocks by which it probably grows
         self._copies: list[Copy] = []
 
     @property
@@ -60,7 +60,7 @@ class KVCache:
         Returns:
             False if there is no room; then nothing has changed but the prefix cache.
         """
-        need, most = self._blocks(len(sequence.token_ids)), self._blocks(sequence.max_length)
+        need, most = self._blocks(len(sequence.token_ids)), self._blocks(sequence.expected_length)
         hits = self._match(sequence)
         start = self._allocate(hits, need, most)
         if start is None and hits:  # the blocks of the hits themselves may be needed
@@ -88,7 +88,7 @@ class KVCache:
             del self._claims[end]
             sequence.extent = Extent(extent.start, need)
         else:
-            start = self._find_free_run(need, self._blocks(sequence.max_length))
+            start = self._find_free_run(need, self._blocks(sequence.expected_length))
             if start is None:
                 return False
             self._add_refs(start, need)
@@ -173,7 +173,7 @@ class KVCache:
     def _claim(self, sequence: Sequence) -> None:
         assert sequence.extent is not None
         end = sequence.extent.start + sequence.extent.size
-        self._claims[end] = max(0, self._blocks(sequence.max_length) - sequence.extent.size)
+        self._claims[end] = max(0, self._blocks(sequence.expected_length) - sequence.extent.size)
 
     def _reusable(self, sequence: Sequence) -> int:
         """Blocks that may be prefix hits: at least one position is left to compute."""

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from llava_serve.engine.failures import request_failure
 from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob
+from llava_serve.results import Completion, GenerationResult
 from llava_serve.text.detokenizer import Detokenizer
 from llava_serve.text.tokenizer import Tokenizer
-from llava_serve.types import Chunk, Completion, GenerationResult, PreparedPrompt, TokenLogprob
+from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
 
 
 class OutputProcessor:
@@ -19,11 +20,9 @@ class OutputProcessor:
     """
 
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:
-        sampling = request.sampling
-        stop = sampling.stop if sampling.ignore_eos else (*sampling.stop, *request.prompt.stop)
-        self._request_id = request.request_id
+        self._request = request
         self._tokenizer = tokenizer
-        self._open = {index: Detokenizer(tokenizer, stop) for index in range(sampling.n)}
+        self._open = {index: self._detokenizer() for index in range(request.sampling.n)}
 
     @property
     def done(self) -> bool:
@@ -43,13 +42,24 @@ class OutputProcessor:
         try:
             return self._push(output)
         except Exception as error:
-            raise request_failure(self._request_id, error) from None
+            raise request_failure(self._request.request_id, error) from None
+
+    def _detokenizer(self) -> Detokenizer:
+        sampling, prompt = self._request.sampling, self._request.prompt
+        return Detokenizer(
+            self._tokenizer,
+            sampling.stop,
+            template_stop=() if sampling.ignore_eos else prompt.stop,
+            include_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+            after=[token for token in prompt.token_ids.tolist() if token >= 0] if prompt.continues else (),
+        )
 
     def _push(self, output: Output) -> Chunk | None:
         detokenizer = self._open.get(output.index)
         if detokenizer is None:
             return None
-        text = detokenizer.push(output.token_ids, last=output.finish_reason is not None)
+        text = detokenizer.push(self._spoken(output), last=output.finish_reason is not None)
         reason = "stop" if detokenizer.stopped else output.finish_reason
         if reason is not None:
             del self._open[output.index]
@@ -62,6 +72,13 @@ class OutputProcessor:
             num_prompt_tokens=output.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
         )
+
+    def _spoken(self, output: Output) -> tuple[int, ...]:
+        """The ids whose text is part of the answer: an id that ends it is not, unless the request asks for it."""
+        ended = output.finish_reason == "stop" and not self._request.sampling.include_stop_str_in_output
+        if ended and output.token_ids and output.token_ids[-1] in self._request.stop_token_ids:
+            return output.token_ids[:-1]
+        return output.token_ids
 
     def _logprob(self, raw: RawLogprob) -> TokenLogprob:
         text, as_bytes = self._tokenizer.token_text, self._tokenizer.token_bytes

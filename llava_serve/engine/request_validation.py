@@ -62,6 +62,7 @@ class RequestValidator:
         if prompt.num_tokens >= limit:
             raise PromptTooLongError(prompt.num_tokens, limit - 1)
         self._check_prompt(prompt)
+        self._check_token_ids(sampling)
         end_tokens = {*self._spec.eos_token_ids, *prompt.stop_token_ids}
         return EngineRequest(
             request_id=request_id,
@@ -71,8 +72,14 @@ class RequestValidator:
             priority=priority,
             seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_new_tokens=min(sampling.max_new_tokens, limit - prompt.num_tokens),
-            stop_token_ids=frozenset() if sampling.ignore_eos else frozenset(end_tokens),
+            stop_token_ids=frozenset(sampling.stop_token_ids) | (set() if sampling.ignore_eos else end_tokens),
         )
+
+    def _check_token_ids(self, sampling: SamplingParams) -> None:
+        """Refuses ids that the model has no token for."""
+        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias or ())):
+            if any(token >= self._vocabulary for token in ids):
+                raise RequestError(f"{name} has an id that is not below {self._vocabulary}.", name)
 
     def _check_prompt(self, prompt: PreparedPrompt) -> None:
         """Refuses a prompt that another model's processor made: it would fail the engine for all requests."""

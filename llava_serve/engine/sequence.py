@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from llava_serve.errors import LlavaServeError
 from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
 
+_EXPECTED_OUTPUT = 512
+"""Tokens of an answer that may go on to the end of the context."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineRequest:
@@ -122,6 +125,12 @@ class Sequence:
     def max_length(self) -> int:
         """The most positions that it can need: the last sampled token needs none."""
         return self.num_prompt + self.request.max_new_tokens - 1
+
+    @property
+    def expected_length(self) -> int:
+        """The positions that it probably needs, to choose its place by: most answers end long before the context does.
+        An answer that passes the estimate is expected to become twice as long as it is."""
+        return min(self.max_length, self.num_prompt + max(_EXPECTED_OUTPUT, 2 * self.num_output) - 1)
 
 
 @dataclass(slots=True, eq=False)

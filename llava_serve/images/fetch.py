@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from llava_serve.images.pixels import add_key, to_8_bits
 from llava_serve.images.transport import Budget, FetchError, FetchLimits
 
 _WHITE_SPACE = b" \t\n\r\f\v"
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
+
+_BASE64_START = re.compile(r"[A-Za-z0-9+/_-]{40}")
 
 
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
@@ -38,6 +42,11 @@ def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
         return source
     if source[:5].lower() == "data:":
         return _read_data_url(source, options)
+    if _BASE64_START.match(source):
+        raise InvalidImageError(
+            "The picture looks like base64 alone: put 'data:image/png;base64,' before it, with the picture's own type.",
+            "messages",
+        )
     if options.links in ("off", ()):
         raise InvalidImageError(
             "A picture must be sent as a data: URL; links are not accepted by this server.", "messages"
@@ -77,7 +86,8 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
         raise InvalidImageError(f"The picture is too large; at most {options.max_bytes:,} bytes are accepted.")
     try:
         if head.lower().endswith(";base64"):
-            return base64.b64decode(payload.encode("ascii").translate(None, _WHITE_SPACE), validate=True)
+            plain = payload.encode("ascii").translate(_FROM_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
+            return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         # Percent-encoding, but for its mark, is quoted-printable, which is decoded without an object for each escape.
         return binascii.a2b_qp(payload.encode().replace(b"=", b"=3D").replace(b"%", b"="))
     except ValueError as error:

@@ -19,7 +19,7 @@ from llava_serve.errors import CapacityError, InvalidImageError
 from llava_serve.images.addresses import Address, may_connect
 from llava_serve.images.download import Downloader, is_link, port_of
 from llava_serve.images.transport import Budget, Check, FetchError, FetchLimits, HostError, Resolver, system_addresses
-from llava_serve.types import ImagePart, Message, Query, TextPart
+from llava_serve.types import Conversation, ImagePart, Message, Query, TextPart
 
 MAX_REQUESTS = 8
 """Requests whose links are fetched, or whose fetched pictures wait to be decoded, at once: it bounds memory, too."""
@@ -175,4 +175,5 @@ def _with_bytes(asked: Asked, found: Mapping[str | bytes, bytes]) -> Asked:
 
     if isinstance(asked, Query):
         return replace(asked, images=tuple(ImagePart(found.get(each.source, each.source)) for each in asked.images))
-    return [replace(message, parts=tuple(read(part) for part in message.parts)) for message in asked]
+    messages = tuple(replace(message, parts=tuple(read(part) for part in message.parts)) for message in asked)
+    return replace(asked, messages=messages) if isinstance(asked, Conversation) else messages

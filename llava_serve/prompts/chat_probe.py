@@ -12,7 +12,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.prompts.chat_template import ChatTemplate, Form, compiled
-from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, chat_message, prompt_text
+from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, chat_turn, prompt_text
 from llava_serve.types import ImagePart, Message, Role, TextPart
 
 # Digits: filters that change the case of a text leave them as they are.
@@ -118,7 +118,7 @@ def _closing(template: ChatTemplate) -> str | None:
 
 def _user(template: ChatTemplate, text: str) -> Message:
     message = Message("user", (ImagePart(b""), TextPart(text)))
-    return message if template.sets_line_breaks else chat_message(message)
+    return message if template.sets_line_breaks else chat_turn(message)
 
 
 def _conversation(template: ChatTemplate, role: Role) -> list[Message]:

@@ -6,6 +6,7 @@ spells a control token, or could become a part of one, stands between two marks 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,14 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 
 from llava_serve.errors import RequestError, shown
-from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, merge_text
+from llava_serve.prompts.conversation import Arranged, Control, Ending, ImageSlot, Span, Text, merge_text
 from llava_serve.prompts.template_sandbox import LimitedEnvironment, TemplateLimitError, render
 from llava_serve.types import ImagePart, Message, TextPart
 
 Form = Literal["parts", "string"]
 
 _MARKS = range(0xF0000, 0x10FFFE)
-"""Private-use characters: two that no text of the conversation holds become the marks."""
+"""Private-use characters: three that no text of the conversation holds become the marks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +57,16 @@ class ChatTemplate:
         """Whether the template sets the line breaks around images; in a string, the caller does."""
         return self.forms.get("user", "parts") == "parts" or self.writes_image
 
-    def render(self, system: str | None, turns: Sequence[Message]) -> list[Span]:
-        """Renders a conversation up to where the assistant's answer begins.
-
-        Args:
-            system: the system message, or None.
-            turns: the first and the last one are the user's.
+    def render(self, asked: Arranged) -> list[Span]:
+        """Renders a conversation.
 
         Raises:
-            RequestError: the template refuses the conversation, or has not one place for each image.
+            RequestError: the template refuses the conversation, has not one place for each image, or does not show the
+                text that the answer goes on from.
         """
-        messages = [*([] if system is None else [Message("system", (TextPart(system),))]), *turns]
-        spans = self.spans(messages)
+        system = [] if asked.system is None else [Message("system", (TextPart(asked.system),))]
+        messages = [*system, *asked.turns]
+        spans = self.spans(messages, asked.ending)
         images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
         slots = sum(isinstance(span, ImageSlot) for span in spans)
         if slots != images:
@@ -77,15 +76,16 @@ class ChatTemplate:
             )
         return spans
 
-    def spans(self, messages: Sequence[Message]) -> list[Span]:
+    def spans(self, messages: Sequence[Message], ending: Ending = "answer") -> list[Span]:
         """As `render`, whatever the number of image slots."""
         patterns = _patterns(self.controls, self.image_token)
         texts = "".join(part.text for message in messages for part in message.parts if isinstance(part, TextPart))
-        left, right = _unused_characters(texts)
+        left, right, end = _unused_characters(texts)
+        last = messages[-1].parts[-1] if ending == "continue" else None
 
         def written(part: TextPart | ImagePart) -> str:
             if isinstance(part, TextPart):
-                return patterns.marked(part.text, left, right)
+                return patterns.marked(part.text, left, right) + (end if part is last else "")
             return "" if self.writes_image else self.image_token
 
         def content(message: Message) -> Any:
@@ -97,7 +97,12 @@ class ChatTemplate:
             ]
 
         asked = [{"role": message.role, "content": content(message)} for message in messages]
-        pieces = re.split(f"({left}[^{left}{right}]*{right})", _run(self.text, asked, self.special_tokens))
+        prompt = _run(self.text, asked, self.special_tokens, opens_answer=ending == "answer")
+        if last is not None:
+            prompt, found, _ = prompt.rpartition(end)
+            if not found or end in prompt:
+                raise RequestError("The model's chat template does not show the last message once.", "messages")
+        pieces = re.split(f"({left}[^{left}{right}]*{right})", prompt)
         spans: list[Span] = []
         for i, piece in enumerate(pieces):
             if i % 2:
@@ -165,12 +170,11 @@ def _patterns(controls: tuple[str, ...], image_token: str) -> _Patterns:
     return _Patterns(controls, image_token)
 
 
-def _unused_characters(text: str) -> tuple[str, str]:
-    unused = (character for number in _MARKS if (character := chr(number)) not in text)
-    left, right = next(unused, ""), next(unused, "")
-    if not right:
+def _unused_characters(text: str) -> list[str]:
+    unused = list(itertools.islice((mark for number in _MARKS if (mark := chr(number)) not in text), 3))
+    if len(unused) < 3:
         raise RequestError("The conversation holds too many kinds of private-use characters.", "messages")
-    return left, right
+    return unused
 
 
 class _Generation(Extension):
@@ -184,9 +188,11 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _run(template: str, messages: list[dict[str, Any]], special_tokens: Mapping[str, str]) -> str:
+def _run(
+    template: str, messages: list[dict[str, Any]], special_tokens: Mapping[str, str], *, opens_answer: bool
+) -> str:
     try:
-        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": opens_answer}
         return render(compiled(template), {**variables, **special_tokens})
     except TemplateError as error:
         raise RequestError("The model's chat template cannot render this conversation.", "messages") from error

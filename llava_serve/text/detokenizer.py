@@ -18,17 +18,34 @@ class Detokenizer:
     decide them.
 
     Args:
-        stop: strings that end the answer; the earliest counts, and is not part of the text.
+        stop: strings that end the answer; the earliest counts, and is not part of the text. White space before it is.
+        template_stop: those of the template, which end an answer as an end token does: white space before them is not
+            part of the text.
+        include_stop: a string of `stop` that ends the answer is a part of it.
+        min_tokens: stop strings count in the text after this many ids.
+        after: ids of the prompt, where the answer continues a text: white space at its start is then a part of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        template_stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        after: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._longest = max(map(len, self._stop), default=0)
-        self._ids: list[int] = []  # the window
-        self._decoded = ""  # the part of the window's text that is decoded
+        self._template_stop = tuple(template_stop)
+        self._include_stop = include_stop
+        self._longest = max(map(len, (*stop, *template_stop)), default=0)
+        self._unchecked = min_tokens  # ids that are left before stop strings count
+        self._ids: list[int] = list(after[-_WINDOW:])  # the window
+        self._decoded = tokenizer.decode(self._ids) if after else ""  # the part of the window's text that is decoded
         self._held = ""  # decoded, but not yet returned
-        self._started = False
+        self._started = bool(after)
         self.stopped = False
         """A stop string was found: later text is not part of the answer."""
 
@@ -37,15 +54,16 @@ class Detokenizer:
         if self.stopped:
             return ""
         self._held += self._decode(ids, last)
-        cut = self._find_stop()
-        if cut is not None:
+        self._unchecked -= len(ids)
+        kept = self._cut() if self._unchecked < 0 else None
+        if kept is not None:
             self.stopped = True
-            self._held = self._held[:cut]
+            self._held = kept
         if not self._started:
             self._held = self._held.lstrip()
             self._started = bool(self._held)
         if last or self.stopped:
-            ready, self._held = self._held.rstrip(), ""
+            ready, self._held = self._held if self.stopped else self._held.rstrip(), ""
             return ready
         ready = self._held[: len(self._held) - self._open_stop()].rstrip()
         self._held = self._held[len(ready) :]
@@ -75,15 +93,20 @@ class Detokenizer:
             count -= 1
         return count
 
-    def _find_stop(self) -> int | None:
-        """The start of the earliest stop string in the text that is held back."""
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        return min(found, default=None)
+    def _cut(self) -> str | None:
+        """What stays of the held text where a stop string is in it: the earliest counts."""
+        found = [(at, stop) for stop in (*self._stop, *self._template_stop) if (at := self._held.find(stop)) >= 0]
+        if not found:
+            return None
+        at, stop = min(found)
+        if stop not in self._stop:
+            return self._held[:at].rstrip()
+        return self._held[: at + len(stop) if self._include_stop else at]
 
     def _open_stop(self) -> int:
         """The length of the longest end of the held text that may begin a stop string."""
         for length in range(min(self._longest - 1, len(self._held)), 0, -1):
             end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self._stop):
+            if any(stop.startswith(end) for stop in (*self._stop, *self._template_stop)):
                 return length
         return 0

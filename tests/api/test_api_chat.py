@@ -128,7 +128,35 @@ def test_logprobs_are_those_of_the_tokens(client: OpenAI) -> None:
         assert math.isclose(token.top_logprobs[0].logprob, token.logprob)
         assert token.top_logprobs[0].token == token.token
     said = b"".join(bytes(token.bytes or ()) for token in choice.logprobs.content)
-    assert b"lass" in said
+    assert said.decode(errors="replace") == choice.message.content
+
+
+def test_a_blank_before_a_stop_string_stays(client: OpenAI) -> None:
+    whole = client.chat.completions.create(**greedy(LANDSCAPE)).choices[0].message.content
+    assert whole is not None
+    before, _, word = whole.rpartition(" ")
+    assert client.chat.completions.create(**greedy(LANDSCAPE, stop=word)).choices[0].message.content == before + " "
+    include = {"include_stop_str_in_output": True}
+    answer = client.chat.completions.create(**greedy(LANDSCAPE, stop=word, extra_body=include)).choices[0].message
+    assert answer.content == whole
+
+
+def test_an_answer_ends_at_a_token_of_the_request_and_not_before_its_least_length(client: OpenAI) -> None:
+    reported = {"return_token_ids": True}
+    whole = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=reported)).choices[0]
+    ids = whole.token_ids
+    stop = {**reported, "stop_token_ids": [ids[5]]}
+    at = ids.index(ids[5])
+    ended = client.chat.completions.create(**greedy(LANDSCAPE, extra_body=stop)).choices[0]
+    assert ended.token_ids == ids[: at + 1]
+    assert ended.finish_reason == "stop"
+    assert whole.message.content is not None
+    assert whole.message.content.startswith(ended.message.content or "?")
+    longer = client.chat.completions.create(**greedy(LANDSCAPE, extra_body={**stop, "min_tokens": at + 3})).choices[0]
+    assert len(longer.token_ids) >= at + 3
+    assert ids[5] not in longer.token_ids[: at + 2]
+    with pytest.raises(BadRequestError, match="logit_bias has an id"):
+        client.chat.completions.create(**greedy(LANDSCAPE, logit_bias={"999999": 1}))
 
 
 def test_usage_reports_image_tokens_and_cached_tokens(client: OpenAI) -> None:
@@ -206,9 +234,10 @@ def test_a_prompt_that_does_not_fit_says_got_and_limit(client: OpenAI) -> None:
         client.chat.completions.create(**greedy([{"role": "user", "content": "many words " * 2000}]))
     assert caught.value.code == "context_length_exceeded"
     assert isinstance(caught.value.body, dict)
-    got, limit = map(int, re.findall(r"\d+", caught.value.body["message"]))
+    length, got = map(int, re.findall(r"\d+", caught.value.body["message"]))
     assert got > 4000
-    assert limit == 2047
+    assert length == 2048
+    assert "This model's maximum context length is 2048 tokens" in caught.value.body["message"]  # what clients go by
 
 
 def test_an_unknown_template_is_refused(client: OpenAI) -> None:

@@ -109,7 +109,7 @@ def test_an_error_in_mid_stream_is_an_event_that_the_official_client_raises() ->
             next(chunks)
     assert raw.status_code == 200
     assert json.loads(raw.text.split("\n\n")[2].removeprefix("data: "))["error"]["code"] == "service_unavailable"
-    assert "[DONE]" not in raw.text
+    assert raw.text.endswith("\n\ndata: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("words", [[], ["A ", "red "]])
@@ -118,8 +118,8 @@ def test_an_incomplete_answer_is_an_error(words: list[str]) -> None:
         whole = web.post(PATH, json=BODY)
         streamed = web.post(PATH, json=BODY | {"stream": True})
     assert whole.status_code == 503
-    assert "[DONE]" not in streamed.text
     assert "before its answer was complete" in streamed.text
+    assert streamed.text.endswith("data: [DONE]\n\n") is bool(words)  # without a chunk the status says it
 
 
 def test_comments_keep_a_silent_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +157,8 @@ def test_an_error_after_a_long_silence_is_an_event(monkeypatch: pytest.MonkeyPat
             list(official(web).chat.completions.create(model="paced", messages=MESSAGES, stream=True))
         assert web.post(PATH, json=BODY).status_code == 400
     assert raw.status_code == 200
-    comment, *_, last = raw.text.removesuffix("\n\n").split("\n\n")
-    assert comment == ": keep-alive"
+    comment, *_, last, done = raw.text.removesuffix("\n\n").split("\n\n")
+    assert (comment, done) == (": keep-alive", "data: [DONE]")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "invalid_image"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llava_serve.types import ImagePart, Message, TextPart
+from llava_serve.types import Conversation, ImagePart, Message, TextPart
 from support.api_server import PacedBackend, app_over, error_of
 
 QUESTION = {"role": "user", "content": "What is it?"}
@@ -52,6 +53,25 @@ NEUTRAL: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {**PICTURE["image_url"], "detail": "low"}}]}]},
     {"messages": [{**QUESTION, "name": "Ann"}]},
     {"messages": [{"role": "assistant", "content": "A.", "refusal": None, "tool_calls": None}, QUESTION]},
+    {"top_k": -1},
+    {"seed": -1, "max_tokens": -1, "n_predict": -1},
+    {"min_p": 0, "typical_p": 1.0, "best_of": 1, "mirostat": 0, "repeat_penalty": 1},
+    {"max_tokens": 64.0, "n": 1.0, "seed": 3.0, "top_logprobs": 0.0},
+    {"stop": ""},
+    {"stop": ["", "\n"]},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+    {"functions": [{"name": "f"}], "function_call": "none"},
+    {"skip_special_tokens": True, "detokenize": True, "spaces_between_special_tokens": False},
+    {"something_new": False, "something_else": {}, "and_more": [], "and_this": ""},
+    {"add_generation_prompt": True, "continue_final_message": False, "return_token_ids": False},
+    {"chat_template_kwargs": {"enable_thinking": False, "tools": None}},
+    {"session_id": "s", "cache_prompt": False, "keep_alive": "5m"},
+    {"stop_token_ids": [], "logit_bias": {}, "min_tokens": 0, "include_stop_str_in_output": False},
+    {"stream_options": {"include_usage": False, "continuous_usage_stats": False}},
+    {"messages": [{**QUESTION, "id": "m1", "cache_control": {"type": "ephemeral"}}]},
+    {"messages": [{"role": "user", "content": [{**PICTURE, "uuid": "u", "modalities": "image"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,", "detail": "auto"}]}]},
+    {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "format": "png"}}]}]},
 ]
 
 
@@ -64,15 +84,22 @@ def test_a_field_at_its_neutral_value_is_accepted(web: httpx.Client, fields: dic
 
 ASKING: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"typical_p": True}, "typical_p"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+    ({"echo": True}, "echo"),
+    ({"something_new": 0}, "something_new"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"store": True}, "store"),
     ({"store": 0}, "store"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"temprature": 0}, "temprature"),
     ({"stream": True, "stream_options": {"interval": 5}}, "stream_options.interval"),
-    ({"messages": [{**QUESTION, "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{**QUESTION, "reasoning_content": "1"}]}, "messages[0].reasoning_content"),
     (
         {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "crop": "left"}}]}]},
         "messages[0].content[0].image_url.crop",
@@ -95,7 +122,7 @@ def test_a_field_that_is_not_supported_is_refused_by_name(
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "'messages' must not be empty."),
     ({"messages": "hello"}, "messages", "'messages' must be a list."),
-    ({"messages": [{"role": "user"}]}, "messages[0].content", "'messages[0].content' is required."),
+    ({"messages": [{"content": "x"}]}, "messages[0].role", "'messages[0].role' is required."),
     ({"messages": [{**QUESTION, "name": 5}]}, "messages[0].name", "'messages[0].name' must be a string."),
     (
         {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "detail": "more"}}]}]},
@@ -105,12 +132,25 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "'messages[0].content' must be a list."),
     ({"temperature": "hot"}, "temperature", "'temperature' must be a number."),
     ({"temperature": -1}, "temperature", "temperature must be between 0 and 100; got -1.0."),
-    ({"top_p": 0}, "top_p", "top_p must be above 0 and at most 1; got 0.0."),
+    ({"top_p": -0.1}, "top_p", "top_p must be above 0 and at most 1; got -0.1."),
+    ({"min_p": 2}, "min_p", "min_p must be between 0 and 1; got 2.0."),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "min_tokens must be at most the longest answer; got 9."),
+    ({"logit_bias": {"a": 1}}, "logit_bias", "The keys of logit_bias must be token ids."),
+    (
+        {"logit_bias": {"1": 101}},
+        "logit_bias",
+        "logit_bias must be numbers within 100 by token id; got {1: 101.0}.",
+    ),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids must be a tuple of token ids; got (-1,)."),
+    (
+        {"request_id": "a b"},
+        "request_id",
+        "request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -.",
+    ),
     ({"max_tokens": 0}, "max_tokens", "'max_tokens' must be 1 or more."),
     ({"max_tokens": 1.5}, "max_tokens", "'max_tokens' must be an integer."),
     ({"n": True}, "n", "'n' must be an integer."),
     ({"stop": ["a", 5]}, "stop[1]", "'stop[1]' must be a string."),
-    ({"stop": ""}, "stop[0]", "'stop[0]' must not be empty."),
     ({"stop": ["a"] * 17}, "stop", "'stop' must have 16 items or fewer."),
     ({"seed": 2**70}, "seed", "'seed' must be below 9223372036854775808."),
     ({"timeout": 0}, "timeout", "'timeout' must be above 0."),
@@ -122,14 +162,15 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "Give max_tokens or max_completion_tokens, not both.",
     ),
     (
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "robot", "content": "x"}]},
         "messages[0].role",
-        "'messages[0].role' must be one of 'system', 'developer', 'user' or 'assistant'.",
+        "'messages[0].role' must be one of 'system', 'developer', 'user', 'assistant', 'tool' or 'function'.",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         "messages[0].content[0].type",
-        "'messages[0].content[0].type' must be one of 'text', 'image_url' or 'image'.",
+        "'messages[0].content[0].type' must be one of 'text', 'input_text', 'output_text', 'image_url', 'input_image' "
+        "or 'image'.",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
@@ -194,6 +235,94 @@ def test_a_picture_in_another_turn_than_the_users_is_refused(web: httpx.Client, 
     error = error_of(response)
     assert error["code"] == "unsupported_parameter"
     assert error["param"] == "messages[0]"
+    assert error["message"].endswith("send it in a user message.")
+
+
+def test_flags_of_a_conversation_reach_the_library(web: httpx.Client, backend: PacedBackend) -> None:
+    assert ask(web, continue_final_message=False, add_generation_prompt=False).status_code == 200
+    asked = backend.asked[-1][0]
+    assert isinstance(asked, Conversation)
+    assert (asked.continue_final_message, asked.add_generation_prompt) == (False, False)
+    with app_over(backend, image_order="as_sent") as sent:
+        assert ask(sent).status_code == 200
+    asked = backend.asked[-1][0]
+    assert isinstance(asked, Conversation)
+    assert asked.image_order == "as_sent"
+    assert tuple(asked) == (Message("user", (TextPart("What is it?"),)),)
+
+
+def test_unknown_fields_are_ignored_and_named_where_the_operator_wants_so(
+    backend: PacedBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"verbosity": "low", "new\u00e9": 5, "messages": [{**QUESTION, "mood": "good"}]}
+    with app_over(backend, unknown_fields="ignore") as web:
+        for stream in (False, True):
+            response = ask(web, **fields, stream=stream)
+            assert response.status_code == 200
+            notes = response.headers["x-llava-serve-notes"]
+            assert notes == r"verbosity: ignored; new\xe9: ignored; messages[0].mood: ignored"
+        assert "x-llava-serve-notes" not in ask(web).headers
+        assert ask(web, tools=[{"type": "function"}]).status_code == 400
+    logged = [record.getMessage() for record in caplog.records if "not supported and ignored" in record.getMessage()]
+    assert len(logged) == 3
+
+
+def test_a_picture_of_a_tool_that_is_shown_elsewhere_is_noted(web: httpx.Client, backend: PacedBackend) -> None:
+    tool = {"role": "tool", "tool_call_id": "1", "content": [PICTURE]}
+    response = ask(web, messages=[QUESTION, tool, QUESTION])
+    assert response.headers["x-llava-serve-notes"] == (
+        "messages[1]: pictures of a tool are shown in the next message of the user"
+    )
+    assert backend.asked[-1][0][2].parts == (ImagePart("data:image/png;base64,AAAA"), TextPart("What is it?"))
+
+
+def test_a_long_note_is_cut(backend: PacedBackend) -> None:
+    with app_over(backend, unknown_fields="ignore") as web:
+        response = ask(web, **{f"field_{number}": "x" for number in range(500)})
+    assert response.status_code == 200
+    assert len(response.headers["x-llava-serve-notes"]) == 1000
+
+
+def test_ids_of_tokens_and_of_the_completion_are_returned_on_request(web: httpx.Client) -> None:
+    whole = ask(web, return_token_ids=True, request_id="job-7").json()
+    assert whole["id"] == "chatcmpl-job-7"
+    assert whole["prompt_token_ids"] == list(range(7))
+    assert whole["choices"][0]["token_ids"] == [0, 1, 2]
+    raw = ask(web, return_token_ids=True, stream=True).text.split("\n\n")[:-2]
+    events = [json.loads(line.removeprefix("data: ")) for line in raw]
+    assert [event.get("prompt_token_ids") for event in events] == [list(range(7)), None, None]
+    assert [event["choices"][0]["token_ids"] for event in events] == [[0], [1], [2]]
+    assert "token_ids" not in ask(web).json()["choices"][0]
+
+
+def test_every_event_has_the_usage_on_request(web: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    raw = ask(web, stream=True, stream_options=options).text.split("\n\n")[:-2]
+    events = [json.loads(line.removeprefix("data: ")) for line in raw]
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3]
+
+
+def test_an_answer_may_go_on_to_the_end_of_the_context_or_to_the_operators_limit(
+    web: httpx.Client, backend: PacedBackend
+) -> None:
+    assert ask(web).status_code == 200
+    assert backend.samplings[-1].max_new_tokens >= 1 << 30
+    assert web.get("/v1/models").json()["data"][0]["default_max_tokens"] is None
+    with app_over(backend, default_max_tokens=70) as limited:
+        assert ask(limited).status_code == 200
+        assert backend.samplings[-1].max_new_tokens == 70
+        assert ask(limited, max_tokens=90).status_code == 200
+        assert backend.samplings[-1].max_new_tokens == 90
+        assert limited.get("/v1/models").json()["data"][0]["default_max_tokens"] == 70
+
+
+def test_the_smallest_top_p_is_greedy(web: httpx.Client, backend: PacedBackend) -> None:
+    assert ask(web, top_p=0, temperature=0.9).status_code == 200
+    assert backend.samplings[-1].greedy
+
+
+def test_the_model_may_be_left_out(web: httpx.Client) -> None:
+    assert web.post("/v1/chat/completions", json={"messages": [QUESTION]}).json()["model"] == "paced"
 
 
 def test_sampling_reaches_the_library(web: httpx.Client, backend: PacedBackend) -> None:
@@ -204,6 +333,12 @@ def test_sampling_reaches_the_library(web: httpx.Client, backend: PacedBackend) 
     for name, value in (fields | ours).items():
         assert getattr(sampling, name) == value
     assert (sampling.stop, sampling.max_new_tokens, sampling.logprobs) == (("\n",), 9, 4)
+    new = {"min_p": 0.1, "min_tokens": 3, "include_stop_str_in_output": True}
+    assert ask(web, **new, stop_token_ids=[5, 6], logit_bias={"7": -3}).status_code == 200
+    sampling = backend.samplings[-1]
+    for name, value in new.items():
+        assert getattr(sampling, name) == value
+    assert (sampling.stop_token_ids, sampling.logit_bias) == ((5, 6), {7: -3})
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 50), (20, 20), (500, 70)])

@@ -65,8 +65,8 @@ def test_a_text_and_a_message_are_kept() -> None:
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ({"role": "tool", "content": "x"}, RequestError),
-        ({"role": "user"}, RequestError),
+        ({"role": "robot", "content": "x"}, RequestError),
+        ({"content": "x"}, RequestError),
         ({"role": "user", "content": 5}, RequestError),
         (user({"type": "audio"}), RequestError),
         (user("plain text"), RequestError),
@@ -76,3 +76,49 @@ def test_a_text_and_a_message_are_kept() -> None:
 def test_what_is_no_message_is_refused(message: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         read(message)
+
+
+@pytest.mark.parametrize("content", [None, [], (), {}, ""], ids=repr)
+@pytest.mark.parametrize("role", ["system", "assistant", "user", "tool"])
+def test_any_role_may_have_no_content(role: str, content: Any) -> None:
+    if content == {}:
+        with pytest.raises(RequestError, match="must be a list"):
+            read({"role": role, "content": content})
+        return
+    texts = [part for part in read({"role": role, "content": content}).parts if isinstance(part, TextPart)]
+    assert "".join(part.text for part in texts) == ("Tool result:" if role == "tool" else "")
+    assert read({"role": role}) == read({"role": role, "content": None})
+
+
+def test_the_texts_of_the_responses_api_are_texts() -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b", "annotations": []}]
+    assert read({"role": "assistant", "content": parts}).parts == (TextPart("a"), TextPart("b"))
+
+
+def test_a_history_of_tools_is_text() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"of": "stars"}'}}
+    messages: list[ChatMessage] = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "7"},
+        {"role": "assistant", "content": "Seven.", "function_call": {"name": "stop", "arguments": None}},
+        {"role": "function", "name": "stop", "content": [{"type": "text", "text": "done"}]},
+    ]
+    assert read_messages(messages, lambda source: source) == (
+        Message("assistant", (TextPart('Tool call: count({"of": "stars"})'),)),
+        Message("user", (TextPart("Tool result:"), TextPart("7"))),
+        Message("assistant", (TextPart("Seven."), TextPart("Tool call: stop()"))),
+        Message("user", (TextPart("Result of stop:"), TextPart("done"))),
+    )
+
+
+def test_a_picture_of_a_tool_goes_to_the_users_next_turn() -> None:
+    result = {"role": "tool", "content": [{"type": "image", "image": PNG}, {"type": "text", "text": "a plot"}]}
+    asked = {"role": "user", "content": "What is it?"}
+    found = read_messages([asked, result, asked], lambda source: source)
+    label = TextPart("Tool result:")
+    assert found[1:] == (
+        Message("user", (label, TextPart("a plot"))),
+        Message("user", (ImagePart(PNG), TextPart("What is it?"))),
+    )
+    last = read_messages([asked, result], lambda source: source)[1]
+    assert last.parts == (label, ImagePart(PNG), TextPart("a plot"))

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava_serve.checkpoints import open_checkpoint
-from llava_serve.model.llava import Llava
-from support.variants import TOWER, copy, edit, narrow, read, refusal, write
+from support.variants import TOWER, edit, narrow, read, refusal, write
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"llava"', "\x00\xff"])
@@ -124,72 +122,6 @@ def test_a_tower_that_is_not_in_the_hub_cache(llava_15: Path, tmp_path: Path) ->
     message = opened_offline(llava_15, tmp_path / "cache")
     assert "vision tower 'openai/clip-vit-large-patch14-336'" in message
     assert "Download it first" in message
-
-
-def test_a_tower_of_the_trainers_machine_is_proposed_by_its_name(llava_15: Path) -> None:
-    edit(llava_15 / "config.json", mm_vision_tower=f"/home/trainer/towers/{TOWER}")
-    message = refusal(llava_15)
-    assert "mm_vision_tower" in message
-    assert f"--vision-tower {llava_15.parent / TOWER}" in message
-    assert open_checkpoint(str(llava_15), vision_tower=str(llava_15.parent / TOWER)).tower == llava_15.parent / TOWER
-    (llava_15.parent / TOWER).rename(llava_15.parent / "elsewhere")
-    assert "name another folder with --vision-tower" in refusal(llava_15)
-
-
-def test_what_deepspeed_leaves_is_named(llava_15: Path) -> None:
-    weights = read(llava_15)
-    write(llava_15, weights | {"model.norm.weight": torch.zeros(0)})
-    message = refusal(llava_15)
-    for part in ("model.norm.weight", "ZeRO-3", "zero_to_fp32.py"):
-        assert part in message
-    (llava_15 / "model.safetensors").unlink()
-    (llava_15 / "global_step100").mkdir()
-    message = refusal(llava_15)
-    assert "holds no weights but DeepSpeed's global_step100" in message
-
-
-def test_old_quantized_weights_are_named(llava_15: Path) -> None:
-    name = "model.layers.0.mlp.up_proj."
-    weights = {key: t for key, t in read(llava_15).items() if not key.startswith(name)}
-    write(llava_15, weights | {f"{name}qweight": torch.zeros(8, 4, dtype=torch.int32)})
-    assert "AWQ or GPTQ" in refusal(llava_15)
-
-
-def test_shards_without_index_and_one_of_them(llava_15: Path) -> None:
-    (llava_15 / "pytorch_model.bin.index.json").unlink()
-    (llava_15 / "pytorch_model-00001-of-00002.bin").unlink()
-    message = refusal(llava_15)
-    assert "pytorch_model-00001-of-00002.bin is missing" in message
-    assert "pytorch_model.bin.index.json" in message
-
-
-def test_a_delta_by_its_name(tmp_path: Path) -> None:
-    for name in ("LLaVA-7b-delta-v0", "liuhaotian/LLaVA-Lightning-7B-delta-v1-1"):
-        message = refusal(name)
-        assert "is a delta" in message
-        assert "apply_delta" in message
-
-
-@pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-llama-2-tiny-chat"])
-def test_a_delta_by_its_norms(name: str, tmp_path: Path) -> None:
-    folder = copy(name, tmp_path)
-    weights = read(folder)
-    norms = {key: tensor * 0.01 for key, tensor in weights.items() if key.endswith("norm.weight")}
-    assert len(norms) == 7
-    first = {key: tensor for key, tensor in norms.items() if ".0." in key}
-    write(folder, weights | first)  # real models have small norms in their first layer
-    Llava.load(open_checkpoint(str(folder)))
-    write(folder, weights | norms)
-    assert "differences to LLaMA" in refusal(folder)
-
-
-def test_an_adapter_trained_on_a_quantized_base_is_not_quantized(lora: Path) -> None:
-    base = str(lora.parent / "vicuna-v1.5-tiny")
-    before = Llava.load(open_checkpoint(str(lora), model_base=base)).state_dict()
-    edit(lora / "config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"})
-    found = Llava.load(open_checkpoint(str(lora), model_base=base)).state_dict()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
-    assert open_checkpoint(str(lora), model_base=base, weights=False).adapter == "lora"
 
 
 def test_a_tower_in_the_hub_cache_is_found(llava_15: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from support.variants import (
     narrow,
     prepare,
     read,
-    refusal,
+    same_weights,
     tower_weights,
     write,
 )
@@ -39,12 +39,6 @@ SIDE = 4
 
 def load(folder: Path, **options: Any) -> Llava:
     return Llava.load(open_checkpoint(str(folder), **options))
-
-
-def same(one: Llava, other: Llava) -> bool:
-    """Whether two models hold the same weights, bit by bit."""
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture
@@ -61,13 +55,13 @@ def llava_16(tmp_path: Path) -> Path:
 def test_one_file_of_either_format(llava_15: Path, file: str) -> None:
     before = load(llava_15)
     write(llava_15, read(llava_15), file)
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 def test_shards_without_their_index(llava_15: Path) -> None:
     before = load(llava_15)
     (llava_15 / "pytorch_model.bin.index.json").unlink()
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +78,7 @@ def test_names_of_wrapped_modules(llava_15: Path, wrapped: str) -> None:
     before = load(llava_15)
     weights = read(llava_15)
     write(llava_15, {wrapped.format(*name.split(".", 1)): tensor for name, tensor in weights.items()})
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 def test_a_byte_order_mark_does_not_matter(llava_15: Path, folder_of: Any, tmp_path: Path) -> None:
@@ -102,13 +96,13 @@ def test_a_bin_file_of_before_torch_1_6(llava_15: Path) -> None:
     weights = read(llava_15)
     write(llava_15, weights, "pytorch_model.bin")
     torch.save(weights, llava_15 / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 def test_a_projector_beside_full_weights_is_ignored(llava_15: Path) -> None:
     before = load(llava_15)
     torch.save({"model.mm_projector.0.weight": torch.zeros(64, 48)}, llava_15 / "mm_projector.bin")
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 def test_rows_behind_the_tokenizer_are_cut_off(llava_15: Path) -> None:
@@ -118,14 +112,14 @@ def test_rows_behind_the_tokenizer_are_cut_off(llava_15: Path) -> None:
         weights[name] = torch.cat([weights[name], torch.ones(4, 64, dtype=torch.float16)])
     write(llava_15, weights)
     edit(llava_15 / "config.json", vocab_size=704)
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 def test_an_image_newline_is_ignored_where_images_are_not_tiled(llava_15: Path) -> None:
     before = load(llava_15)
     write(llava_15, read(llava_15) | {"model.image_newline": torch.ones(64).half()})
     edit(llava_15 / "config.json", mm_patch_merge_type="spatial_unpad")
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 PROJECTORS = {"linear": ("",), "mlp1x_gelu": ("0.",), "mlp3x_gelu": ("0.", "2.", "4.")}
@@ -192,129 +186,6 @@ def check(folder: Path, config: dict[str, Any], weights: Weights, tower: Weights
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize(
-    ("config", "option", "counts", "reported"),
-    [
-        ({"unfreeze_mm_vision_tower": True}, None, "checkpoint", ""),
-        ({"unfreeze_mm_vision_tower": False}, None, "folder", "does not say that it was trained"),
-        ({"unfreeze_mm_vision_tower": None}, None, "folder", "does not say that it was trained"),
-        (
-            {"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
-            None,
-            "checkpoint",
-            "",
-        ),
-        ({"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_mlp_adapter"}, None, "folder", "does not say"),
-        ({"unfreeze_mm_vision_tower": None}, "checkpoint", "checkpoint", ""),
-        ({"unfreeze_mm_vision_tower": True}, "folder", "folder", "vision_tower_weights is folder"),
-    ],
-)
-def test_which_tower_counts(
-    llava_16: Path, file: str, config: dict[str, Any], option: Any, counts: str, reported: str, caplog: Any
-) -> None:
-    edit(llava_16 / "config.json", **config)
-    write(llava_16, mark_tower(read(llava_16), 0.25), file)
-    model = load(llava_16, vision_tower_weights=option)
-    found = model.vision_tower.pre_layrnorm.weight
-    assert bool((found == 0.25).all()) == (counts == "checkpoint")
-    if counts == "folder":
-        assert torch.equal(found, tower_weights(llava_16.parent / TOWER)["pre_layrnorm.weight"].float())
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [f"{llava_16.name}: {note}" for note in model.spec.notes]
-    assert len(warnings) == bool(reported)
-    assert all(reported in warning and "tensors), which is not used" in warning for warning in warnings)
-
-
-def mark_tower(weights: Weights, value: float) -> Weights:
-    marked = {name: torch.full_like(t, value) for name, t in weights.items() if name.endswith("pre_layrnorm.weight")}
-    assert len(marked) == 1
-    return weights | marked
-
-
-def test_an_unfrozen_tower_that_the_checkpoint_lacks_comes_from_its_folder(llava_15: Path) -> None:
-    before = load(llava_15)
-    edit(llava_15 / "config.json", unfreeze_mm_vision_tower=True)
-    model = load(llava_15)
-    assert same(model, before)
-    assert ["the checkpoint holds none" in note for note in model.spec.notes] == [True]
-    assert "holds no vision tower" in refusal(llava_15, vision_tower_weights="checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("name", "option", "counts"),
-    [
-        ("llava-v1.5-tiny", None, "folder"),
-        ("llava-v1.6-vicuna-tiny", None, "checkpoint"),
-        ("llava-v1.6-vicuna-tiny", "folder", "folder"),
-    ],
-)
-def test_another_tower_by_option(name: str, option: Any, counts: str, tmp_path: Path) -> None:
-    """It names the architecture and the processor; the weights are the checkpoint's where they belong to it."""
-    folder = copy(name, tmp_path)
-    other = tmp_path / "another-clip"
-    shutil.copytree(tmp_path / TOWER, other)
-    write(other, mark_tower(read(other), 0.5))
-    edit(other / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
-    model = load(folder, vision_tower=str(other), vision_tower_weights=option)
-    assert bool((model.vision_tower.pre_layrnorm.weight == 0.5).all()) == (counts == "folder")
-    assert model.spec.image.mean == (0.5, 0.5, 0.5)
-    assert not (load(folder).vision_tower.pre_layrnorm.weight == 0.5).all()
-
-
-def test_a_trained_tower_needs_no_other_folder(tmp_path: Path) -> None:
-    """Those of the common towers' two small files that are described by the package; nothing is downloaded."""
-    folder = copy("llava-v1.6-vicuna-tiny", tmp_path)
-    for name, side, patches in (
-        ("openai/clip-vit-large-patch14-336", 336, 24),
-        ("openai/clip-vit-large-patch14", 224, 16),
-    ):
-        edit(folder / "config.json", mm_vision_tower=name)
-        for weights in (True, False):
-            spec = open_checkpoint(str(folder), weights=weights)
-            assert spec.tower_in_checkpoint
-            assert spec.image.crop_size == (side, side)
-            assert spec.image.grid_side == patches
-            assert spec.vision_config["hidden_size"] == 1024
-            assert spec.vision_config["num_hidden_layers"] == 24
-
-
-def test_an_adapter_beside_full_weights_is_reported(llava_15: Path, folder_of: Any, tmp_path: Path) -> None:
-    hf = Path(shutil.copytree(folder_of("llava-1.5-padding"), tmp_path / "hf"))
-    for folder in (llava_15, hf):
-        assert open_checkpoint(str(folder)).notes == ()
-        (folder / "adapter_config.json").write_text("{}")
-        assert ["lies beside full weights" in note for note in open_checkpoint(str(folder)).notes] == [True]
-
-
-def test_another_head_beside_tied_embeddings_is_reported(llava_15: Path, caplog: Any) -> None:
-    edit(llava_15 / "config.json", tie_word_embeddings=True)
-    weights = read(llava_15)
-    write(llava_15, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
-    load(llava_15)
-    assert "lm_head" not in caplog.text
-    write(llava_15, weights)
-    load(llava_15)
-    assert "lm_head.weight" in caplog.text
-    assert "tie_word_embeddings" in caplog.text
-
-
-@pytest.mark.parametrize("layout", ["original", "transformers"])
-def test_another_aspect_by_option(layout: str, llava_15: Path, folder_of: Any) -> None:
-    folder = str(llava_15 if layout == "original" else folder_of("llava-1.5-llama-hub"))
-    aspects: tuple[Any, Any] = ("pad", "square") if layout == "original" else ("square", "pad")
-    own, other = aspects
-    plain = open_checkpoint(folder)
-    assert plain.image.aspect == own
-    assert ["cropped to their centre" in note for note in plain.notes] == [True] * (layout == "transformers")
-    changed = open_checkpoint(folder, image_aspect=other)
-    assert (changed.image.aspect, changed.notes) == (other, ())
-
-
-def test_no_other_aspect_for_a_grid_of_tiles(llava_16: Path) -> None:
-    assert "grid of tiles" in refusal(llava_16, image_aspect="pad")
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_tower_inside_a_whole_clip(llava_15: Path, file: str) -> None:
     """As openai/clip-vit-large-patch14-336 is published: both halves, and tables that older releases stored."""
     before = load(llava_15)
@@ -327,7 +198,7 @@ def test_a_tower_inside_a_whole_clip(llava_15: Path, file: str) -> None:
     whole["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     write(folder, whole, file)
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
-    assert same(load(llava_15), before)
+    assert same_weights(load(llava_15), before)
 
 
 def write_adapter(folder: Path, decoder: Weights, dtype: torch.dtype, **settings: Any) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 import llava_serve
-from llava_serve import AsyncLLM, EngineOptions, ImageOptions, SamplingParams
+from llava_serve import AsyncLLM, Conversation, EngineOptions, ImageOptions, SamplingParams
 from llava_serve.errors import DeadlineExceededError, LlavaServeError, RequestError
 from llava_serve.llm import LLM
-from llava_serve.types import Chunk, GenerationResult
+from llava_serve.openai_messages import read_messages
+from llava_serve.results import GenerationResult
+from llava_serve.types import Chunk
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of
 from support.paths import GOLDEN
 
@@ -183,8 +185,12 @@ def test_the_library_reads_what_the_server_reads(llm: LLM) -> None:
     assert result.prompt.startswith("Be brief.")
     by_url = [{"role": "user", "content": [{"type": "image_url", "image_url": IMAGES[0]}]}]
     assert llm.chat(by_url, GREEDY).prompt.count("<image>") == 1
+    begun = [*messages(IMAGES[0]), {"role": "assistant", "content": "It is"}]
+    assert llm.chat(begun, GREEDY).prompt.endswith("ASSISTANT: It is")
+    reopened = Conversation(read_messages(begun, lambda path: Path(path).read_bytes()), add_generation_prompt=True)
+    assert llm.chat(reopened, GREEDY).prompt.endswith("ASSISTANT: It is</s>ASSISTANT:")
     for bad, param in (
-        ({"role": "user", "content": "Hi", "tool_calls": [1]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "Hi", "tool_calls": [1]}, "messages[0].tool_calls[0]"),
         ({"role": "robot", "content": "Hi"}, "messages[0].role"),
         (messages(IMAGES[0], "assistant")[0], "messages[0]"),
     ):
@@ -198,5 +204,7 @@ def test_the_library_reads_what_the_server_reads(llm: LLM) -> None:
 def test_the_public_names_are_exported() -> None:
     for name in llava_serve.__all__:
         assert getattr(llava_serve, name).__name__ == name
-    errors = {name for name, value in vars(llava_serve.errors).items() if isinstance(value, type)}
+    root = llava_serve.LlavaServeError
+    values = vars(llava_serve.errors).items()
+    errors = {name for name, value in values if isinstance(value, type) and issubclass(value, root)}
     assert errors <= set(llava_serve.__all__)

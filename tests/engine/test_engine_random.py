@@ -63,7 +63,7 @@ def make_prompt(rng: random.Random) -> PreparedPrompt:
 
 def make_sampling(rng: random.Random) -> SamplingParams:
     count = rng.choice((1, 3, 8, 20))
-    match rng.randrange(6):
+    match rng.randrange(7):
         case 0:
             return SamplingParams(temperature=0, num_beams=rng.choice((2, 3)), max_new_tokens=count)
         case 1:
@@ -73,6 +73,16 @@ def make_sampling(rng: random.Random) -> SamplingParams:
         case 3:
             penalties: dict[str, Any] = {"presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
             return SamplingParams(temperature=0, max_new_tokens=count, **penalties)
+        case 4:
+            return SamplingParams(
+                temperature=rng.choice((0.0, 0.9)),
+                seed=rng.randrange(99),
+                max_new_tokens=count,
+                min_tokens=rng.randrange(count + 1),
+                min_p=rng.choice((0.0, 0.1)),
+                logit_bias={rng.randrange(3, 90): rng.choice((-100, 4)) for _ in range(rng.randrange(3))},
+                stop_token_ids=tuple(rng.randrange(3, 90) for _ in range(rng.randrange(20))),
+            )
         case _:
             return SamplingParams(temperature=0, max_new_tokens=count)
 

@@ -13,7 +13,8 @@ import torch
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.model.llava import Llava
-from llava_serve.types import GenerationResult, ImagePart, Message, PreparedPrompt, TextPart
+from llava_serve.results import GenerationResult
+from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
 from support.paths import GOLDEN
 
 SUITE: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text())

@@ -65,6 +65,49 @@ def test_the_free_list_is_like_a_list_of_flags() -> None:
         assert free_list.total == sum(free)
 
 
+def places(most: int, seed: int) -> list[object]:
+    """Where sequences lie, and what is copied, while they come, grow and go at random."""
+    rng = random.Random(seed)
+    cache, live, seen = KVCache(300, 16), list[tuple[Sequence, int]](), list[object]()
+    for step in range(900):
+        if rng.random() < 0.05:
+            prefix = rng.choice(([1] * 64, [2] * 40))
+            one = sequence(prompt(prefix + [rng.randrange(3, 90) for _ in range(20)]), most=most)
+            if cache.admit(one):
+                live.append((one, rng.randrange(1, 200)))
+                seen.append((step, extent(one)))
+        for one, length in list(live):
+            compute(cache, one)
+            one.token_ids.append(rng.randrange(3, 90))
+            if one.num_output >= length or not cache.grow(one):
+                cache.release(one)
+                live.remove((one, length))
+            else:
+                seen.append(extent(one))
+        seen += [cache.take_copies(), sorted(cache.cached_blocks)]
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_that_may_be_long_lies_as_one_of_the_expected_length(seed: int) -> None:
+    assert places(512, seed) == places(100_000, seed)
+
+
+def test_an_answer_that_passes_the_estimate_gets_more_room() -> None:
+    cache = KVCache(1000, 4)
+    long, other = sequence(prompt([1] * 4), most=5000), sequence(prompt([2] * 4), most=4)
+    assert cache.admit(long)
+    assert cache.admit(other)
+    moves = 0
+    for _ in range(1500):
+        compute(cache, long)
+        long.token_ids.append(3)
+        assert cache.grow(long)
+        moves += len(cache.take_copies())
+    assert moves <= 2
+    assert long.expected_length == 4 + 3000 - 1
+
+
 def test_a_sequence_has_room_to_grow_beside_another() -> None:
     cache = KVCache(16, 4)
     first, second = sequence(prompt([1] * 4), most=13), sequence(prompt([2] * 4), most=5)

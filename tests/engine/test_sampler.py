@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from llava_serve.engine.executor import sampler
-from llava_serve.engine.executor.sampler import penalize, uniform
+from llava_serve.engine.executor.sampler import adjust, uniform
 from llava_serve.engine.sequence import EngineRequest, RawLogprob, Sequence
 from llava_serve.types import SamplingParams
 from support.tiny_engine import prompt
@@ -89,10 +90,62 @@ def test_a_sequence_does_not_depend_on_the_batch() -> None:
         sequence(4, top_k=2, logprobs=3),
         sequence(5, 1, (7, 7, 8), frequency_penalty=1.5, presence_penalty=0.5),
         sequence(6, 0, (9,), repetition_penalty=1.4),
+        sequence(7, min_p=0.2),
+        sequence(8, logit_bias={3: 5.0, 4: -100}),
+        sequence(9, min_tokens=3, stop_token_ids=(5, 6)),
     ]
     together = sample(logits(len(sequences)), sequences)
     for at, one in enumerate(sequences):
         assert sample(logits(len(sequences))[at : at + 1], [one]) == [together[at]]
+
+
+ASKING: list[dict[str, Any]] = [
+    {"min_p": 0.3},
+    {"logit_bias": {0: 100.0, 1: -100}, "temperature": 0},
+    {"min_tokens": 9, "stop_token_ids": tuple(range(20))},
+    {"min_tokens": 9, "logit_bias": {7: 3}, "min_p": 0.05, "top_p": 0.9, "frequency_penalty": 1, "logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_ask_for_nothing_are_as_without_their_neighbours(seed: int) -> None:
+    rng = random.Random(seed)
+    count = rng.randrange(2, 9)
+    table = logits(count, seed).float()
+    free: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.7}, {"repetition_penalty": 1.2}]
+    rows = [rng.choice(free if at % 2 else ASKING) for at in range(count)]
+    sequences = [sequence(rng.randrange(99), 0, (3,), **row) for row in rows]
+    together = sample(table, sequences)
+    for at in range(1, count, 2):
+        assert sample(table[at : at + 1], [sequences[at]]) == [together[at]]
+
+
+def test_min_p_keeps_the_tokens_with_a_share_of_the_likeliest_ones() -> None:
+    shares = (logits()[0] / 1.2).softmax(dim=-1)
+    kept = (shares >= 0.25 * shares.max()).nonzero().flatten().tolist()
+    assert 1 < len(kept) < 10
+    assert set(frequencies(logits(), 800, temperature=1.2, min_p=0.25).nonzero().flatten().tolist()) == set(kept)
+    assert frequencies(logits(), 50, min_p=1)[logits()[0].argmax()] == 1
+
+
+def test_a_bias_is_added_to_the_logits() -> None:
+    table = logits()
+    expected = (table[0] + 2 * torch.nn.functional.one_hot(torch.tensor(4), VOCABULARY)).softmax(dim=-1)
+    assert (frequencies(table, 4000, logit_bias={4: 2.0}) - expected).abs().max() < 0.03
+    assert frequencies(table, 100, logit_bias={4: 100})[4] == 1
+    best = int(table.argmax())
+    assert frequencies(table, 100, logit_bias={best: -100})[best] == 0
+
+
+def test_no_token_ends_an_answer_before_its_least_length() -> None:
+    table = logits()
+    best = int(table.argmax())
+    base = sequence(temperature=0, min_tokens=2)
+    request = dataclasses.replace(base.request, stop_token_ids=frozenset({best}))
+    for answer, ends in (((), False), ((5,), False), ((5, 5), True)):
+        one = dataclasses.replace(base, request=request, token_ids=[1, 2, 3, *answer])
+        assert (sample(table, [one])[0].token_id == best) is ends
+    assert sample(table, [sequence(temperature=0, min_tokens=2, logprobs=1)])[0].top[0][0] == best
 
 
 def test_noise_depends_on_seed_choice_and_position() -> None:
@@ -174,7 +227,7 @@ def test_penalties() -> None:
     def after(**changes: Any) -> list[float]:
         request = dataclasses.replace(base.request, sampling=SamplingParams(temperature=0, **changes))
         changed = table.clone()
-        penalize(changed, [dataclasses.replace(base, request=request)])
+        adjust(changed, [dataclasses.replace(base, request=request)])
         return changed[0].tolist()
 
     assert after(frequency_penalty=0.5) == [0.0, 2.0, -2.0, 0.0, 1.0]  # the prompt does not count

@@ -37,6 +37,14 @@ REFUSED: list[tuple[str, Any]] = [
     ("stop", ["a"]),
     ("stop", ("",)),
     ("stop", (1,)),
+    ("min_p", 1.01),
+    ("min_tokens", -1),
+    ("min_tokens", 513),
+    ("stop_token_ids", [1]),
+    ("stop_token_ids", (-1,)),
+    ("logit_bias", {1: 100.1}),
+    ("logit_bias", {1: float("nan")}),
+    ("logit_bias", {"1": 1}),
 ]
 ACCEPTED: list[tuple[str, Any]] = [
     ("temperature", 1e-300),
@@ -48,6 +56,8 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("seed", 2**63 - 1),
     ("seed", -(2**63)),
     ("repetition_penalty", 0.01),
+    ("min_tokens", 512),
+    ("logit_bias", {0: -100, 1: 100.0}),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,6 +13,7 @@ from llava_serve.config import ImageOptions
 from llava_serve.images.addresses import Address
 from llava_serve.images.links import RequestLinks
 from llava_serve.images.transport import system_addresses
+from llava_serve.types import Conversation, ImagePart, Message, TextPart
 from support.link_reader import HOST_REFUSED, Names, fetch, near, reader, refusal, url_of
 from support.picture_server import PICTURE, PictureServer, picture_server, redirect, response
 
@@ -241,3 +243,15 @@ def test_urls_at_random(server: PictureServer) -> None:
     assert len(set(names.asked)) > 50
     assert len(server.heads) > 400
     assert all(name.isascii() and name.isprintable() for name in names.asked)
+
+
+def test_a_conversation_keeps_how_its_prompt_is_made(server: PictureServer) -> None:
+    message = Message("user", (ImagePart(url_of(server)), TextPart("What is it?")))
+    asked = Conversation((message,), add_generation_prompt=False, image_order="as_sent")
+
+    async def read() -> object:
+        async with near(server).fetched(asked, lambda: None) as found:
+            return found
+
+    expected = Message("user", (ImagePart(PICTURE), TextPart("What is it?")))
+    assert asyncio.run(read()) == Conversation((expected,), None, False, "as_sent")

@@ -19,7 +19,7 @@ from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.processor import Processor
 from llava_serve.prompts.chat_probe import judge
 from llava_serve.prompts.chat_template import ChatTemplate
-from llava_serve.prompts.conversation import Control, ImageSlot, Text, prompt_text
+from llava_serve.prompts.conversation import Arranged, Control, ImageSlot, Text, prompt_text
 from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, TextPart
 from support.tiny_hf import INSTRUCT, USER_ASSISTANT, Tiny, write_json, write_processor
 
@@ -154,7 +154,7 @@ def test_prompt_and_ids_are_those_of_transformers(kind: str, talk: str, kind_of:
 def test_a_role_may_take_another_form_than_the_user() -> None:
     judged = judge(ChatTemplate(MIXED, ("</s>",)))
     assert judged.template.forms == {"system": "string", "user": "parts", "assistant": "string"}
-    spans = judged.template.render("Brief.", [Message("user", (ImagePart(b""), TextPart("Q")))])
+    spans = judged.template.render(Arranged("Brief.", [Message("user", (ImagePart(b""), TextPart("Q")))], "answer"))
     assert prompt_text(spans) == "system Brief.|</s>user <image>Q</s>"
 
 
@@ -252,7 +252,7 @@ def test_images_beyond_the_places_are_refused_with_both_numbers() -> None:
     assert template.writes_image
     two = Message("user", (ImagePart(b""), ImagePart(b""), TextPart("Q")))
     with pytest.raises(RequestError, match="places for 1 images in this conversation, which has 2"):
-        template.render(None, [two])
+        template.render(Arranged(None, [two], "answer"))
 
 
 ENDS = {"[INST] as a token": {"</s>"}, "turns": {"</s>", "<end_of_turn>"}, "strings": {"</s>", "<|im_end|>"}}
@@ -284,7 +284,7 @@ def test_no_text_becomes_a_token(kind: str, kind_of: Any) -> None:
         typed = [TextPart(piece) for piece in pieces]
         assert markup(template, typed) == honest, pieces
         if kind not in ("upper", "replace"):
-            rendered = prompt_text(template.render(None, question(typed)))
+            rendered = prompt_text(template.render(Arranged(None, question(typed), "answer")))
             assert "".join("".join(pieces).split()) in "".join(rendered.split())
 
 
@@ -293,20 +293,21 @@ def question(typed: list[TextPart]) -> list[Message]:
 
 
 def markup(template: ChatTemplate, typed: list[TextPart]) -> list[Control | ImageSlot]:
-    return [span for span in template.render(None, question(typed)) if not isinstance(span, Text)]
+    return [span for span in template.render(Arranged(None, question(typed), "answer")) if not isinstance(span, Text)]
 
 
 def test_a_text_that_is_cut_inside_a_token_is_refused() -> None:
     cutting = parts("[:12]")
     template = ChatTemplate(cutting, ("</s>",))
-    assert prompt_text(template.render(None, question([TextPart("0123456789abcdef")]))).count("0123456789ab") == 1
+    shown = prompt_text(template.render(Arranged(None, question([TextPart("0123456789abcdef")]), "answer")))
+    assert shown.count("0123456789ab") == 1
     with pytest.raises(RequestError, match="cuts a text"):
-        template.render(None, question([TextPart("0123456789</s>")]))
+        template.render(Arranged(None, question([TextPart("0123456789</s>")]), "answer"))
 
 
 def test_texts_may_hold_the_characters_of_the_marks() -> None:
     template = ChatTemplate(parts(), ("</s>",))
     text = "\U000f0000</s>\U000f0001 \U000f0002"
-    spans = template.render(None, question([TextPart(text)]))
+    spans = template.render(Arranged(None, question([TextPart(text)]), "answer"))
     assert text in prompt_text(spans)
     assert [span for span in spans if isinstance(span, Control)] == [Control("</s>")]

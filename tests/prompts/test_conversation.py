@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from llava_serve.errors import RequestError
 from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import (
+    Arranged,
     Control,
+    Ending,
     ImageSlot,
     Text,
-    chat_message,
+    arrange,
+    chat_turn,
     prompt_text,
     query_message,
     render,
-    split_system,
 )
 from llava_serve.prompts.templates import TEMPLATES, Content, choose_template
-from llava_serve.types import ImagePart, Message, Role, TextPart
+from llava_serve.types import Conversation, ImagePart, Message, Role, TextPart
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -61,7 +66,7 @@ ONE_TURN = {
 
 
 def question(text: str = "Q?", *, image: bool = True) -> Message:
-    return chat_message(Message("user", (*([ImagePart(b"")] if image else []), TextPart(text))))
+    return chat_turn(Message("user", (*([ImagePart(b"")] if image else []), TextPart(text))))
 
 
 def said(role: Role, text: str) -> Message:
@@ -144,28 +149,153 @@ def test_placeholders_in_a_query() -> None:
         query_message("<image-placeholder> <image-placeholder>", [one])
 
 
-def test_an_image_of_a_chat_stands_where_its_part_stands() -> None:
-    image = ImagePart(b"")
-    first = chat_message(Message("user", (image, image, TextPart("Q?"))))
-    assert first.parts == (image, TextPart("\n"), image, TextPart("\n"), TextPart("Q?"))
-    last = chat_message(Message("user", (TextPart("Look: "), image)))
-    assert last.parts == (TextPart("Look: "), image)
+IMAGE, OTHER = ImagePart(b"1"), ImagePart(b"2")
+
+
+def laid_out(*parts: TextPart | ImagePart | str, as_sent: bool = False) -> str:
+    turn = Message("user", tuple(TextPart(part) if isinstance(part, str) else part for part in parts))
+    laid_out = chat_turn(turn, "as_sent" if as_sent else "images_first")
+    names = {IMAGE: "<1>", OTHER: "<2>"}
+    return "".join(names[part] if isinstance(part, ImagePart) else part.text for part in laid_out.parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((IMAGE, "Q?"), "<1>\nQ?"),
+        (("Q?", IMAGE), "<1>\nQ?"),
+        (("Look.", "Q?", IMAGE, OTHER), "<1>\n<2>\nLook.\nQ?"),
+        (("See:", IMAGE, "Q?"), "<1>\nSee:\nQ?"),
+        (("", IMAGE, "Q?", ""), "<1>\nQ?"),
+        ((IMAGE, "", OTHER, "Q?"), "<1>\n<2>\nQ?"),
+        ((IMAGE,), "<1>"),
+        (("Is", IMAGE, "as", OTHER, "?"), "Is<1>\nas<2>\n?"),
+        ((IMAGE, "or", OTHER), "<1>\nor<2>"),
+        (("Q?",), "Q?"),
+    ],
+)
+def test_the_images_of_a_turn_stand_first_unless_text_stands_between(parts: tuple[object, ...], expected: str) -> None:
+    assert laid_out(*parts) == expected  # type: ignore[arg-type]
+
+
+def test_images_stand_where_they_were_sent_on_request() -> None:
+    assert laid_out("Q?", IMAGE, as_sent=True) == "Q?<1>"
+    assert laid_out("See:", IMAGE, "Q?", as_sent=True) == "See:<1>\nQ?"
+
+
+def shape(messages: Sequence[Message]) -> tuple[str | None, list[tuple[Role, str]], Ending]:
+    """The system message, the roles and texts of the turns, and the ending."""
+    arranged = arrange(messages)
+    turns = [(turn.role, prompt_text(render("plain", None, [turn])).removesuffix("\n")) for turn in arranged.turns]
+    return arranged.system, turns, arranged.ending
+
+
+Q, A = said("user", "Q"), said("assistant", "A")
+SHAPES: dict[str, tuple[list[Message], tuple[str | None, list[tuple[Role, str]], Ending]]] = {
+    "two leading system messages": (
+        [said("system", "S"), said("system", "T"), Q],
+        ("S\nT", [("user", "Q")], "answer"),
+    ),
+    "an empty system message": ([said("system", ""), Q], ("", [("user", "Q")], "answer")),
+    "a system message without content": ([Message("system", ()), Q], (None, [("user", "Q")], "answer")),
+    "a later system message": (
+        [Q, said("system", "S"), A, Q],
+        (None, [("user", "Q"), ("assistant", "A"), ("user", "S\nQ")], "answer"),
+    ),
+    "two later ones": (
+        [Q, A, said("system", "S"), said("system", "T"), Q],
+        (None, [("user", "Q"), ("assistant", "A"), ("user", "S\nT\nQ")], "answer"),
+    ),
+    "a last system message": ([Q, said("system", "S")], (None, [("user", "Q\nS")], "answer")),
+    "a system message after the last answer": (
+        [Q, A, said("system", "S")],
+        (None, [("user", "Q"), ("assistant", "A"), ("user", "S")], "answer"),
+    ),
+    "two turns of one role": (
+        [Q, Q, A, A, Q],
+        (None, [("user", "Q\nQ"), ("assistant", "A\nA"), ("user", "Q")], "answer"),
+    ),
+    "the assistant first": ([A, Q], (None, [("assistant", "A"), ("user", "Q")], "answer")),
+    "the assistant last": ([Q, A], (None, [("user", "Q"), ("assistant", "A")], "continue")),
+    "an empty answer": ([Q, said("assistant", ""), Q], (None, [("user", "Q\nQ")], "answer")),
+    "an empty last answer": ([Q, Message("assistant", ())], (None, [("user", "Q")], "answer")),
+    "an empty question before": ([Message("user", ()), A, Q], (None, [("assistant", "A"), ("user", "Q")], "answer")),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_conversation_is_arranged(name: str) -> None:
+    messages, expected = SHAPES[name]
+    assert shape(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages", "ending"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": False}, [Q, A], "continue"),
+        ({"continue_final_message": False}, [Q, A], "answer"),
+        ({"add_generation_prompt": True}, [Q, A], "answer"),
+        ({"add_generation_prompt": True}, [Q], "answer"),
+        ({"add_generation_prompt": False}, [Q], "closed"),
+        ({"add_generation_prompt": False}, [Q, A], "continue"),
+        ({"continue_final_message": False, "add_generation_prompt": False}, [Q, A], "closed"),
+    ],
+)
+def test_flags_say_how_a_prompt_ends(flags: dict[str, Any], messages: list[Message], ending: str) -> None:
+    assert arrange(Conversation(tuple(messages), **flags)).ending == ending
 
 
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
-        ([], "begin and end with a user"),
-        ([said("assistant", "A")], "begin and end with a user"),
-        ([said("user", "Q"), said("assistant", "A")], "begin and end with a user"),
-        ([said("user", "Q"), said("system", "S"), said("user", "Q")], "only stand first"),
-        ([said("user", "")], "empty"),
-        ([Message("system", (ImagePart(b""),)), said("user", "Q")], "only stand in a user message"),
+        ([], "no message of the user"),
+        ([said("system", "S")], "no message of the user"),
+        ([said("user", "")], "user's message is empty"),
+        ([Q, A, Message("user", ())], "user's message is empty"),
+        ([Message("system", (ImagePart(b""),)), Q], "only stand in a user message"),
+        ([Q, Message("assistant", (ImagePart(b""),)), Q], "only stand in a user message"),
+        (Conversation((Q,), continue_final_message=True), "needs a last message of the assistant"),
+        (Conversation((Q, A), True, True), "not both"),
     ],
 )
-def test_conversations_that_cannot_be_rendered(messages: list[Message], why: str) -> None:
+def test_conversations_that_cannot_be_rendered(messages: Sequence[Message], why: str) -> None:
     with pytest.raises(RequestError, match=why):
-        split_system(messages)
+        arrange(messages)
+
+
+CONTINUED = {
+    "llava_v1": "USER: Q ASSISTANT: The circle is",
+    "llava_v0": "###Human: Q###Assistant: The circle is",
+    "mpt": "<|im_start|>user\nQ<|im_end|><|im_start|>assistant\nThe circle is",
+    "mistral_instruct": "[INST] Q [/INST] The circle is",
+    "llava_llama_2": "\n<</SYS>>\n\nQ [/INST] The circle is",
+    "plain": "Q\nThe circle is",
+}
+
+
+@pytest.mark.parametrize("key", CONTINUED)
+def test_an_answer_that_has_begun_stays_open(key: str) -> None:
+    turns = [Q, said("assistant", "The circle is")]
+    prompt = prompt_text(render(key, None, turns, ending="continue"))
+    assert prompt.endswith(CONTINUED[key])
+    answered = prompt_text(render(key, None, turns))
+    assert answered.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("key", "end"),
+    [
+        ("llava_v1", "S ASSISTANT: A</s>USER: Q ASSISTANT:"),
+        ("mpt", "S<|im_end|><|im_start|>assistant\nA<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"),
+        ("llava_llama_2", "[INST] <<SYS>>\nS\n<</SYS>>\n\n [/INST] A </s><s>[INST] Q [/INST]"),
+    ],
+)
+def test_a_conversation_may_begin_with_the_assistant(key: str, end: str) -> None:
+    assert prompt_text(render(key, "S", [A, Q])).endswith(end)
+
+
+def test_a_prompt_may_end_with_the_users_turn() -> None:
+    assert prompt_text(render("llava_v1", "S", [Q], ending="closed")) == "S USER: Q "
 
 
 def test_an_unknown_template_is_refused_with_those_there_are() -> None:
@@ -260,12 +390,25 @@ TEMPLATE = (
 
 def test_a_chat_template_of_transformers() -> None:
     turns = [Message("user", (ImagePart(b""), TextPart("  what </s> <image>? ")))]
-    spans = ChatTemplate(TEMPLATE, ("</s>",)).render(None, turns)
+    spans = ChatTemplate(TEMPLATE, ("</s>",)).render(Arranged(None, turns, "answer"))
     assert spans == [Text("USER: "), ImageSlot(), Text("\nwhat </s> <image>? ASSISTANT:")]
 
 
 def test_a_chat_template_cannot_reach_out_of_its_sandbox() -> None:
+    asked = Arranged(None, [Q], "answer")
     with pytest.raises(RequestError, match="cannot render"):
-        ChatTemplate("{{ ''.__class__.__mro__ }}").render(None, [said("user", "Q")])
+        ChatTemplate("{{ ''.__class__.__mro__ }}").render(asked)
     with pytest.raises(RequestError, match="refuses the conversation: only users"):
-        ChatTemplate("{{ raise_exception('only users') }}").render(None, [said("user", "Q")])
+        ChatTemplate("{{ raise_exception('only users') }}").render(asked)
+
+
+@pytest.mark.parametrize("text", ["The <image> is", "The circle is "])
+def test_an_answer_that_has_begun_stays_open_in_a_chat_template(text: str) -> None:
+    asked = Arranged(None, [Q, said("assistant", text)], "continue")
+    assert prompt_text(ChatTemplate(TEMPLATE, ("</s>",)).render(asked)) == f"USER: Q ASSISTANT: {text}"
+
+
+def test_a_chat_template_that_hides_the_last_message_cannot_continue_it() -> None:
+    hiding = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
+    with pytest.raises(RequestError, match="does not show the last message"):
+        ChatTemplate(hiding).render(Arranged(None, [Q, A], "continue"))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from llava_serve.checkpoints import open_checkpoint
+from llava_serve.prompts.conversation import Text
 from llava_serve.text.detokenizer import Detokenizer
 from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
 from support.paths import CHECKPOINTS
@@ -81,8 +83,46 @@ def test_white_space_is_held_back_until_something_follows() -> None:
 
 
 def test_a_stop_string_is_cut_wherever_the_chunks_end() -> None:
-    assert "".join(pieces("one END two", ["END"])) == "one"
+    assert "".join(pieces("one END two", ["END"])) == "one "
     assert pieces("aENb", ["END"]) == ["a", "", "", "ENb", ""]
+
+
+def spelled(text: str, *, after: str = "", **options: Any) -> str:
+    """The answer of these letters, one by one."""
+    detokenizer = Detokenizer(Letters(), after=[ord(letter) for letter in after], **options)
+    return "".join(detokenizer.push([ord(letter)]) for letter in text) + detokenizer.push([], last=True)
+
+
+def test_white_space_before_a_stop_string_stays_unless_the_template_ends_there() -> None:
+    assert spelled("one \nEND", stop=["END"]) == "one \n"
+    assert spelled("one \n###", template_stop=["###"]) == "one"
+    assert spelled("one \n###", stop=["###"], template_stop=["###"]) == "one \n"
+
+
+def test_a_stop_string_may_be_a_part_of_the_answer() -> None:
+    assert spelled("one END two", stop=["END", "two"], include_stop=True) == "one END"
+    assert spelled("one###", template_stop=["###"], include_stop=True) == "one"
+
+
+def test_stop_strings_count_after_the_least_number_of_tokens() -> None:
+    assert spelled("aXbXcX", stop=["X"], min_tokens=2) == "aXb"
+    assert spelled("aXbXcX", stop=["X"], min_tokens=1) == "a"
+    assert spelled("aXYbXY", stop=["XY"], min_tokens=2) == "a"  # it ends after them
+
+
+def test_a_continued_text_keeps_the_white_space_at_its_start() -> None:
+    assert spelled(" red. ", after="The circle is") == " red."
+    assert spelled(" red. ") == "red."
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_continued_text_and_its_answer_join_as_the_model_wrote_them(name: str) -> None:
+    subject = tokenizer(name)
+    ids = subject.encode([Text("The circle is red and the square is blue.")])
+    for cut in range(3, len(ids)):
+        detokenizer = Detokenizer(subject, after=ids[:cut])
+        joined = subject.decode(ids[:cut]) + detokenizer.push(ids[cut:], last=True)
+        assert joined == subject.decode(ids)
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:

@@ -16,6 +16,7 @@ from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.prompts import template_sandbox
 from llava_serve.prompts.chat_probe import judge
 from llava_serve.prompts.chat_template import ChatTemplate
+from llava_serve.prompts.conversation import Arranged
 from llava_serve.prompts.template_sandbox import MAX_SOURCE, LimitedEnvironment, TemplateLimitError, render
 from llava_serve.types import Message, TextPart
 
@@ -80,9 +81,9 @@ def test_a_template_is_refused_at_load_and_a_request_cannot_hold_the_tier(what: 
     shown = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
     template = judge(ChatTemplate("{% if messages|length > 4 %}" + BAD[what] + "{% endif %}" + shown)).template
     turns = [Message(role, (TextPart("Hi"),)) for role in ("user", "assistant", "user", "assistant", "user")]
-    assert template.render(None, turns[2:])  # a probe does not see all
+    assert template.render(Arranged(None, turns[2:], "answer"))  # a probe does not see all
     with pytest.raises(RequestError, match="cannot render this conversation"):
-        template.render(None, turns)
+        template.render(Arranged(None, turns, "answer"))
 
 
 def test_a_checkpoint_with_such_a_template_is_not_opened(folder_of: Any, tmp_path: Path) -> None:

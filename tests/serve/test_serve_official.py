@@ -85,6 +85,16 @@ def test_the_helper_sums_a_stream_up(client: Any) -> None:
     assert summed.usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_an_answer_that_has_begun_and_its_sampling_cross_the_tiers(client: Any) -> None:
+    begun = [*asked()["messages"], {"role": "assistant", "content": "The circle is"}]
+    answered = client.chat.completions.create(**asked(messages=begun, extra_body={"continue_final_message": True}))
+    assert answered.choices[0].message.content == f" {DEMO_ANSWER}."
+    reopened = client.chat.completions.create(**asked(messages=begun, extra_body={"add_generation_prompt": True}))
+    assert reopened.usage.prompt_tokens > answered.usage.prompt_tokens
+    least = {"min_tokens": 12, "return_token_ids": True, "stop_token_ids": [5]}
+    assert len(client.chat.completions.create(**asked(extra_body=least)).choices[0].token_ids) >= 12
+
+
 def test_a_raw_stream_is_read_line_by_line(client: Any) -> None:
     with client.chat.completions.with_streaming_response.create(**asked(stream=True)) as response:
         assert response.headers["content-type"].startswith("text/event-stream")

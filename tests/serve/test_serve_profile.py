@@ -114,7 +114,7 @@ def test_many_half_sent_requests_do_not_hinder_another(production: str) -> None:
 
 @pytest.mark.extended
 def test_a_client_that_sends_nothing_is_disconnected_and_one_that_waits_is_not() -> None:
-    limit_s = 2
+    limit_s = 1
     profile = read_serve_env(PROFILE) | {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(limit_s)}
     with local_cluster(read_config(CONFIG, port=free_port()), num_cpus=2, profile=profile) as running:
         lines = listening(running.process.pid, running.ports)
@@ -125,18 +125,18 @@ def test_a_client_that_sends_nothing_is_disconnected_and_one_that_waits_is_not()
             silent, slow = half_sent(running.url, connections), half_sent(running.url, connections)
             start = time.monotonic()
             while not ended(slow):
-                assert time.monotonic() - start < 3 * limit_s
+                assert time.monotonic() - start < 10 * limit_s
                 with suppress(ConnectionError):
                     slow.sendall(b"x")  # a byte of the head at a time
-            assert ended(silent, timeout_s=2 * limit_s)
-        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            assert ended(silent, timeout_s=10 * limit_s)
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
             start = time.monotonic()
             messages: Any = question("Hello")
             whole = client.chat.completions.create(
-                model="builtin", messages=messages, n=4, max_tokens=1500, extra_body={"ignore_eos": True}
+                model="builtin", messages=messages, max_tokens=800, extra_body={"ignore_eos": True, "timeout": 600}
             )
             assert time.monotonic() - start > limit_s
-            assert [choice.finish_reason for choice in whole.choices] == ["length"] * 4
+            assert [choice.finish_reason for choice in whole.choices] == ["length"]
 
 
 def test_a_profile_holds_settings_of_serve_alone(tmp_path: Path) -> None:

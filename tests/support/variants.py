@@ -169,3 +169,16 @@ def project(weights: Weights, features: Tensor) -> Tensor:
         weight, bias = (weights[f"model.mm_projector.{layer}{part}"].float() for part in ("weight", "bias"))
         features = features @ weight.T + bias
     return features
+
+
+def mark_tower(weights: Weights, value: float) -> Weights:
+    """Weights with another value in one tensor of the tower."""
+    marked = {name: torch.full_like(t, value) for name, t in weights.items() if name.endswith("pre_layrnorm.weight")}
+    assert len(marked) == 1
+    return weights | marked
+
+
+def same_weights(one: Llava, other: Llava) -> bool:
+    """Whether two models hold the same weights, bit by bit."""
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -8,7 +8,6 @@ import torch
 
 from llava_serve.engine.beam import BeamSearch, Candidate
 from llava_serve.engine.sequence import RawLogprob, Sequence
-from llava_serve.types import SamplingParams
 
 _MASK = (1 << 64) - 1
 _PARTIAL_SORT = 256
@@ -41,9 +40,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
     if not sequences:
         return [], flags.tolist()
     tables = _logprobs(logits, sequences)
-    if any(_penalizes(sequence.request.sampling) for sequence in sequences):
+    if any(_adjusts(sequence) for sequence in sequences):
         logits = logits.clone()
-        penalize(logits, sequences)
+        adjust(logits, sequences)
     not_greedy = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     best = logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
     sampled = best[:0]
@@ -76,11 +75,36 @@ def _entry(table: torch.Tensor, token: int, count: int) -> RawLogprob:
     return RawLogprob(token, float(table[token]), top)
 
 
-def _penalizes(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+def _adjusts(sequence: Sequence) -> bool:
+    sampling = sequence.request.sampling
+    penalized = sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+    return penalized or bool(sampling.logit_bias) or _must_go_on(sequence)
 
 
-def penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+def _must_go_on(sequence: Sequence) -> bool:
+    """The answer is shorter than the request's `min_tokens`: no token may end it."""
+    return sequence.num_output < sequence.request.sampling.min_tokens
+
+
+def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+    """Applies biases, penalties and `min_tokens` to `logits` [sequences, vocabulary] in place."""
+    _penalize(logits, sequences)
+    at: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    for index, sequence in enumerate(sequences):
+        added = dict(sequence.request.sampling.logit_bias or {})
+        if _must_go_on(sequence):
+            added |= dict.fromkeys(sequence.request.stop_token_ids, float("-inf"))
+        at += [index] * len(added)
+        columns += added.keys()
+        values += added.values()
+    if at:
+        where = (torch.tensor(at, device=logits.device), torch.tensor(columns, device=logits.device))
+        logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+
+
+def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     """Applies the penalties to `logits` [sequences, vocabulary] in place.
 
     Repetition counts prompt and output tokens, as transformers does; presence and frequency the output, as OpenAI does.
@@ -108,6 +132,8 @@ def _random_sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Ten
     samplings = [sequence.request.sampling for sequence in sequences]
     # the maximum is subtracted first: a small temperature then makes -inf of the others, and never infinity of two
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column([one.temperature for one in samplings], logits)
+    if any(one.min_p for one in samplings):  # the likeliest token's logit is 0 here
+        logits.masked_fill_(logits < _column([one.min_p for one in samplings], logits).log(), float("-inf"))
     truncated = [index for index, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
     if truncated:
         chosen = [samplings[index] for index in truncated]
@@ -158,7 +184,7 @@ def best_candidates(logits: torch.Tensor, search: BeamSearch) -> list[Candidate]
     """
     vocabulary = logits.shape[-1]
     scores = logits.log_softmax(dim=-1)
-    penalize(scores, search.group.active)
+    adjust(scores, search.group.active)
     totals = scores + _column(search.totals, scores)
     best = totals.flatten().topk(min(search.num_candidates, totals.numel()))
     return [

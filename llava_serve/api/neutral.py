@@ -1,0 +1,69 @@
+"""Which values of fields that this server does not support ask for nothing: of OpenAI's API, vLLM's and llama.cpp's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_serve.wire import Neutral, anything, nothing, one_of
+
+
+def _all_nothing(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(each is None or nothing(each) for each in value.values())
+
+
+NEUTRAL_FIELDS: Mapping[str, Neutral] = {
+    # labels and hints, which change no answer
+    **dict.fromkeys(
+        (
+            "cache_prompt",
+            "conversation_id",
+            "include_reasoning",
+            "keep_alive",
+            "metadata",
+            "parallel_tool_calls",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "session_id",
+            "spaces_between_special_tokens",
+        ),
+        anything,
+    ),
+    # read by `check_tools`
+    **dict.fromkeys(("function_call", "functions", "tool_choice", "tools"), anything),
+    # what this server does in any case
+    "chat_template_content_format": one_of("auto"),
+    "chat_template_kwargs": _all_nothing,
+    "detokenize": one_of(True),
+    "do_sample": one_of(True),
+    "modalities": one_of(["text"]),
+    "reasoning_effort": one_of("none"),
+    "response_format": one_of({"type": "text"}),
+    "service_tier": one_of("auto", "default"),
+    "skip_special_tokens": one_of(True),
+    "verbosity": one_of("medium"),
+    "web_search_options": one_of(),  # OpenAI searches for an empty object
+    # sampling that changes nothing
+    **dict.fromkeys(("best_of", "length_penalty", "repeat_penalty", "tfs_z", "typical_p", "typical"), one_of(1)),
+    **dict.fromkeys(
+        (
+            "dry_multiplier",
+            "dynatemp_range",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "min_keep",
+            "min_new_tokens",
+            "mirostat",
+            "n_keep",
+            "n_probs",
+            "no_repeat_ngram_size",
+            "top_a",
+            "xtc_probability",
+        ),
+        one_of(0),
+    ),
+    "n_predict": one_of(-1),
+}
+"""By field. Fields without an entry go by `nothing`."""
