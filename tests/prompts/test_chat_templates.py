@@ -294,20 +294,3 @@ def question(typed: list[TextPart]) -> list[Message]:
 
 def markup(template: ChatTemplate, typed: list[TextPart]) -> list[Control | ImageSlot]:
     return [span for span in template.render(Arranged(None, question(typed), "answer")) if not isinstance(span, Text)]
-
-
-def test_a_text_that_is_cut_inside_a_token_is_refused() -> None:
-    cutting = parts("[:12]")
-    template = ChatTemplate(cutting, ("</s>",))
-    shown = prompt_text(template.render(Arranged(None, question([TextPart("0123456789abcdef")]), "answer")))
-    assert shown.count("0123456789ab") == 1
-    with pytest.raises(RequestError, match="cuts a text"):
-        template.render(Arranged(None, question([TextPart("0123456789</s>")]), "answer"))
-
-
-def test_texts_may_hold_the_characters_of_the_marks() -> None:
-    template = ChatTemplate(parts(), ("</s>",))
-    text = "\U000f0000</s>\U000f0001 \U000f0002"
-    spans = template.render(Arranged(None, question([TextPart(text)]), "answer"))
-    assert text in prompt_text(spans)
-    assert [span for span in spans if isinstance(span, Control)] == [Control("</s>")]

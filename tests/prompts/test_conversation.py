@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 
 from llava_serve.errors import RequestError
-from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import (
-    Arranged,
     Control,
-    Ending,
     ImageSlot,
     Text,
-    arrange,
     chat_turn,
     prompt_text,
     query_message,
     render,
 )
-from llava_serve.prompts.templates import TEMPLATES, Content, choose_template
-from llava_serve.types import Conversation, ImagePart, Message, Role, TextPart
+from llava_serve.prompts.templates import TEMPLATES
+from llava_serve.types import ImagePart, Message, Role, TextPart
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -183,84 +176,7 @@ def test_images_stand_where_they_were_sent_on_request() -> None:
     assert laid_out("See:", IMAGE, "Q?", as_sent=True) == "See:<1>\nQ?"
 
 
-def shape(messages: Sequence[Message]) -> tuple[str | None, list[tuple[Role, str]], Ending]:
-    """The system message, the roles and texts of the turns, and the ending."""
-    arranged = arrange(messages)
-    turns = [(turn.role, prompt_text(render("plain", None, [turn])).removesuffix("\n")) for turn in arranged.turns]
-    return arranged.system, turns, arranged.ending
-
-
 Q, A = said("user", "Q"), said("assistant", "A")
-SHAPES: dict[str, tuple[list[Message], tuple[str | None, list[tuple[Role, str]], Ending]]] = {
-    "two leading system messages": (
-        [said("system", "S"), said("system", "T"), Q],
-        ("S\nT", [("user", "Q")], "answer"),
-    ),
-    "an empty system message": ([said("system", ""), Q], ("", [("user", "Q")], "answer")),
-    "a system message without content": ([Message("system", ()), Q], (None, [("user", "Q")], "answer")),
-    "a later system message": (
-        [Q, said("system", "S"), A, Q],
-        (None, [("user", "Q"), ("assistant", "A"), ("user", "S\nQ")], "answer"),
-    ),
-    "two later ones": (
-        [Q, A, said("system", "S"), said("system", "T"), Q],
-        (None, [("user", "Q"), ("assistant", "A"), ("user", "S\nT\nQ")], "answer"),
-    ),
-    "a last system message": ([Q, said("system", "S")], (None, [("user", "Q\nS")], "answer")),
-    "a system message after the last answer": (
-        [Q, A, said("system", "S")],
-        (None, [("user", "Q"), ("assistant", "A"), ("user", "S")], "answer"),
-    ),
-    "two turns of one role": (
-        [Q, Q, A, A, Q],
-        (None, [("user", "Q\nQ"), ("assistant", "A\nA"), ("user", "Q")], "answer"),
-    ),
-    "the assistant first": ([A, Q], (None, [("assistant", "A"), ("user", "Q")], "answer")),
-    "the assistant last": ([Q, A], (None, [("user", "Q"), ("assistant", "A")], "continue")),
-    "an empty answer": ([Q, said("assistant", ""), Q], (None, [("user", "Q\nQ")], "answer")),
-    "an empty last answer": ([Q, Message("assistant", ())], (None, [("user", "Q")], "answer")),
-    "an empty question before": ([Message("user", ()), A, Q], (None, [("assistant", "A"), ("user", "Q")], "answer")),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_conversation_is_arranged(name: str) -> None:
-    messages, expected = SHAPES[name]
-    assert shape(messages) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "messages", "ending"),
-    [
-        ({"continue_final_message": True, "add_generation_prompt": False}, [Q, A], "continue"),
-        ({"continue_final_message": False}, [Q, A], "answer"),
-        ({"add_generation_prompt": True}, [Q, A], "answer"),
-        ({"add_generation_prompt": True}, [Q], "answer"),
-        ({"add_generation_prompt": False}, [Q], "closed"),
-        ({"add_generation_prompt": False}, [Q, A], "continue"),
-        ({"continue_final_message": False, "add_generation_prompt": False}, [Q, A], "closed"),
-    ],
-)
-def test_flags_say_how_a_prompt_ends(flags: dict[str, Any], messages: list[Message], ending: str) -> None:
-    assert arrange(Conversation(tuple(messages), **flags)).ending == ending
-
-
-@pytest.mark.parametrize(
-    ("messages", "why"),
-    [
-        ([], "no message of the user"),
-        ([said("system", "S")], "no message of the user"),
-        ([said("user", "")], "user's message is empty"),
-        ([Q, A, Message("user", ())], "user's message is empty"),
-        ([Message("system", (ImagePart(b""),)), Q], "only stand in a user message"),
-        ([Q, Message("assistant", (ImagePart(b""),)), Q], "only stand in a user message"),
-        (Conversation((Q,), continue_final_message=True), "needs a last message of the assistant"),
-        (Conversation((Q, A), True, True), "not both"),
-    ],
-)
-def test_conversations_that_cannot_be_rendered(messages: Sequence[Message], why: str) -> None:
-    with pytest.raises(RequestError, match=why):
-        arrange(messages)
 
 
 CONTINUED = {
@@ -301,114 +217,3 @@ def test_a_prompt_may_end_with_the_users_turn() -> None:
 def test_an_unknown_template_is_refused_with_those_there_are() -> None:
     with pytest.raises(RequestError, match=r"no template 'vicuna'.*llava_v1"):
         render("vicuna", None, [question()])
-
-
-@pytest.mark.parametrize(
-    ("name", "decoder", "expected"),
-    [
-        ("llava-llama-2-13b-chat-lightning-preview", "llama", "llava_llama_2"),
-        ("llava-v1.6-mistral-7b", "mistral", "mistral_instruct"),
-        ("llava-v1.6-34b", "llama", "chatml_direct"),
-        ("llava-v1.5-13b", "llama", "llava_v1"),
-        ("LLaVA-Lightning-MPT-7B-preview", "mpt", "mpt"),
-        ("LLaVA-13b-delta-v0", "llama", "llava_v0"),
-        ("llava-1.5-7b", "llama", "llava_v1"),
-        ("my-finetune", "mistral", "mistral_instruct"),
-        ("my-finetune", "mpt", "mpt"),
-    ],
-)
-def test_the_name_decides_and_otherwise_the_content(name: str, decoder: str, expected: str) -> None:
-    mlp = "v0" not in name  # the first release has a linear projector
-    choice = choose_template(name, Content(decoder, mlp=mlp, has_chatml="34b" in name))
-    assert (choice.key, choice.contradiction) == (expected, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("attempt-3", "llama"),
-        ("llava-1.5-prompt-tuned", "llama"),
-        ("acme-vqa-v0.3", "llama"),
-        ("rev03-final", "llama"),
-        ("my-llama-2b-vqa", "llama"),
-        ("llama3-llava", "llama"),
-        ("exempt", "mistral"),
-        ("dev1", "mistral"),
-        ("mistralize", "llama"),
-        ("empty-run", "mpt"),
-    ],
-)
-def test_only_whole_words_of_a_name_count(name: str, content: str) -> None:
-    choice = choose_template(name, Content(content))
-    assert choice.key == {"llama": "llava_v1", "mistral": "mistral_instruct", "mpt": "mpt"}[content]
-    assert "the name does not decide" in choice.reason
-    assert choice.contradiction is None
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected", "by_name"),
-    [
-        ("exp-mistral-init-vicuna", Content("llama"), "llava_v1", "mistral_instruct"),
-        ("acme-v1", Content("mistral"), "mistral_instruct", "llava_v1"),
-        ("llava-v0-run", Content("mistral"), "mistral_instruct", "llava_v0"),
-        ("llava-v0-run", Content("llama"), "llava_v1", "llava_v0"),
-        ("v1-mm", Content("mpt", has_chatml=True), "mpt", "llava_v1"),
-        ("mpt-like", Content("llama"), "llava_v1", "mpt"),
-        ("llava-v1.6-yi-34b", Content("llama", has_chatml=True), "chatml_direct", "llava_v1"),
-        ("hermes-mistral", Content("mistral", has_chatml=True), "chatml_direct", "mistral_instruct"),
-        ("llama-2-like", Content("mistral"), "mistral_instruct", "llava_llama_2"),
-        ("v1.6-34b", Content("llama"), "llava_v1", "chatml_direct"),
-    ],
-)
-def test_the_content_decides_against_the_name(name: str, content: Content, expected: str, by_name: str) -> None:
-    choice = choose_template(name, content)
-    assert choice.key == expected
-    assert choice.contradiction is not None
-    assert f"--conv-mode {by_name} takes the name's" in choice.contradiction
-    assert "though the name contains" in choice.reason
-
-
-def test_content_of_other_kinds() -> None:
-    assert choose_template("ckpt", Content("llama", has_chatml=True)).key == "chatml_direct"
-    assert choose_template("ckpt", Content("llama", mlp=False, start_end=True)).key == "llava_v0"
-    llama_2 = Content("llama", mlp=False, start_end=True, tokenizer_template="[INST] <<SYS>>")
-    assert choose_template("ckpt", llama_2).key == "llava_llama_2"
-    assert choose_template("ckpt", Content("qwen2", has_chatml=True)).key == "qwen_1_5"
-    assert choose_template("ckpt", Content("llama", has_headers=True)).key == "llava_llama_3"
-
-
-def test_a_name_that_says_what_the_content_says_is_no_contradiction() -> None:
-    assert choose_template("llava-v1.5-gemma", Content("gemma")) == ("llava_v1", "the name contains 'v1'", None)
-
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def test_a_chat_template_of_transformers() -> None:
-    turns = [Message("user", (ImagePart(b""), TextPart("  what </s> <image>? ")))]
-    spans = ChatTemplate(TEMPLATE, ("</s>",)).render(Arranged(None, turns, "answer"))
-    assert spans == [Text("USER: "), ImageSlot(), Text("\nwhat </s> <image>? ASSISTANT:")]
-
-
-def test_a_chat_template_cannot_reach_out_of_its_sandbox() -> None:
-    asked = Arranged(None, [Q], "answer")
-    with pytest.raises(RequestError, match="cannot render"):
-        ChatTemplate("{{ ''.__class__.__mro__ }}").render(asked)
-    with pytest.raises(RequestError, match="refuses the conversation: only users"):
-        ChatTemplate("{{ raise_exception('only users') }}").render(asked)
-
-
-@pytest.mark.parametrize("text", ["The <image> is", "The circle is "])
-def test_an_answer_that_has_begun_stays_open_in_a_chat_template(text: str) -> None:
-    asked = Arranged(None, [Q, said("assistant", text)], "continue")
-    assert prompt_text(ChatTemplate(TEMPLATE, ("</s>",)).render(asked)) == f"USER: Q ASSISTANT: {text}"
-
-
-def test_a_chat_template_that_hides_the_last_message_cannot_continue_it() -> None:
-    hiding = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
-    with pytest.raises(RequestError, match="does not show the last message"):
-        ChatTemplate(hiding).render(Arranged(None, [Q, A], "continue"))
