@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import pytest
 
-from llava_serve.cli import inspect
+from llava_serve.cli import main
 
 LINES = {
     "onevision": (
@@ -28,8 +27,7 @@ LINES = {
 
 @pytest.mark.parametrize("kind", LINES)
 def test_inspect(kind: str, folder_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    options = argparse.Namespace(path=str(folder_of(kind)), model_base=None, vision_tower=None, conv_mode=None)
-    assert inspect.run(options) == 0
+    assert main(["inspect", str(folder_of(kind))]) == 0
     printed = capsys.readouterr().out
     for line in LINES[kind]:
         assert line in printed
