@@ -28,7 +28,8 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
-_BASE64_START = re.compile(r"[A-Za-z0-9+/_-]{40}")
+_BASE64_START = re.compile(r"[/_]9j[/_]|iVBORw0KGgo|R0lGOD|UklGR|Qk[01]|SUkqA|TU0AK|AAAA\w")
+"""How the first bytes of pictures look in base64: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF and HEIC."""
 
 
 def read_request_source(source: str | bytes, options: ImageOptions) -> bytes:
