@@ -14,6 +14,7 @@ from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.hf import read_hf, read_hf_adapter
 from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import find_base, is_original, no_base, read_original
+from llava_serve.checkpoints.quantized import read_quantization
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
 from llava_serve.config import ModelKeywords, ModelOptions, resolve_model_options
 from llava_serve.errors import CheckpointError
@@ -50,14 +51,12 @@ def open_checkpoint(
     config = read_json(base or folder, "config.json")
     # That of an adapter says how its base was loaded for training.
     holds_weights = base is not None or (bool(weight_files(folder)) if weights else options.model_base is None)
-    if config.get("quantization_config") and holds_weights:
-        raise CheckpointError(
-            f"config.json in {folder} has a quantization_config: the weights are quantized already. Use the original "
-            "ones; they are quantized while they load."
-        )
     reader = read_original if is_original(config) else read_hf
     try:
         refuse_other_models(config, folder)
+        quantization = None
+        if holds_weights:
+            quantization = read_quantization(config, base or folder, options, original=is_original(config))
         if base is not None and reader is read_hf:
             spec = read_hf_adapter(model_name(model), folder, base, config, options, weights=weights)
         else:
@@ -72,7 +71,7 @@ def open_checkpoint(
             raise CheckpointError(f"There is no template {conv_mode!r}; there are {', '.join(TEMPLATES)}.")
         _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
         spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
-    spec = _with_aspect(spec, options.image_aspect)
+    spec = dataclasses.replace(_with_aspect(spec, options.image_aspect), quantization=quantization)
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_serve.checkpoints.quantized import StoredQuantization
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.chat_template import ChatTemplate
 
@@ -153,6 +154,7 @@ class CheckpointSpec:
         conv_mode, conv_reason: the template and why it was chosen.
         chat_template: transformers' one, if the checkpoint has one.
         torch_dtype: the precision that the files declare.
+        quantization: of the weights in the files; None where they are plain.
         notes: what the files say and is not followed, and what is seen otherwise than in training: a sentence each.
     """
 
@@ -180,6 +182,7 @@ class CheckpointSpec:
     conv_reason: str
     chat_template: ChatTemplate | None
     torch_dtype: str
+    quantization: StoredQuantization | None = None
     notes: tuple[str, ...] = ()
 
     @property

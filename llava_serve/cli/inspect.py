@@ -71,6 +71,8 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{spec.vocab_size} tokens ({spec.tokenizer.kind})"
     yield "context", f"{spec.context_length} tokens"
     yield "dtype", f"{spec.torch_dtype} in the files"
+    if spec.quantization is not None:
+        yield "quantized", f"in the files, by {spec.quantization}"
     tower = f"{vision['model_type']}: {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
     yield "vision tower", f"{tower}, {vision['image_size']} px in patches of {vision['patch_size']}"
     yield "", f"weights {_tower_weights(spec)}"

@@ -19,6 +19,7 @@ from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
+from llava_serve.model.quantized import load_quantized, quantized_bytes
 from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta, weight_bytes
 from llava_serve.text.tokenizer import load_tokenizer
 
@@ -44,7 +45,7 @@ class Llava(nn.Module):
         super().__init__()
         self.spec = spec
         self._layers = selected_layers(spec)
-        vision = AutoConfig.for_model(**{**spec.vision_config, "num_hidden_layers": max(self._layers)})
+        vision = AutoConfig.for_model(**{**spec.vision_config, "num_hidden_layers": self.vision_tower_layers})
         self.vision_tower = AutoModel.from_config(vision)
         self.language_model = AutoModelForCausalLM.from_config(text_config)
         if spec.layout == "original" and hasattr(self.language_model.base_model, "rotary_emb"):
@@ -78,6 +79,8 @@ class Llava(nn.Module):
             CheckpointError: a tensor is missing, surplus, or of the wrong shape; a file is missing or damaged; the
                 weights do not fit the free memory.
         """
+        if spec.quantization is not None:
+            return cls._load_quantized(spec, torch.device(device), dtype, kv_cache_bytes)
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
         tensors, text_config = _fit_vocabulary(spec, tensors)
@@ -89,11 +92,33 @@ class Llava(nn.Module):
         check_memory(spec.name, weight_bytes(model, dtype), kv_cache_bytes, device, dtype)
         load_weights(model, tensors, spec, device, dtype)
         refuse_delta(model.language_model, spec)
-        model.eval().requires_grad_(False)
+        return model._loaded(device, dtype)
+
+    @classmethod
+    def _load_quantized(
+        cls, spec: CheckpointSpec, device: torch.device, dtype: torch.dtype, kv_cache_bytes: int
+    ) -> Llava:
+        """As `load`, of weights that are quantized in the files."""
+        _, text_config = _fit_vocabulary(spec, {})
+        with init_empty_weights(include_buffers=False):
+            model = cls(spec, text_config)
+        check_memory(spec.name, quantized_bytes(model, spec, dtype), kv_cache_bytes, device, dtype)
+        load_quantized(model, spec, device, dtype)
+        return model._loaded(device, dtype)
+
+    def _loaded(self, device: torch.device, dtype: torch.dtype) -> Llava:
+        """The model for inference, and a line about it in the log."""
+        spec = self.spec
+        self.eval().requires_grad_(False)
         for note in spec.notes:
             _log.warning("%s: %s", spec.name, note)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
-        return model
+        return self
+
+    @property
+    def vision_tower_layers(self) -> int:
+        """How many of the tower's layers are used."""
+        return max(self._layers)
 
     @property
     def device(self) -> torch.device:

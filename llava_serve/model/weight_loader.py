@@ -35,9 +35,9 @@ def load_weights(
         CheckpointError: lists the tensors that are missing or surplus; names one of another shape, or that is not
             finite.
     """
-    tied = _tied_names(model)
+    tied = tied_names(model)
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
-    _check_names(wanted.keys(), stored, tied, spec)
+    check_names(wanted.keys(), stored, tied, spec)
     _report_other_head(stored, tied)
     for name, parameter in wanted.items():
         path, _, last = name.rpartition(".")
@@ -52,7 +52,7 @@ def load_weights(
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a model's weights once they are loaded. The model is on the meta device."""
-    tied = _tied_names(model)
+    tied = tied_names(model)
     each = (
         parameter.numel() * _bytes_each(parameter, dtype)
         for name, parameter in model.named_parameters()
@@ -86,7 +86,7 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
         raise CheckpointError(
             "8-bit and 4-bit loading need bitsandbytes; install it: pip install llava-serve[quantization]."
         ) from error
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_logging)
+    quiet_bitsandbytes()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError("8-bit and 4-bit layers compute in float32, bfloat16 or float16; choose one with dtype.")
     eight = BitsAndBytesConfig(load_in_8bit=True)
@@ -100,12 +100,17 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
     )
 
 
+def quiet_bitsandbytes() -> None:
+    """Drops the warning that bitsandbytes logs for each 8-bit layer at each step."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_worth_logging)
+
+
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     # Logged for each layer at each step; it is known that 8-bit layers round their input.
     return "inputs will be cast" not in str(record.msg)
 
 
-def _tied_names(model: nn.Module) -> set[str]:
+def tied_names(model: nn.Module) -> set[str]:
     """Parameters that are tied to another one; checkpoints may or may not hold them."""
     language_model: Any = model.get_submodule("language_model")
     if not language_model.config.get_text_config().tie_word_embeddings:
@@ -113,16 +118,17 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {f"language_model.{name}" for name in language_model.all_tied_weights_keys}
 
 
-def _check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: set[str], spec: CheckpointSpec) -> None:
+def check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: set[str], spec: CheckpointSpec) -> None:
+    """Raises `CheckpointError` for tensors that are wanted and not stored, or stored and neither wanted nor tied."""
     missing = sorted(set(wanted) - stored.keys())
     surplus = sorted(stored.keys() - set(wanted) - tied)
     if not missing and not surplus:
         return
     parts: list[str] = []
     if missing:
-        parts.append(f"missing are {_some([stored_name(name, spec) for name in missing])}")
+        parts.append(f"missing are {listed([stored_name(name, spec) for name in missing])}")
     if surplus:
-        parts.append(f"surplus are {_some([_described(stored[name]) for name in surplus])}")
+        parts.append(f"surplus are {listed([_described(stored[name]) for name in surplus])}")
     advice = "Download it again, or correct its config.json."
     if any(name.endswith((".qweight", ".qzeros")) for name in surplus):
         advice = "The weights are quantized already, by AWQ or GPTQ: take the original ones, and --load-4bit."
@@ -159,7 +165,8 @@ def _described(stored: StoredTensor) -> str:
     return f"{stored.name} (in {stored.file.name})"
 
 
-def _some(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
@@ -22,10 +21,9 @@ from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
+from support.hf_reference import Reference, Talk, said
 from support.scenes import picture
-from support.tiny_hf import FAMILY, MODELS, Tiny, processor_classes, write_json
-
-Talk = list[dict[str, Any]]
+from support.tiny_hf import FAMILY, MODELS, write_json
 
 KINDS = MODELS | FAMILY
 SOME = ("30x30", "120x80", "200x40", "three-images", "two-turns")
@@ -39,35 +37,6 @@ SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40)
 """(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; the
 last has other rows where a quotient is cut off before it is rounded."""
 QUESTIONS = ["What is shown in this image?", "  Is the circle\nleft of the square?  ", "Wie heißt das 蓝色 one? ☃"]
-
-
-class Reference:
-    """A checkpoint in transformers' own hands."""
-
-    def __init__(self, folder: Path, tiny: Tiny) -> None:
-        processor, images = processor_classes(tiny)
-        self.processor = processor.from_pretrained(
-            folder, image_processor=images.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder)
-        )
-        assert type(self.processor.image_processor) is images
-        self.model, notes = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        assert not notes["missing_keys"]
-        assert not notes["unexpected_keys"]
-        self.model.eval()
-
-    def inputs(self, talk: Talk) -> Any:
-        return self.processor.apply_chat_template(
-            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-
-    def tiles_per_image(self, talk: Talk) -> list[int]:
-        """transformers pads the tiles of several pictures to one number."""
-        pictures = [part["image"] for message in talk for part in message["content"] if part["type"] == "image"]
-        if len(pictures) > 1 and self.model.config.model_type == "llava_onevision":
-            return [1] * len(pictures)
-        return [len(self.processor.image_processor(one)["pixel_values"][0]) for one in pictures]
 
 
 @pytest.fixture(scope="session")
@@ -89,11 +58,6 @@ def as_file(image: Image.Image) -> Image.Image:
     data = io.BytesIO()
     image.save(data, "PNG")
     return Image.open(data)
-
-
-def said(role: str, text: str, *images: Image.Image) -> dict[str, Any]:
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
 TALKS: dict[str, Talk] = {

@@ -60,7 +60,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         "vision_feature_select_strategy is default), and the features of SigLIP have none",
     ),
     "another tokenizer": ((), {"image_token_index": 7}, "image_token_index"),
-    "quantized": ((), {"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
     "no such value": (("vision_config",), {"patch_size": "many"}, "config.json"),
 }
 

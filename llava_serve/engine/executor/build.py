@@ -26,7 +26,7 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
         torch.set_num_threads(engine.num_threads or available_cores())
     spec = open_checkpoint(model)
     spec = spec.limited_to(engine.max_model_len)
-    dtype = resolve_dtype(model.dtype, device, spec.torch_dtype)
+    dtype = resolve_dtype(model.dtype, device, spec.torch_dtype, quantized=spec.quantization is not None)
     kv_cache_bytes = engine.kv_cache_bytes if device.type == "cpu" else 0  # CUDA's takes what is left
     llava = Llava.load(spec, device, dtype, model.quantization, kv_cache_bytes=kv_cache_bytes)
     if device.type == "cpu":
@@ -52,9 +52,12 @@ def resolve_device(asked: str) -> torch.device:
     return device
 
 
-def resolve_dtype(asked: str, device: torch.device, declared: str) -> torch.dtype:
-    """`auto` is float32 on a CPU, and on CUDA the checkpoint's own half precision, else bfloat16."""
-    if asked == "auto":
+def resolve_dtype(asked: str, device: torch.device, declared: str, *, quantized: bool = False) -> torch.dtype:
+    """`auto` is float32 on a CPU, and on CUDA the checkpoint's own half precision, else bfloat16. With weights that are
+    quantized in the files it is the checkpoint's own precision everywhere: their layers were made for it."""
+    if asked == "auto" and quantized and declared in ("float32", "float16", "bfloat16"):
+        asked = declared
+    elif asked == "auto":
         half = declared if declared in ("float16", "bfloat16") else "bfloat16"
         asked = "float32" if device.type == "cpu" else half
     dtype: torch.dtype = getattr(torch, asked)

@@ -35,6 +35,7 @@ class Decoder:
         self._extra: dict[str, torch.Tensor] = {}
         self._compiled: compiled.CompiledDecoder | None = None
         floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
+        floats &= not any("forward" in vars(module) for module in language_model.modules())  # compressed-tensors
         self.has_float_weights = floats
         """No layer is quantized."""
         if isinstance(language_model, MptForCausalLM):

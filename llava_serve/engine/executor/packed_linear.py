@@ -129,7 +129,8 @@ def pack_linears(model: nn.Module) -> None:
         dtypes.add(torch.bfloat16)
 
     def packable(module: object) -> TypeGuard[nn.Linear]:
-        return type(module) is nn.Linear and module.weight.dtype in dtypes
+        # quantizers replace the `forward` of a layer
+        return type(module) is nn.Linear and module.weight.dtype in dtypes and "forward" not in vars(module)
 
     for module in model.modules():
         for names in _MERGED:
