@@ -141,13 +141,18 @@ class Engine:
         """Samples the next tokens and appends them. What a failed request has computed is not kept."""
         sequences = [segment.sequence for segment in schedule.segments if segment.needs_sampling]
         sampled = sample_step(result, sequences, self._searches, self.model.dtype)
-        outputs = [self._fail(request_id, error) for request_id, error in sampled.failures.items()]
+        failures = dict(sampled.failures.requests)
+        for digest, error in sampled.failures.images.items():
+            for group in self._scheduler.discard_image(digest):
+                failures.setdefault(group.request.request_id, error)
+        outputs = [self._fail(request_id, error) for request_id, error in failures.items()]
         self._record(schedule)
         for sequence, token in sampled.tokens:
             if self.has(sequence.request.request_id):
                 outputs.append(self._append(sequence, token))
         for search, extended in sampled.beams:
-            outputs += self._advance_beams(search.group, extended)
+            if self.has(search.group.request.request_id):
+                outputs += self._advance_beams(search.group, extended)
         return outputs
 
     def _fail(self, request_id: str, error: Exception) -> Output:
