@@ -120,11 +120,6 @@ class Scheduler:
             self._encoder_cache.unpin(digest)
         group.pins = ()
 
-    def discard_image(self, digest: str) -> list[SequenceGroup]:
-        """Discards the features of an image, as soon as no group has pinned it. Returns the groups that have."""
-        self._encoder_cache.discard(digest)
-        return [group for group in self.running if digest in group.pins]
-
     def discard_images(self, group: SequenceGroup) -> None:
         """Discards the features of a group's images, which may not be finite, as soon as no group has pinned them."""
         for digest in group.request.prompt.digests:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,24 +21,12 @@ from llava_serve.engine.executor.image_encoder import ImageEncoder
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
+from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.scheduler import Schedule, Segment
 from llava_serve.engine.sequence import Sequence
 from llava_serve.errors import CheckpointError
 from llava_serve.model.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
-
-
-@dataclass(frozen=True, slots=True)
-class StepFailures:
-    """What has failed in a step, while the others go on.
-
-    Attributes:
-        requests: by id. Nothing that the step has computed for such a request is to be used.
-        images: by digest, in the vision tower. Every request that needs such an image fails with it.
-    """
-
-    requests: dict[str, Exception] = field(default_factory=dict)
-    images: dict[str, Exception] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ import torch
 
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.executor.attempt import attempt
-from llava_serve.engine.executor.model_runner import StepFailures, StepResult
+from llava_serve.engine.executor.model_runner import StepResult
 from llava_serve.engine.executor.sampler import best_candidates, sample
+from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.sequence import RawLogprob, Sequence
 from llava_serve.model.numerics import numerical_error
 
