@@ -42,12 +42,15 @@ def _serve(listener: socket.socket, num_threads: int, device: str) -> None:
     from llava_serve.api.app import create_app
     from llava_serve.api.http_server import server_of
     from llava_serve.api.in_process import InProcessBackend
+    from llava_serve.api.parse_process import ParseProcess
     from llava_serve.async_llm import AsyncLLM
     from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
 
     engine = EngineOptions(num_threads=num_threads)
     llm = AsyncLLM("builtin", engine, device=device, image_options=ImageOptions().isolated)
-    server_of(create_app(InProcessBackend(llm), ApiOptions()), graceful_timeout_s=2).run(sockets=[listener])
+    with ParseProcess() as parse:
+        app = create_app(InProcessBackend(llm), ApiOptions(), offload=parse)
+        server_of(app, graceful_timeout_s=2).run(sockets=[listener])
     llm.close()
 
 

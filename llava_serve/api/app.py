@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
 from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.notes import IgnoredFields
+from llava_serve.api.parse_process import Offload
 from llava_serve.api.pipeline import GenerationRequest
 from llava_serve.api.protocol import Answer, ChatRequest, Model, ModelList
 from llava_serve.api.routing import CHAT_RESPONSES, ERROR_RESPONSES, route_reading_by
-from llava_serve.api.validation import check_priority, completion_id, conversation_of, parse_request, sampling_of
+from llava_serve.api.validation import check_priority, completion_id, read_chat, sampling_of
 from llava_serve.checkpoints.model_name import short_name
 from llava_serve.config import ApiOptions
 from llava_serve.errors import DeadlineExceededError, UnknownModelError, shown
@@ -49,13 +49,20 @@ class Health(Answer):
     model: str
 
 
-def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimiter | None = None) -> FastAPI:
+def create_app(
+    backend: Backend,
+    options: ApiOptions,
+    limiter: ConcurrencyLimiter | None = None,
+    offload: Offload = asyncio.to_thread,
+) -> FastAPI:
     """Makes the web app; it runs under uvicorn and as a Ray Serve ingress.
 
     Args:
         backend: what prepares prompts and generates chunks.
         options: access and limits.
         limiter: shared with requests that arrive another way; None makes one for this app.
+        offload: parses large bodies. A thread shares the interpreter with the streams: it suits a process that does
+            little else.
 
     Raises:
         RequestError: as `accepted_keys`.
@@ -70,6 +77,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         generation_config="ignored",
     )
     ignored_fields = IgnoredFields()
+    ignore_unknown = options.unknown_fields == "ignore"
     names = (model.id, short_name(model.id))
     page = _PAGE.read_text(encoding="utf-8")
 
@@ -81,9 +89,11 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
 
     async def read(request: Request) -> ChatRequest:
         body = await _body(request, options.default_timeout_s)
-        wire = await _parsed(partial(parse_request, body, ignore_unknown=options.unknown_fields == "ignore"), len(body))
-        request.state.notes += ignored_fields.notes(wire)
-        return wire
+        parse = partial(read_chat, body, ignore_unknown=ignore_unknown, image_order=options.image_order)
+        parsed = parse() if len(body) < LARGE_BODY_BYTES else await offload(parse)
+        request.state.notes += [*ignored_fields.notes(parsed.ignored), *parsed.notes]
+        request.state.conversation = parsed.conversation
+        return parsed.wire
 
     chat = APIRouter(route_class=route_reading_by(read))
 
@@ -94,10 +104,8 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
         priority = wire.priority or 0
         check_priority(priority, options.priority_range)
         seconds = min(wire.timeout or options.default_timeout_s, options.max_timeout_s)
-        asked, notes = conversation_of(wire, options.image_order)
-        request.state.notes += notes
         work = GenerationRequest(
-            asked=asked,
+            asked=request.state.conversation,
             sampling=sampling_of(wire, options.default_max_tokens),
             request_id=new_completion_id(),
             deadline=request.state.arrived + seconds,
@@ -155,11 +163,6 @@ async def _body(request: Request, timeout_s: float) -> bytes:
             return await request.body()
     except TimeoutError:
         raise DeadlineExceededError("The request's body did not arrive in time.") from None
-
-
-async def _parsed(parse: Callable[[], ChatRequest], size: int) -> ChatRequest:
-    """Parses a large body in a thread, so that the streams of other requests go on."""
-    return parse() if size < LARGE_BODY_BYTES else await asyncio.to_thread(parse)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

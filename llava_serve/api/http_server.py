@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import h11
 import uvicorn
@@ -10,9 +11,29 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEAD_BYTES = 64 << 10
-"""Of a request's line and headers."""
+"""Of a request's line and headers, with the empty line at their end."""
 HEAD_TIMEOUT_S = 30.0
 """For a request's line and headers to arrive, from the connection's or the head's first byte."""
+
+
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+"""Where h11 sees it."""
+
+
+class StrictConnection(h11.Connection):
+    """h11 with an exact bound on a head: its own holds only while a head is incomplete. And of two lengths of a body
+    it follows one, where a proxy in front may follow the other (request smuggling)."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Raises `h11.RemoteProtocolError` for a head that is too large, or has both lengths; uvicorn answers 400."""
+        if self.their_state is h11.IDLE:
+            received, _ = self.trailing_data
+            if len(received) > MAX_HEAD_BYTES and not _END_OF_HEAD.search(received, 0, MAX_HEAD_BYTES):
+                raise h11.RemoteProtocolError("The request's head is too large.")
+        event = super().next_event()
+        if isinstance(event, h11.Request) and {b"content-length", b"transfer-encoding"} <= dict(event.headers).keys():
+            raise h11.RemoteProtocolError("The request has Content-Length and Transfer-Encoding.")
+        return event
 
 
 class BoundedH11Protocol(H11Protocol):
@@ -26,6 +47,7 @@ class BoundedH11Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
@@ -54,7 +76,6 @@ def server_of(app: ASGIApp, *, graceful_timeout_s: int | None = None) -> uvicorn
         uvicorn.Config(
             app,
             http=BoundedH11Protocol,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_level="warning",
             timeout_graceful_shutdown=graceful_timeout_s,
         )

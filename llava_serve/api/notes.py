@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from llava_serve.wire import Wire, unsupported_fields
-
 HEADER = "x-llava-serve-notes"
 _MAX_HEADER = 1000
 _MAX_LOGGED = 100
@@ -16,14 +14,13 @@ _logger = logging.getLogger(__name__)
 
 
 class IgnoredFields:
-    """Finds the fields of requests that are ignored, and logs each name once."""
+    """Notes on the fields of requests that are ignored. Logs each name once."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
 
-    def notes(self, request: Wire) -> list[str]:
-        """A note for each field of a parsed request that is ignored."""
-        names = list(unsupported_fields(request))
+    def notes(self, names: Sequence[str]) -> list[str]:
+        """A note for each of these fields of a request."""
         for name in names:
             if name not in self._logged and len(self._logged) < _MAX_LOGGED:
                 self._logged.add(name)

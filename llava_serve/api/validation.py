@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -12,7 +13,7 @@ from llava_serve.api.protocol import ChatRequest
 from llava_serve.errors import RequestError, UnsupportedParameterError
 from llava_serve.openai_messages import from_wire
 from llava_serve.types import Conversation, ImageOrder, Message, SamplingParams
-from llava_serve.wire import as_request_error, refuse_extras
+from llava_serve.wire import as_request_error, refuse_extras, unsupported_fields
 
 _SAME_NAME = (
     "temperature",
@@ -39,6 +40,33 @@ _TO_THE_END = 1 << 31
 """More tokens than a context has; the engine cuts it to what the context holds."""
 _TOKEN_ID = re.compile("[0-9]{1,9}", re.ASCII)
 _STRUCTURE = (b",", b"[", b"{")
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedChat:
+    """A request that was read, in values that are quick to pass from one process to another.
+
+    Attributes:
+        wire: its fields, without the messages and without fields that are not declared.
+        conversation: its messages.
+        notes: on what stands elsewhere in the conversation than it was sent.
+        ignored: fields that are not supported.
+    """
+
+    wire: ChatRequest
+    conversation: Sequence[Message]
+    notes: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def read_chat(body: bytes, *, ignore_unknown: bool, image_order: ImageOrder) -> ParsedChat:
+    """Does all work on a request that grows with its body. Arguments and errors are those of `parse_request` and
+    `conversation_of`."""
+    wire = parse_request(body, ignore_unknown=ignore_unknown)
+    conversation, notes = conversation_of(wire, image_order)
+    declared = wire.model_fields_set & ChatRequest.model_fields.keys() - {"messages"}
+    bare = ChatRequest.model_construct(**{name: getattr(wire, name) for name in declared})
+    return ParsedChat(bare, conversation, notes, tuple(unsupported_fields(wire)) if ignore_unknown else ())
 
 
 def parse_request(body: bytes, *, ignore_unknown: bool = False) -> ChatRequest:

@@ -109,18 +109,19 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         from llava_serve.api.app import create_app
         from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend
+        from llava_serve.api.parse_process import ParseProcess
         from llava_serve.async_llm import AsyncLLM
 
         llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)), image_options=ImageOptions().isolated)
         backend = InProcessBackend(llm)
-        app = create_app(backend, api)
-        server = server_of(app)
-        host, port = listener.getsockname()[:2]
-        listener.listen()  # whoever reads the next line can connect
-        print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
-        # uvicorn drains on a signal and then raises it again, when there is nothing left to end.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: None)
-        server.run(sockets=[listener])
+        with ParseProcess() as parse:
+            server = server_of(create_app(backend, api, offload=parse))
+            host, port = listener.getsockname()[:2]
+            listener.listen()  # whoever reads the next line can connect
+            print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
+            # uvicorn drains on a signal and then raises it again, when there is nothing left to end.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: None)
+            server.run(sockets=[listener])
         llm.close()
     return 0

@@ -13,7 +13,7 @@ from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.model_runner import ModelRunner, StepResult, num_blocks
 from llava_serve.engine.executor.sampling_step import sample_step
-from llava_serve.engine.failures import request_failure
+from llava_serve.engine.failures import failed_requests, request_failure
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.prefill_budget import PrefillBudget
 from llava_serve.engine.request_validation import RequestValidator
@@ -141,13 +141,14 @@ class Engine:
         """Samples the next tokens and appends them. What a failed request has computed is not kept."""
         sequences = [segment.sequence for segment in schedule.segments if segment.needs_sampling]
         sampled = sample_step(result, sequences, self._searches, self.model.dtype)
-        outputs = [self._fail(request_id, error) for request_id, error in sampled.failures.items()]
+        outputs = [self._fail(*failed) for failed in failed_requests(sampled.failures, self._scheduler).items()]
         self._record(schedule)
         for sequence, token in sampled.tokens:
             if self.has(sequence.request.request_id):
                 outputs.append(self._append(sequence, token))
         for search, extended in sampled.beams:
-            outputs += self._advance_beams(search.group, extended)
+            if self.has(search.group.request.request_id):
+                outputs += self._advance_beams(search.group, extended)
         return outputs
 
     def _fail(self, request_id: str, error: Exception) -> Output:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import h11
 import httpx
 import pytest
 
@@ -133,10 +135,52 @@ def test_what_the_server_cannot_do_is_a_warning_and_the_unforeseen_has_its_trace
     ]
 
 
-def test_a_head_that_is_too_large_is_refused(web: httpx.Client) -> None:
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * (http_server.MAX_HEAD_BYTES // 6)
-    assert raw(web, head).startswith(b"HTTP/1.1 400 ")
-    assert web.get("/health").status_code == 200
+def head_of(size: int, *, lines: bool) -> bytes:
+    """A request with a head of exactly `size` bytes, in many headers or in one long one."""
+    start = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    room = size - len(start) - len(b"a: \r\n\r\n")
+    filler = b"a: b\r\n" * (room // 6) if lines else b""
+    return start + filler + b"a: %b\r\n\r\n" % (b"b" * (room - len(filler)))
+
+
+@pytest.mark.parametrize("lines", [True, False])
+@pytest.mark.parametrize(("excess", "status"), [(0, b"200"), (1, b"400")])
+def test_the_bound_of_a_head_is_exact(web: httpx.Client, excess: int, status: bytes, lines: bool) -> None:
+    head = head_of(http_server.MAX_HEAD_BYTES + excess, lines=lines)
+    assert raw(web, head).startswith(b"HTTP/1.1 %b " % status)
+    with connected(web) as connection:
+        connection.sendall(head[:50_000])
+        time.sleep(0.05)
+        connection.sendall(head[50_000:])
+        assert read(connection).startswith(b"HTTP/1.1 %b " % status)
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_head_that_arrives_in_one_read_has_the_same_bound(lines: bool) -> None:
+    """A client might not see the refusal of the largest ones: their rest arrives at a closed connection."""
+    for size in (http_server.MAX_HEAD_BYTES, http_server.MAX_HEAD_BYTES + 1, 100_000, 250_000):
+        connection = http_server.StrictConnection(h11.SERVER, http_server.MAX_HEAD_BYTES)
+        connection.receive_data(head_of(size, lines=lines) + bytes(9000))
+        if size == http_server.MAX_HEAD_BYTES:
+            assert isinstance(connection.next_event(), h11.Request)
+        else:
+            with pytest.raises(h11.RemoteProtocolError):
+                connection.next_event()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (b"Content-Length: 5", b"Transfer-Encoding: chunked"),
+        (b"transfer-encoding: Chunked", b"content-length: 0"),
+    ],
+)
+def test_two_lengths_of_a_body_are_refused(web: httpx.Client, lengths: tuple[bytes, bytes]) -> None:
+    """What stands behind the shorter one is no request."""
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % PATH.encode()
+    answer = raw(web, head + b"\r\n".join(lengths) + b"\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
 
 
 def test_a_head_that_does_not_arrive_in_time_ends_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:

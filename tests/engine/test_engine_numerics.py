@@ -137,7 +137,7 @@ def test_features_that_are_not_finite_are_not_kept(tiles: int) -> None:
     *errors, answer = outcomes(subject, (with_red(8), GREEDY), (with_red(9), SAMPLINGS["beams"]), both, good)
     assert [type(error) for error in errors] == [NumericalError] * 3
     assert [answer] == run(engine(Tower()), good)
-    assert RED[0] not in {int(digest.split(")")[1][:2], 16) for digest in subject._runner._features}
+    assert RED[0] not in {int(digest.split(")")[1][:2], 16) for digest in subject._runner._encoder.features}
     model.broken = False
     healthy = Tower()
     healthy.broken = False

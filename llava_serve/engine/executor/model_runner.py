@@ -17,10 +17,12 @@ from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_sha
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import check_decoder
+from llava_serve.engine.executor.image_encoder import ImageEncoder
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
-from llava_serve.engine.scheduler import Schedule, Segment, TileJob
+from llava_serve.engine.failures import StepFailures
+from llava_serve.engine.scheduler import Schedule, Segment
 from llava_serve.engine.sequence import Sequence
 from llava_serve.errors import CheckpointError
 from llava_serve.model.numerics import are_finite
@@ -33,15 +35,16 @@ class StepResult:
 
     Attributes:
         logits: [sampled, vocabulary] of the segments that need sampling, in their order, in float32 or better.
-        checked: sequences whose logits or keys and values were checked for NaN and infinity.
+        checked: what was checked for NaN and infinity: logits or keys and values of a sequence, features of the image
+            with a digest.
         finite: bool [checked], on the device: there were none.
-        failures: by request id. The logits of such a request are not to be used.
+        failures: of what the step has tried.
     """
 
     logits: torch.Tensor
-    checked: list[Sequence]
+    checked: list[Sequence | str]
     finite: torch.Tensor
-    failures: dict[str, Exception]
+    failures: StepFailures
 
 
 class ModelRunner:
@@ -54,7 +57,7 @@ class ModelRunner:
     def __init__(self, model: VisionLanguageModel, blocks: int, options: EngineOptions) -> None:
         self._model = model
         self._block_size = block_size = options.block_size
-        self._features: dict[str, torch.Tensor] = {}
+        self._encoder = ImageEncoder(model)
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
         layers, kv_heads, head_dim = _kv_shape(model)
         positions = blocks * block_size
@@ -94,14 +97,18 @@ class ModelRunner:
     def run(self, schedule: Schedule) -> StepResult:
         """Computes a step."""
         for digest in schedule.evicted:
-            self._features.pop(digest, None)
-        self._encode(schedule.tile_jobs)
+            self._encoder.features.pop(digest, None)
+        failures = StepFailures()
+        digests, finite = self._encoder.encode(schedule.tile_jobs, failures.images)
         self._memory.copy(schedule.copies)
-        failures: dict[str, Exception] = {}
         logits = self._forward(schedule, failures) if schedule.segments else torch.empty(0, 0)
-        return StepResult(logits, *self._check_finite(schedule.segments, logits), failures)
+        sequences, flags = self._check_finite(schedule.segments, logits)
+        flags += finite
+        return StepResult(
+            logits, [*sequences, *digests], torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool), failures
+        )
 
-    def _forward(self, schedule: Schedule, failures: dict[str, Exception]) -> torch.Tensor:
+    def _forward(self, schedule: Schedule, failures: StepFailures) -> torch.Tensor:
         """One packed forward pass. Returns logits [sampled, vocabulary]; adds to the failures."""
         segments = schedule.segments
         sequences = self._pack(segments)
@@ -122,7 +129,9 @@ class ModelRunner:
         indices = [*last, *[0] * (self._padded(len(last)) - len(last))]
         return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[: len(last)]
 
-    def _check_finite(self, segments: tuple[Segment, ...], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+    def _check_finite(
+        self, segments: tuple[Segment, ...], logits: torch.Tensor
+    ) -> tuple[list[Sequence], list[torch.Tensor]]:
         """Whether the logits to sample from, and the keys and values of new full blocks, are finite.
 
         Logits alone do not suffice: a chunk of a prompt may have none. And NaN at one position spreads to earlier ones
@@ -135,26 +144,12 @@ class ModelRunner:
                 start = self._base(segment) + blocks.start * self._block_size
                 flags.append(self._memory.finite(start, len(blocks) * self._block_size))
                 checked.append(segment.sequence)
-        return checked, torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool)
+        return checked, flags
 
     def release(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence's prefill."""
         for key in [key for key in self._embeddings if key[0] is sequence]:
             del self._embeddings[key]
-
-    def _encode(self, jobs: tuple[TileJob, ...]) -> None:
-        """Runs the tower once over the tiles of all jobs."""
-        if not jobs:
-            return
-        tiles = torch.cat([torch.from_numpy(job.tiles) for job in jobs])
-        if self._model.device.type == "cuda":  # from pinned memory, so that this thread does not wait for the copy
-            tiles = tiles.pin_memory()
-        features = self._model.tower_features(tiles)
-        parts = torch.split_with_sizes(features, [len(job.tiles) for job in jobs])
-        for job, part in zip(jobs, parts, strict=True):
-            if job.first == 0:
-                self._features[job.digest] = part.new_empty((job.total, *part.shape[1:]))
-            self._features[job.digest][job.first : job.first + len(part)] = part
 
     def _pack(self, segments: tuple[Segment, ...]) -> list[PackedSequence]:
         lengths = [segment.end - segment.start for segment in segments]
@@ -184,7 +179,7 @@ class ModelRunner:
         ]
         return find_shared_prefixes(computed, self._block_size)
 
-    def _embed(self, segments: tuple[Segment, ...], padding: int, failures: dict[str, Exception]) -> torch.Tensor:
+    def _embed(self, segments: tuple[Segment, ...], padding: int, failures: StepFailures) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for images; then padding."""
         ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
         tokens = torch.tensor([*ids, *[0] * padding], device=self._model.device)
@@ -192,14 +187,14 @@ class ModelRunner:
         offset = 0
         for segment in segments:
             if IMAGE_TOKEN_ID in segment.sequence.token_ids[segment.start : segment.end]:
-                merge = partial(self._merge, embeddings[offset : offset + segment.end - segment.start], segment)
-                if error := attempt(merge):  # an image that does not fit its prompt
-                    failures[segment.sequence.request.request_id] = error
+                own = embeddings[offset : offset + segment.end - segment.start]
+                if error := attempt(partial(self._merge, own, segment, failures.images)):
+                    failures.requests[segment.sequence.request.request_id] = error
             offset += segment.end - segment.start
         return embeddings
 
-    def _merge(self, embeddings: torch.Tensor, segment: Segment) -> None:
-        """Writes the images of a segment into its embeddings [tokens, hidden]."""
+    def _merge(self, embeddings: torch.Tensor, segment: Segment, failed_images: dict[str, Exception]) -> None:
+        """Writes the images of a segment into its embeddings [tokens, hidden]. Raises the error of a failed one."""
         prompt = segment.sequence.request.prompt
         for at, (start, end) in enumerate(prompt.image_spans):
             first, last = max(start, segment.start), min(end, segment.end)
@@ -207,7 +202,9 @@ class ModelRunner:
                 continue
             key = (segment.sequence, at)
             if key not in self._embeddings:
-                features = self._features[prompt.digests[at]]
+                if error := failed_images.get(prompt.digests[at]):
+                    raise error
+                features = self._encoder.features[prompt.digests[at]]
                 self._embeddings[key] = self._model.image_embeddings(features, prompt.image_sizes[at])
             image = self._embeddings[key]
             embeddings[first - segment.start : last - segment.start] = image[first - start : last - start]

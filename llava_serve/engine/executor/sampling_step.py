@@ -13,6 +13,7 @@ from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.model_runner import StepResult
 from llava_serve.engine.executor.sampler import best_candidates, sample
+from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.sequence import RawLogprob, Sequence
 from llava_serve.model.numerics import numerical_error
 
@@ -26,12 +27,12 @@ class SampledStep:
     Attributes:
         tokens: of each sequence outside a beam search.
         beams: of each search, what its beams become.
-        failures: by request id. Tokens of such a request are not to be used.
+        failures: those of the step, and of this part of it. Tokens of such a request are not to be used.
     """
 
     tokens: list[tuple[Sequence, RawLogprob]]
     beams: list[tuple[BeamSearch, list[Extension] | Hypothesis]]
-    failures: dict[str, Exception]
+    failures: StepFailures
 
 
 def sample_step(
@@ -51,23 +52,29 @@ def sample_step(
             beams.setdefault(sequence.request.request_id, []).append(index)
         else:
             single.append(index)
-    sampled = SampledStep([], [], dict(step.failures))
+    failed = dict(step.failures.requests)
+    failed_images = dict(step.failures.images)
+    sampled = SampledStep([], [], StepFailures(failed, failed_images))
     own = [sequences[index] for index in single]
     tokens, finite = _sample_each(step.logits[single] if beams else step.logits, own, step.finite)
-    for sequence, is_finite in zip(step.checked, finite, strict=True):
-        if not is_finite:
-            sampled.failures.setdefault(sequence.request.request_id, numerical_error(dtype))
+    for checked, is_finite in zip(step.checked, finite, strict=True):
+        if is_finite:
+            continue
+        if isinstance(checked, str):
+            failed_images.setdefault(checked, numerical_error(dtype))
+        else:
+            failed.setdefault(checked.request.request_id, numerical_error(dtype))
     for sequence, token in zip(own, tokens, strict=True):
         if isinstance(token, Exception):
-            sampled.failures.setdefault(sequence.request.request_id, token)
+            failed.setdefault(sequence.request.request_id, token)
         else:
             sampled.tokens.append((sequence, token))
     for name, indices in beams.items():
-        if name in sampled.failures:
+        if name in failed:
             continue
         extended = attempt(partial(_extend, searches[name], step.logits[indices]))
         if isinstance(extended, Exception):
-            sampled.failures[name] = extended
+            failed[name] = extended
         else:
             sampled.beams.append((searches[name], extended))
     return sampled
