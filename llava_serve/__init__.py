@@ -22,6 +22,7 @@ from llava_serve.errors import (
     UnsupportedParameterError,
 )
 from llava_serve.results import Completion, GenerationResult
+from llava_serve.structured_output import StructuredOutput
 from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "PromptTooLongError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutput",
     "UnknownModelError",
     "UnsupportedMediaTypeError",
     "UnsupportedParameterError",
