@@ -27,7 +27,7 @@ SCHEMA = {
     "required": ["colour"],
     "additionalProperties": False,
 }
-NAMED = {"type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": SCHEMA}}
+NAMED: Any = {"type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": SCHEMA}}
 CHOICE = ["green", "blue", "red"]
 RED = {"colour": "red"}
 
@@ -164,7 +164,12 @@ def test_what_is_refused(web: httpx.Client, fields: dict[str, Any], param: str, 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_compiler_refuses_is_a_400(web: httpx.Client, stream: bool) -> None:
-    for fields in ({"guided_json": {"not": {}}}, {"guided_regex": "(?=a)"}, {"guided_grammar": "start: ("}):
+    wrong: list[dict[str, Any]] = [
+        {"guided_json": {"not": {}}},
+        {"guided_regex": "(?=a)"},
+        {"guided_grammar": "start: ("},
+    ]
+    for fields in wrong:
         response = ask(web, stream=stream, **fields)
         assert response.status_code == 400
         assert error_of(response)["message"].startswith("The ")

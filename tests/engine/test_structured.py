@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import re
+import threading
 from typing import Any
 
 import jsonschema
 import pytest
 
+from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import EngineOptions
+from llava_serve.engine import grammar
 from llava_serve.engine.grammar import GrammarCompiler, Matcher
 from llava_serve.engine.scheduler import Scheduler
 from llava_serve.engine.sequence import SequenceGroup
@@ -218,3 +222,29 @@ def test_a_form_that_the_vocabulary_cannot_write_is_refused() -> None:
     assert compiler.compile(StructuredOutput(choice=("ABC",))).matcher(frozenset()).allowed().any()
     with pytest.raises(RequestError, match=r"nothing that ends|no tokens for"):
         compiler.compile(StructuredOutput(choice=("abc",)), continues=True).matcher(frozenset()).allowed()
+
+
+async def test_compiling_stalls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    compiled = grammar._compile
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return compiled(*args)
+
+    monkeypatch.setattr(grammar, "_compile", slow)
+    subject = AsyncLLM("builtin", EngineOptions(num_threads=1, kv_cache_bytes=64 << 20))
+    try:
+        asked = sampling(StructuredOutput(choice=("yes", "no")))
+        waiting = asyncio.create_task(subject.generate("Who?", sampling=asked))
+        assert await asyncio.to_thread(begun.wait, 60)
+        free = await subject.generate("Who?", sampling=SamplingParams(max_new_tokens=5))
+        assert free.token_ids
+        assert not waiting.done()
+        go_on.set()
+        assert (await waiting).text in ("yes", "no")
+        assert (await subject.generate("Who?", sampling=asked)).text in ("yes", "no")
+    finally:
+        go_on.set()
+        subject.close()
