@@ -23,6 +23,7 @@ from llava_serve.errors import (
     UnsupportedParameterError,
 )
 from llava_serve.results import Completion, GenerationResult
+from llava_serve.structured_output import StructuredOutput
 from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ __all__ = [
     "RateLimitError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutput",
     "UnknownModelError",
     "UnsupportedMediaTypeError",
     "UnsupportedParameterError",

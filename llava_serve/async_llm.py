@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 import warnings
@@ -214,9 +215,16 @@ class AsyncLLM:
             NumericalError: the model computed NaN or infinity.
             EngineDeadError: the engine's loop has ended.
         """
-        request = self._loop.engine.validator.accept(
-            request_id or uuid.uuid4().hex, prepared, sampling or SamplingParams(), deadline=deadline, priority=priority
+        sampling = sampling or SamplingParams()
+        accept = partial(
+            self._loop.engine.validator.accept,
+            request_id or uuid.uuid4().hex,
+            prepared,
+            sampling,
+            deadline=deadline,
+            priority=priority,
         )
+        request = accept() if sampling.structured is None else await asyncio.to_thread(accept)
         output_processor = OutputProcessor(self._tokenizer, request)
         consumer = self._loop.submit(request)
         try:

@@ -11,7 +11,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_serve.errors import RequestError, shown
+from llava_serve.errors import RequestError, UnsupportedParameterError, shown
+from llava_serve.structured_output import StructuredOutput
 
 IMAGE_TOKEN_ID = -200
 """The placeholder of an image. The original's value: never an id of a vocabulary."""
@@ -68,10 +69,12 @@ class SamplingParams:
         frequency_penalty: OpenAI's, in [-2, 2].
         repetition_penalty: in [0.01, 10]; 1 is none.
         ignore_eos: go on to `max_new_tokens` even after an end token of the model or the template.
+        structured: the form that the answer has. The answer ends where its form is complete.
         max_tokens: another name for `max_new_tokens`, as in OpenAI's API and vLLM.
 
     Raises:
         RequestError: a value is outside its range; `param` names it.
+        UnsupportedParameterError: a field cannot be given with `structured`.
     """
 
     temperature: float = 1.0
@@ -93,6 +96,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
+    structured: StructuredOutput | None = None
 
     def __post_init__(self, max_tokens: int | None) -> None:
         if max_tokens is not None:
@@ -115,6 +119,12 @@ class SamplingParams:
         check(not self.max_new_tokens < self.min_tokens, "min_tokens", "at most the longest answer")
         if self.num_beams > 1 and (not self.greedy or self.n > 1):
             raise RequestError("num_beams above 1 needs temperature 0 and n 1.", "num_beams")
+        if self.structured is not None:
+            check(isinstance(self.structured, StructuredOutput), "structured", "a StructuredOutput")
+            beams = self.num_beams > 1  # they would need the grammar's state of every beam; the others move its end
+            for given, name in ((beams, "num_beams"), (self.ignore_eos, "ignore_eos"), (self.min_tokens, "min_tokens")):
+                if given:
+                    raise UnsupportedParameterError(f"{name} cannot be given with structured output.", name)
 
     @property
     def greedy(self) -> bool:

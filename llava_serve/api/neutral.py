@@ -18,6 +18,7 @@ NEUTRAL_FIELDS: Mapping[str, Neutral] = {
         (
             "cache_prompt",
             "conversation_id",
+            "guided_decoding_backend",
             "include_reasoning",
             "keep_alive",
             "metadata",
@@ -40,7 +41,6 @@ NEUTRAL_FIELDS: Mapping[str, Neutral] = {
     "do_sample": one_of(True),
     "modalities": one_of(["text"]),
     "reasoning_effort": one_of("none"),
-    "response_format": one_of({"type": "text"}),
     "service_tier": one_of("auto", "default"),
     "skip_special_tokens": one_of(True),
     "verbosity": one_of("medium"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from llava_serve.api.neutral import NEUTRAL_FIELDS
+from llava_serve.api.structured import ResponseFormat, StructuredOutputs
 from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
 from llava_serve.wire import Wire, one_of
@@ -93,6 +94,9 @@ class ChatRequest(Wire):
         add_generation_prompt: the prompt ends where the assistant's turn begins, also after one of its own. vLLM's.
         return_token_ids: return the ids of the prompt and the answer; an image's positions have the id -200. vLLM's.
         request_id: names the completion: its id is `chatcmpl-` and this. vLLM's.
+        response_format: the answer is a JSON object, or keeps to a JSON schema.
+        structured_outputs: the answer keeps to a schema, a regular expression, a choice or a grammar. vLLM's.
+        guided_json, guided_regex, guided_choice, guided_grammar: the same, vLLM's older names.
     """
 
     NEUTRAL = NEUTRAL_FIELDS
@@ -133,6 +137,12 @@ class ChatRequest(Wire):
     add_generation_prompt: bool | None = None
     return_token_ids: bool | None = None
     request_id: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class Answer(BaseModel):

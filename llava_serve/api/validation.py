@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from llava_serve.api.middleware import is_request_id
 from llava_serve.api.protocol import ChatRequest
+from llava_serve.api.structured import GUIDED, structured_output
 from llava_serve.errors import RequestError, UnsupportedParameterError
 from llava_serve.openai_messages import from_wire
 from llava_serve.types import Conversation, ImageOrder, Message, SamplingParams
@@ -89,6 +90,9 @@ def parse_request(body: bytes, *, ignore_unknown: bool = False) -> ChatRequest:
     check_tools(request)
     if not ignore_unknown:
         refuse_extras(request)
+    for name in ("response_format", "structured_outputs"):  # an answer of another form is of no use
+        if (form := getattr(request, name)) is not None:
+            refuse_extras(form, f"{name}.")
     return request
 
 
@@ -132,6 +136,11 @@ def sampling_of(request: ChatRequest, default_max_tokens: int | None = None) -> 
         "stop_token_ids": tuple(request.stop_token_ids or ()),
         "logit_bias": _bias(request.logit_bias or {}),
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        "structured": structured_output(
+            request.response_format,
+            request.structured_outputs,
+            {kind: getattr(request, f"guided_{kind}") for kind in GUIDED},
+        ),
     }
     if request.top_p == 0:
         given |= {"top_p": None, "temperature": 0.0}

@@ -177,7 +177,8 @@ class Engine:
         request = sequence.request
         sequence.token_ids.append(token.token_id)
         reason: FinishReason | None = None
-        if token.token_id in request.stop_token_ids:
+        complete = sequence.matcher is not None and sequence.matcher.exhausted
+        if complete or token.token_id in request.stop_token_ids:
             reason = "stop"
         elif sequence.num_output >= request.max_new_tokens:
             reason = "length"

@@ -16,7 +16,8 @@ from llava_serve.types import Chunk, PreparedPrompt, TokenLogprob
 class OutputProcessor:
     """Detokenizes all choices of one request, and cuts them at stop strings.
 
-    `ignore_eos` turns the template's stop strings off, as it does the end tokens; the request's own stay.
+    `ignore_eos` turns the template's stop strings off, as it does the end tokens; the request's own stay. So does
+    structured output, whose grammar says where the answer ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:
@@ -49,7 +50,7 @@ class OutputProcessor:
         return Detokenizer(
             self._tokenizer,
             sampling.stop,
-            template_stop=() if sampling.ignore_eos else prompt.stop,
+            template_stop=() if sampling.ignore_eos or sampling.structured else prompt.stop,
             include_stop=sampling.include_stop_str_in_output,
             min_tokens=sampling.min_tokens,
             after=[token for token in prompt.token_ids.tolist() if token >= 0] if prompt.continues else (),

@@ -8,13 +8,14 @@ import numpy as np
 
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import EngineOptions
+from llava_serve.engine.grammar import GrammarCompiler
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError
 from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt, SamplingParams
 
 
 class RequestValidator:
-    """Checks requests before they reach the scheduler. Immutable: any thread may call it.
+    """Checks requests before they reach the scheduler. Any thread may call it.
 
     Args:
         vocabulary: size of the model's embedding table.
@@ -26,6 +27,7 @@ class RequestValidator:
         self._options = options
         self._vocabulary = vocabulary
         self._num_blocks = num_blocks
+        self._grammars = GrammarCompiler(spec, vocabulary)
         self.max_sequences = options.max_num_seqs + options.max_waiting
 
     def accept(
@@ -39,13 +41,16 @@ class RequestValidator:
     ) -> EngineRequest:
         """Validates a call and makes it a request. `max_new_tokens` is cut to what fits behind the prompt.
 
+        Compiling a grammar takes from a millisecond to a second: not for a thread that others wait for.
+
         Args:
             deadline: seconds since the epoch.
             priority: a smaller number is served earlier.
 
         Raises:
             PromptTooLongError: the prompt alone does not fit the context or the cache.
-            RequestError: it needs more beams than `max_num_seqs`, or its prompt was not prepared for this model.
+            RequestError: it needs more beams than `max_num_seqs`, or its prompt was not prepared for this model,
+                or its structured output cannot be followed.
             LlavaServeError: the prompt was prepared by another release.
         """
         if prompt.version != PROMPT_VERSION:
@@ -63,7 +68,8 @@ class RequestValidator:
             raise PromptTooLongError(prompt.num_tokens, limit - 1)
         self._check_prompt(prompt)
         self._check_token_ids(sampling)
-        end_tokens = {*self._spec.eos_token_ids, *prompt.stop_token_ids}
+        end_tokens = frozenset((*self._spec.eos_token_ids, *prompt.stop_token_ids))
+        form = sampling.structured
         return EngineRequest(
             request_id=request_id,
             prompt=prompt,
@@ -73,6 +79,8 @@ class RequestValidator:
             seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_new_tokens=min(sampling.max_new_tokens, limit - prompt.num_tokens),
             stop_token_ids=frozenset(sampling.stop_token_ids) | (set() if sampling.ignore_eos else end_tokens),
+            end_tokens=end_tokens,
+            grammar=None if form is None else self._grammars.compile(form, continues=prompt.continues),
         )
 
     def _check_token_ids(self, sampling: SamplingParams) -> None:

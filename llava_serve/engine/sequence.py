@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llava_serve.engine.grammar import Grammar, Matcher
 from llava_serve.errors import LlavaServeError
 from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
 
@@ -22,6 +23,8 @@ class EngineRequest:
         seed: of the sampling noise; the caller's, or a random one.
         max_new_tokens: the caller's, clamped to what the context holds.
         stop_token_ids: ids that end the answer.
+        end_tokens: those of them that are the model's and the template's.
+        grammar: that the answer keeps to.
     """
 
     request_id: str
@@ -32,6 +35,8 @@ class EngineRequest:
     seed: int
     max_new_tokens: int
     stop_token_ids: frozenset[int]
+    end_tokens: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class Sequence:
         num_cached: prompt positions that were prefix-cache hits at the first admission.
         extent: where its keys and values are; None while it waits.
         block_hashes: of its full blocks, as far as they were needed.
+        matcher: how far it has come in the request's grammar.
     """
 
     request: EngineRequest
@@ -102,6 +108,11 @@ class Sequence:
     num_cached: int | None = None
     extent: Extent | None = None
     block_hashes: list[bytes] = field(default_factory=list)
+    matcher: Matcher | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.grammar is not None:
+            self.matcher = self.request.grammar.matcher(self.request.end_tokens)
 
     @property
     def num_prompt(self) -> int:

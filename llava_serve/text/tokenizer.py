@@ -50,6 +50,10 @@ class Tokenizer(ABC):
         """A token's text in UTF-8, which can be a part of a character. That of a control token is its name."""
 
     @abstractmethod
+    def has_text(self, token_id: int) -> bool:
+        """Whether a token is a part of the decoded text: it is in the vocabulary, and no control token."""
+
+    @abstractmethod
     def stays_open(self, token_id: int) -> bool:
         """Whether later tokens may change the text up to this one: it is a byte (`<0x0A>`), and an invalid byte changes
         the whole run of bytes; or it has no text (a control token, an id outside the vocabulary) and ends no run."""
@@ -118,6 +122,9 @@ class SentencePieceTokenizer(Tokenizer):
         text = self.token_text(token_id)
         byte = _BYTE.fullmatch(text)
         return bytes.fromhex(byte[1]) if byte else text.encode()
+
+    def has_text(self, token_id: int) -> bool:
+        return token_id < self._pieces.get_piece_size() and token_id not in self._silent
 
     def stays_open(self, token_id: int) -> bool:
         base = self._pieces.get_piece_size()
@@ -202,6 +209,9 @@ class JsonTokenizer(Tokenizer):
             return bytes(_BYTE_OF[character] for character in piece)
         byte = _BYTE.fullmatch(piece)
         return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+    def has_text(self, token_id: int) -> bool:
+        return token_id not in self._silent and self._tokenizer.id_to_token(token_id) is not None
 
     def stays_open(self, token_id: int) -> bool:
         piece = self._tokenizer.id_to_token(token_id)

@@ -6,6 +6,7 @@ exactly once. In one of the models a token makes NaN: requests with it fail, bat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections import Counter
@@ -18,6 +19,7 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.errors import LlavaServeError
 from llava_serve.llm import LLM
+from llava_serve.structured_output import StructuredOutput
 from llava_serve.types import PreparedPrompt, SamplingParams
 from support.paths import GOLDEN
 from support.tiny_engine import TinyModel, check_blocks, engine, image, outcomes, prompt
@@ -27,6 +29,12 @@ KINDS = ["llama", "mistral", "qwen2", "mpt"]
 CHECKPOINTS = ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny", "llava-v1.6-vicuna-tiny", "llava-mpt-tiny"]
 IMAGES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "square.png")]
 QUESTIONS = ["What is this?", "What is this, and who made it?", "Say it in three words.", "Why?"]
+FORMS = [
+    StructuredOutput(json={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+    StructuredOutput(choice=("yes", "no", "perhaps")),
+    StructuredOutput(regex="[a-z ]{3,12}[.]"),
+    StructuredOutput(json_object=True),
+]
 COLOURS = ((10, 20, 30), (200, 90, 30), (0, 0, 250))
 
 torch.set_num_threads(1)
@@ -102,6 +110,21 @@ def check_golden(name: str, seed: int) -> None:
         for _ in range(rng.randrange(3, 6))
     ]
     check_schedule(llm.engine.model, [(one, make_sampling(rng)) for one in prompts], rng)
+
+
+def check_structured(name: str, seed: int) -> None:
+    """Some requests ask for a form, the others do not."""
+    rng = random.Random(f"{name}{seed}")
+    llm = golden(name)
+    requests = []
+    for _ in range(rng.randrange(4, 8)):
+        sampling = make_sampling(rng)
+        if rng.random() < 0.5:
+            n = sampling.n if sampling.num_beams == 1 else 1
+            sampling = dataclasses.replace(sampling, num_beams=1, n=n, min_tokens=0, structured=rng.choice(FORMS))
+        images = rng.choices(IMAGES, k=rng.choice((0, 0, 1)))
+        requests.append((llm.processor.prepare_query(rng.choice(QUESTIONS), images), sampling))
+    check_schedule(llm.engine.model, requests, rng)
 
 
 def check_schedule(
@@ -195,3 +218,15 @@ def test_golden_checkpoints_batched_equal_single(name: str) -> None:
 @pytest.mark.parametrize("seed", range(1, 30))
 def test_golden_checkpoints_batched_equal_single_many(name: str, seed: int) -> None:
     check_golden(name, seed)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_structured_and_free_requests_batched_equal_single(name: str) -> None:
+    check_structured(name, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("seed", range(1, 30))
+def test_structured_and_free_requests_batched_equal_single_many(name: str, seed: int) -> None:
+    check_structured(name, seed)

@@ -37,6 +37,9 @@ class Letters(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
+    def has_text(self, token_id: int) -> bool:
+        return True
+
     def stays_open(self, token_id: int) -> bool:
         return False
 

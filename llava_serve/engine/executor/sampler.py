@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 
 from llava_serve.engine.beam import BeamSearch, Candidate
+from llava_serve.engine.executor.token_mask import mask_tokens
 from llava_serve.engine.sequence import RawLogprob, Sequence
 
 _MASK = (1 << 64) - 1
@@ -34,8 +35,8 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
         flags: bool [any]. They are copied from the device with the tokens, to synchronize once.
 
     Returns:
-        The tokens, and the flags. Log-probabilities are the model's own, before temperature and penalties; they are
-        computed, with the alternatives, only for requests that ask, and are 0 elsewhere.
+        The tokens, and the flags. Log-probabilities are the model's own, before temperature, penalties and grammars;
+        they are computed, with the alternatives, only for requests that ask, and are 0 elsewhere.
     """
     if not sequences:
         return [], flags.tolist()
@@ -43,6 +44,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
     if any(_adjusts(sequence) for sequence in sequences):
         logits = logits.clone()
         adjust(logits, sequences)
+        mask_tokens(logits, sequences)
     not_greedy = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     best = logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
     sampled = best[:0]
@@ -78,7 +80,7 @@ def _entry(table: torch.Tensor, token: int, count: int) -> RawLogprob:
 def _adjusts(sequence: Sequence) -> bool:
     sampling = sequence.request.sampling
     penalized = sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
-    return penalized or bool(sampling.logit_bias) or _must_go_on(sequence)
+    return penalized or bool(sampling.logit_bias) or _must_go_on(sequence) or sequence.matcher is not None
 
 
 def _must_go_on(sequence: Sequence) -> bool:

@@ -65,9 +65,10 @@ def sample_step(
         else:
             failed.setdefault(checked.request.request_id, numerical_error(dtype))
     for sequence, token in zip(own, tokens, strict=True):
-        if isinstance(token, Exception):
-            failed.setdefault(sequence.request.request_id, token)
-        else:
+        error = token if isinstance(token, Exception) else _advance(sequence, token)
+        if error is not None:
+            failed.setdefault(sequence.request.request_id, error)
+        elif not isinstance(token, Exception):
             sampled.tokens.append((sequence, token))
     for name, indices in beams.items():
         if name in failed:
@@ -78,6 +79,11 @@ def sample_step(
         else:
             sampled.beams.append((searches[name], extended))
     return sampled
+
+
+def _advance(sequence: Sequence, token: RawLogprob) -> Exception | None:
+    """Moves a sequence's matcher on. Once per sampled token: what preemption computes again is not sampled."""
+    return None if sequence.matcher is None else attempt(partial(sequence.matcher.advance, token.token_id))
 
 
 def _extend(search: BeamSearch, logits: torch.Tensor) -> list[Extension] | Hypothesis:

@@ -1,0 +1,250 @@
+"""Structured output over models that write at random: what has ended has the form, and the form alone changes."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+import threading
+from typing import Any
+
+import jsonschema
+import pytest
+
+from llava_serve.async_llm import AsyncLLM
+from llava_serve.config import EngineOptions
+from llava_serve.engine import grammar
+from llava_serve.engine.grammar import GrammarCompiler, Matcher
+from llava_serve.engine.scheduler import Scheduler
+from llava_serve.engine.sequence import SequenceGroup
+from llava_serve.errors import LlavaServeError, RequestError, UnsupportedParameterError
+from llava_serve.llm import LLM
+from llava_serve.structured_output import StructuredOutput
+from llava_serve.types import Conversation, Message, SamplingParams, TextPart
+from support.demo import DEMO_IMAGE
+from support.paths import CHECKPOINTS
+from support.tiny_engine import engine, outcomes
+
+NAMES = ("llava-v1.5-tiny", "llava-mpt-tiny", "llava-v1.6-34b-tiny")
+"""A tokenizer of sentencepiece, a byte-level one, and one with control tokens of its own."""
+COLOUR = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}, "required": ["colour"]} | {
+    "additionalProperties": False
+}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-zé]{1,3}$"}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+TREE = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "leaf": {"type": "boolean"},
+                "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+            },
+            "required": ["leaf", "next"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+
+
+@functools.cache
+def llm(name: str) -> LLM:
+    where = name if name == "builtin" else str(CHECKPOINTS / name)
+    return LLM(where, device="cpu", dtype="float32", engine=EngineOptions(num_threads=1, kv_cache_bytes=64 << 20))
+
+
+def sampling(form: StructuredOutput, **fields: Any) -> SamplingParams:
+    return SamplingParams(structured=form, **{"max_new_tokens": 150, **fields})
+
+
+@pytest.mark.parametrize("schema", [COLOUR, PERSON, TREE], ids=["colour", "person", "tree"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_that_has_ended_keeps_to_its_schema(name: str, schema: dict[str, Any]) -> None:
+    form = StructuredOutput(json=schema)
+    each = [sampling(form, seed=seed, temperature=1.5, n=2) for seed in range(4)] + [sampling(form, temperature=0)]
+    results = llm(name).generate(["Who?"] * len(each), sampling=each)
+    answers = [output for result in results for output in result.outputs]
+    ended = [answer.text for answer in answers if answer.finish_reason == "stop"]
+    for text in ended:
+        jsonschema.validate(json.loads(text), schema)
+    assert len(ended) >= len(answers) / 2
+    assert all(len(one.token_ids) == 150 for one in answers if one.finish_reason == "length")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_forms(name: str) -> None:
+    options = ("red", "dark red", "é/\"'\\", "a\nb")
+    forms = {
+        r"(?s:red|dark red|é/\"'\\|a\nb)": StructuredOutput(choice=options),
+        r"[0-9]{3}-[a-z]{2,4}": StructuredOutput(regex=r"[0-9]{3}-[a-z]{2,4}"),
+        r"(it is )(not )?[a-c]": StructuredOutput(grammar='start: "it is " neg? /[a-c]/\nneg: "not "'),
+        r"x+y": StructuredOutput(grammar='root ::= "x"+ end\nend ::= "y"'),
+    }
+    each = [sampling(form, seed=seed, temperature=2) for form in forms.values() for seed in range(5)]
+    results = llm(name).generate(["What?"] * len(each), sampling=each)
+    for at, result in enumerate(results):
+        if result.finish_reason == "stop":
+            assert re.fullmatch(list(forms)[at // 5], result.text), result.text
+    assert sum(result.finish_reason == "stop" for result in results) > 15
+    [anything] = llm(name).generate(["Who?"], sampling=sampling(StructuredOutput(json_object=True), temperature=0))
+    assert anything.finish_reason == "length" or isinstance(json.loads(anything.text), dict)
+
+
+def test_an_answer_that_is_cut_says_so() -> None:
+    result = llm("builtin").generate("Who?", sampling=sampling(StructuredOutput(regex="[a-z]{40}"), max_new_tokens=3))
+    assert result.finish_reason == "length"
+    chosen = sampling(StructuredOutput(choice=("red circle",)), stop=("d c",))
+    result = llm("builtin").generate("Who?", sampling=chosen)
+    assert (result.text, result.finish_reason) == ("re", "stop")
+
+
+def test_the_model_chooses_within_the_form() -> None:
+    asked, choices = "What colour is the circle?", StructuredOutput(choice=("green", "blue", "red"))
+    result = llm("builtin").generate(asked, [str(DEMO_IMAGE)], sampling(choices, temperature=0, logprobs=2))
+    assert (result.text, result.finish_reason) == ("red", "stop")
+    assert result.logprobs is not None
+    assert [len(entry.top) for entry in result.logprobs] == [2] * len(result.token_ids)
+
+
+def test_the_form_is_that_of_the_generated_part() -> None:
+    messages = (
+        Message("user", (TextPart("Who?"),)),
+        Message("assistant", (TextPart('{"colour":'),)),
+    )
+    form = StructuredOutput(regex=' "(red|green)"}')
+    result = llm("builtin").chat(Conversation(messages), sampling(form, temperature=0))
+    assert json.loads('{"colour":' + result.text)["colour"] in ("red", "green")
+    assert result.text.startswith(" ")
+
+
+def test_preemption_does_not_advance_a_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = llm("llava-v1.5-tiny")
+    prompts = [subject.processor.prepare_query(f"Who? {at}", []) for at in range(6)]
+    asked = [sampling(StructuredOutput(json=PERSON), seed=at, max_new_tokens=60) for at in range(5)]
+    requests = list(zip(prompts, [*asked, SamplingParams(seed=9, max_new_tokens=60)], strict=True))
+    model = subject.engine.model
+    alone = [outcomes(engine(model, blocks=300), request)[0] for request in requests]
+    preempted: list[SequenceGroup] = []
+    preempt = Scheduler._preempt
+
+    def counted(self: Scheduler, group: SequenceGroup) -> None:
+        preempted.append(group)
+        preempt(self, group)
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    assert outcomes(engine(model, blocks=40, block_size=4), *requests) == alone
+    assert preempted
+
+
+def test_a_failure_of_a_matcher_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = llm("llava-v1.5-tiny")
+    one = subject.processor.prepare_query("Who?", [])
+    form = StructuredOutput(regex="[a-z]{20}")
+    requests = [(one, SamplingParams(seed=at, max_new_tokens=20)) for at in range(3)]
+    asked = [(one, sampling(form, seed=at)) for at in range(2)]
+    free = outcomes(engine(subject.engine.model), *requests)
+    failing: list[Matcher] = []
+    allowed = Matcher.allowed
+
+    def fails(self: Matcher) -> Any:
+        if not failing:
+            failing.append(self)
+        if self is failing[0]:
+            raise ValueError("/a/path")
+        return allowed(self)
+
+    monkeypatch.setattr(Matcher, "allowed", fails)
+    first, second, *others = outcomes(engine(subject.engine.model), *asked, *requests)
+    assert isinstance(first, LlavaServeError)
+    assert "path" not in first.message
+    assert isinstance(second, list)
+    assert others == free
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, "exactly one"),
+    ({"json": COLOUR, "regex": "a"}, "exactly one"),
+    ({"json": "{"}, "not valid JSON"),
+    ({"json": "3"}, "must be an object"),
+    ({"json": {"type": "number", "minimum": float("nan")}}, "not valid JSON"),
+    ({"json": '{"items":' * 101 + "{}" + "}" * 101}, "100 deep"),
+    ({"json": '{"items":' * 50_000 + "{}" + "}" * 50_000}, "100 deep"),
+    ({"json": {"enum": ["a" * 70_000]}}, "65,536 characters"),
+    ({"json": {"allOf": [{"$ref": "#/$defs/a"}] * 257, "$defs": {"a": {}}}}, "256 references"),
+    ({"json": {"type": "string", "pattern": "a?" * 3000}}, "patterns"),
+    ({"json": {"not": {"type": "string"}}}, "not supported: not"),
+    ({"json": {"type": "nothing"}}, "malformed"),
+    ({"json": {"$ref": "http://127.0.0.1/a"}}, "must name a part of the schema itself"),
+    ({"json": {"$ref": "#/$defs/none"}}, "names no part"),
+    ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "nothing matches"),
+    ({"json": {"type": "string", "format": "colour"}}, "'format'"),
+    ({"regex": "("}, "malformed"),
+    ({"regex": "(?=a)b"}, "look-around"),
+    ({"regex": r"(a)\1"}, "back-references"),
+    ({"regex": ""}, "not empty"),
+    ({"regex": "a" * 5000}, "4,096 characters"),
+    ({"regex": "(" * 101 + "a" + ")" * 101}, "100 deep"),
+    ({"choice": ()}, "not empty"),
+    ({"choice": ("a", 3)}, "list of texts"),
+    ({"choice": tuple(map(str, range(2000)))}, "1,024"),
+    ({"grammar": "nothing"}, "malformed"),
+    ({"grammar": "start: b"}, "malformed"),
+    ({"grammar": "start: a\na: a"}, "nothing that ends|too complex"),
+]
+
+
+@pytest.mark.parametrize(("fields", "told"), WRONG, ids=[f"{at}" for at in range(len(WRONG))])
+def test_a_form_that_cannot_be_followed_is_refused_by_name(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told) as refused:
+        llm("builtin").generate("Who?", sampling=sampling(StructuredOutput(**fields)))
+    assert len(refused.value.message) < 200
+    assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize("fields", [{"num_beams": 2, "temperature": 0}, {"ignore_eos": True}, {"min_tokens": 3}])
+def test_what_does_not_go_with_a_form_is_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedParameterError, match=next(iter(fields))):
+        sampling(StructuredOutput(regex="a"), **fields)
+
+
+def test_a_form_that_the_vocabulary_cannot_write_is_refused() -> None:
+    compiler = GrammarCompiler(llm("llava-v1.5-tiny").spec, 3 + 0x60)  # the bytes below "a"
+    assert compiler.compile(StructuredOutput(choice=("ABC",))).matcher(frozenset()).allowed().any()
+    with pytest.raises(RequestError, match=r"nothing that ends|no tokens for"):
+        compiler.compile(StructuredOutput(choice=("abc",)), continues=True).matcher(frozenset()).allowed()
+
+
+async def test_compiling_stalls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    compiled = grammar._compile
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return compiled(*args)
+
+    monkeypatch.setattr(grammar, "_compile", slow)
+    subject = AsyncLLM("builtin", EngineOptions(num_threads=1, kv_cache_bytes=64 << 20))
+    try:
+        asked = sampling(StructuredOutput(choice=("yes", "no")))
+        waiting = asyncio.create_task(subject.generate("Who?", sampling=asked))
+        assert await asyncio.to_thread(begun.wait, 60)
+        free = await subject.generate("Who?", sampling=SamplingParams(max_new_tokens=5))
+        assert free.token_ids
+        assert not waiting.done()
+        go_on.set()
+        assert (await waiting).text in ("yes", "no")
+        assert (await subject.generate("Who?", sampling=asked)).text in ("yes", "no")
+    finally:
+        go_on.set()
+        subject.close()
