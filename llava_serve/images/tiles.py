@@ -47,12 +47,19 @@ def num_features(size: Size, processing: ImageProcessing) -> int:
     """Positions that a picture of (width, height) takes in the prompt."""
     if processing.aspect != "anyres":
         return processing.features_per_tile
-    columns, rows = tile_grid(size, processing)
     if processing.merge == "flat":
-        return (1 + columns * rows) * processing.features_per_tile
+        return num_tiles(size, processing) * processing.features_per_tile
     top, bottom, left, right = kept_features(size, processing)
     newline = 1 if processing.merge == "spatial_unpad" else 0
     return processing.features_per_tile + (bottom - top) * (right - left + newline)
+
+
+def num_tiles(size: Size, processing: ImageProcessing) -> int:
+    """Tiles that `make_tiles` makes of a picture of (width, height)."""
+    if processing.aspect != "anyres":
+        return 1
+    columns, rows = tile_grid(size, processing)
+    return 1 + columns * rows
 
 
 def tile_grid(size: Size, processing: ImageProcessing) -> Size:
