@@ -17,11 +17,12 @@ from llava_serve.api.key_limits import KeyLimitMiddleware
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
-from llava_serve.api.models import model_routes
+from llava_serve.api.model_list import model_routes
 from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.protocol import Answer
 from llava_serve.api.routing import ERROR_RESPONSES
 from llava_serve.api.service import Service
+from llava_serve.api.text_completion import text_routes
 from llava_serve.api.tokenization import tokenization_routes
 from llava_serve.config import ApiOptions
 from llava_serve.errors import shown
@@ -82,8 +83,8 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
 
-    for routes in (chat_routes(service), tokenization_routes(service), model_routes(service.model)):
-        app.include_router(routes)
+    for routes in (chat_routes, text_routes, tokenization_routes, model_routes):
+        app.include_router(routes(service))
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The middleware that is added last runs first.
     app.add_middleware(KeyLimitMiddleware, options=options)

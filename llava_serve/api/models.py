@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from fastapi import APIRouter
-
 from llava_serve.api.backends import Backend
 from llava_serve.api.protocol import Answer
 from llava_serve.checkpoints.model_name import short_name
@@ -97,20 +95,3 @@ class ServedModel:
             )
             for name in self._listed
         ]
-
-
-def model_routes(served: ServedModel) -> APIRouter:
-    """`/v1/models`, and each model in it."""
-    routes = APIRouter()
-
-    @routes.get("/v1/models", summary="List the models")
-    async def models() -> ModelList:
-        return ModelList(object="list", data=await served.entries())
-
-    @routes.get("/v1/models/{name:path}", summary="Describe a model")
-    async def one_model(name: str) -> Model:
-        served.check(name)
-        entries = await served.entries()
-        return next((entry for entry in entries if entry.id == name), entries[0])
-
-    return routes
