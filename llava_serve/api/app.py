@@ -20,6 +20,7 @@ from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMi
 from llava_serve.api.model_list import model_routes
 from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.protocol import Answer
+from llava_serve.api.responses import response_routes
 from llava_serve.api.routing import ERROR_RESPONSES
 from llava_serve.api.service import Service
 from llava_serve.api.text_completion import text_routes
@@ -83,7 +84,7 @@ def create_app(backend: Backend, options: ApiOptions, limiter: ConcurrencyLimite
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
 
-    for routes in (chat_routes, text_routes, tokenization_routes, model_routes):
+    for routes in (chat_routes, response_routes, text_routes, tokenization_routes, model_routes):
         app.include_router(routes(service))
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The middleware that is added last runs first.

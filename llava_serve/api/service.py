@@ -62,13 +62,13 @@ class Service:
         arrived: float = request.state.arrived
         return arrived + seconds
 
-    def conversation(self, request: Request, wire: ChatRequest) -> Sequence[Message]:
-        """The conversation of a request; its notes go into the response's header.
+    def conversation(self, request: Request, wire: ChatRequest, field: str = "messages") -> Sequence[Message]:
+        """The conversation of a request, in that field; its notes go into the response's header.
 
         Raises:
             RequestError: a message cannot be used.
         """
-        asked, notes = conversation_of(wire, self.options.image_order)
+        asked, notes = conversation_of(wire, self.options.image_order, field)
         request.state.notes += notes
         return asked
 

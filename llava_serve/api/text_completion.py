@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from llava_serve.api.answer import GeneratedAnswer
 from llava_serve.api.completion import CompletionForm
@@ -24,7 +25,11 @@ MAX_PROMPT_IDS = 65_536
 
 def _only_one(prompt: Any) -> Any:
     """The prompt of a list of one: clients send lists."""
-    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list) else prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(each) is int for each in prompt)):
+        return prompt
+    raise PydanticCustomError("not_one_prompt", "not one prompt")
 
 
 Prompt = str | Annotated[list[Integer], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]

@@ -119,13 +119,18 @@ def _bias(given: Mapping[str, float]) -> dict[int, float]:
     return {int(token): value for token, value in given.items()}
 
 
-def conversation_of(request: ChatRequest, image_order: ImageOrder) -> tuple[Sequence[Message], tuple[str, ...]]:
+def conversation_of(
+    request: ChatRequest, image_order: ImageOrder, field: str = "messages"
+) -> tuple[Sequence[Message], tuple[str, ...]]:
     """The conversation of a request, and notes on what stands elsewhere than it was sent.
+
+    Args:
+        field: where it stands in the request, for errors.
 
     Raises:
         RequestError: a message cannot be used.
     """
-    messages, notes = from_wire(request.messages)
+    messages, notes = from_wire(request.messages, field)
     conversation = Conversation(messages, request.continue_final_message, request.add_generation_prompt, image_order)
     # One with the defaults goes as plain messages, which picture replicas of older releases take, too.
     return messages if conversation == Conversation(messages) else conversation, notes

@@ -54,6 +54,8 @@ def test_every_operation_is_described() -> None:
         "POST /detokenize",
         "POST /tokenize",
         "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "POST /v1/responses",
     }
 
 
