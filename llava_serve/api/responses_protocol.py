@@ -50,7 +50,8 @@ class ResponseRequest(Wire):
         previous_response_id, conversation, store: state, which this server does not keep.
     """
 
-    NEUTRAL = NEUTRAL_FIELDS | {
+    NEUTRAL = {  # noqa: RUF012 (a ClassVar of the base)
+        **NEUTRAL_FIELDS,
         "include": one_of([], ["reasoning.encrypted_content"]),  # there is no reasoning to include
         "max_tool_calls": anything,
         "reasoning": one_of({}, {"effort": "none"}),
