@@ -38,8 +38,8 @@ def client(web: httpx.Client) -> OpenAI:
 def chat(web: httpx.Client) -> dict[str, Any]:
     """A chat completion, and its prompt's ids."""
     body = {"messages": ASKED, "temperature": 0, "max_tokens": 16, "return_token_ids": True}
-    told: dict[str, Any] = web.post("/v1/chat/completions", json=body).json()
-    return told
+    reported: dict[str, Any] = web.post("/v1/chat/completions", json=body).json()
+    return reported
 
 
 def greedy(prompt: Any, **fields: Any) -> dict[str, Any]:
@@ -85,11 +85,11 @@ def test_logprobs_in_the_legacy_form(client: OpenAI, stream: bool) -> None:
     events = list(client.completions.create(**asked)) if stream else [client.completions.create(**asked)]
     choices = [event.choices[0] for event in events]
     text = "".join(choice.text for choice in choices)
-    told = [choice.logprobs for choice in choices if choice.logprobs is not None]
-    tokens = [token for each in told for token in each.tokens or ()]
-    offsets = [offset for each in told for offset in each.text_offset or ()]
-    logprobs = [logprob for each in told for logprob in each.token_logprobs or ()]
-    top = [alternatives for each in told for alternatives in each.top_logprobs or ()]
+    reported = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    tokens = [token for each in reported for token in each.tokens or ()]
+    offsets = [offset for each in reported for offset in each.text_offset or ()]
+    logprobs = [logprob for each in reported for logprob in each.token_logprobs or ()]
+    top = [alternatives for each in reported for alternatives in each.top_logprobs or ()]
     assert "".join(tokens) == text
     assert [text[at : at + len(token)] for token, at in zip(tokens, offsets, strict=True)] == tokens
     assert len(logprobs) == len(top) == len(tokens) > 0

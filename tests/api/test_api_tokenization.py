@@ -46,8 +46,8 @@ def web(backend: CountedBackend) -> Iterator[httpx.Client]:
 def tokenized(web: httpx.Client, **body: Any) -> dict[str, Any]:
     response = web.post("/tokenize", json=body)
     assert response.status_code == 200, response.text
-    told: dict[str, Any] = response.json()
-    return told
+    reported: dict[str, Any] = response.json()
+    return reported
 
 
 @pytest.mark.parametrize(
@@ -58,46 +58,46 @@ def test_a_conversation_takes_what_its_answer_counts(
 ) -> None:
     body = {"messages": ASKED, "max_tokens": 1, "return_token_ids": True} | fields
     before = backend.calls
-    told = tokenized(web, **body)
+    reported = tokenized(web, **body)
     assert backend.calls == before  # no step of the model
     answer = web.post(PATH, json=body).json()
-    assert told["tokens"] == answer["prompt_token_ids"]
-    assert told["count"] == len(told["tokens"]) == answer["usage"]["prompt_tokens"]
-    assert told["image_tokens"] == answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
-    assert told["text_tokens"] + told["image_tokens"] == told["count"]
-    assert told["fits"] is True
-    assert told["max_model_len"] == web.get("/v1/models").json()["data"][0]["max_model_len"]
+    assert reported["tokens"] == answer["prompt_token_ids"]
+    assert reported["count"] == len(reported["tokens"]) == answer["usage"]["prompt_tokens"]
+    assert reported["image_tokens"] == answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+    assert reported["text_tokens"] + reported["image_tokens"] == reported["count"]
+    assert reported["fits"] is True
+    assert reported["max_model_len"] == web.get("/v1/models").json()["data"][0]["max_model_len"]
 
 
-def test_each_picture_is_told_by_itself(web: httpx.Client) -> None:
+def test_each_picture_is_reported_by_itself(web: httpx.Client) -> None:
     content = [PICTURE, PICTURE, {"type": "text", "text": "Compare."}]
-    told = tokenized(web, messages=[{"role": "user", "content": content}], return_token_strs=True)
-    assert len(told["images"]) == 2
-    assert told["images"][0] == told["images"][1]
-    picture = told["images"][0]
-    assert (picture["tiles"], picture["tokens"] * 2) == (1, told["image_tokens"])
+    reported = tokenized(web, messages=[{"role": "user", "content": content}], return_token_strs=True)
+    assert len(reported["images"]) == 2
+    assert reported["images"][0] == reported["images"][1]
+    picture = reported["images"][0]
+    assert (picture["tiles"], picture["tokens"] * 2) == (1, reported["image_tokens"])
     assert (picture["width"], picture["height"]) == (320, 240)
-    assert told["token_strs"].count("<image>") == told["image_tokens"] == told["tokens"].count(-200)
+    assert reported["token_strs"].count("<image>") == reported["image_tokens"] == reported["tokens"].count(-200)
 
 
 def test_a_prompt_that_is_too_long_is_counted(web: httpx.Client) -> None:
     long = [{"role": "user", "content": [PICTURE, {"type": "text", "text": "word " * 9000}]}]
-    told = tokenized(web, messages=long)
-    assert told["fits"] is False
-    assert told["count"] > 9000 > told["max_model_len"]
-    assert told["images"]
+    reported = tokenized(web, messages=long)
+    assert reported["fits"] is False
+    assert reported["count"] > 9000 > reported["max_model_len"]
+    assert reported["images"]
     refused = error_of(web.post(PATH, json={"messages": long}))["message"]
-    assert f"maximum context length is {told['max_model_len']} tokens" in refused
+    assert f"maximum context length is {reported['max_model_len']} tokens" in refused
 
 
 def test_a_text_survives_its_tokens(web: httpx.Client) -> None:
     text = "Two words,  \u4e2d and </s> as text"
-    told = tokenized(web, prompt=text, return_token_strs=True)
-    assert len(told["token_strs"]) == told["count"] == told["text_tokens"]
+    reported = tokenized(web, prompt=text, return_token_strs=True)
+    assert len(reported["token_strs"]) == reported["count"] == reported["text_tokens"]
     bare = tokenized(web, prompt=text, add_special_tokens=False)
-    assert told["tokens"][1:] == bare["tokens"]
+    assert reported["tokens"][1:] == bare["tokens"]
     assert bare["token_strs"] is None
-    for tokens in (told["tokens"], [-200, *bare["tokens"]]):
+    for tokens in (reported["tokens"], [-200, *bare["tokens"]]):
         assert web.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
 
 
@@ -114,7 +114,7 @@ def test_a_text_survives_its_tokens(web: httpx.Client) -> None:
         ("/detokenize", {"tokens": [0] * 65_537}, "65536 items"),
     ],
 )
-def test_what_cannot_be_told_is_refused(web: httpx.Client, path: str, body: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_reported_is_refused(web: httpx.Client, path: str, body: dict[str, Any], words: str) -> None:
     response = web.post(path, json=body)
     assert response.status_code == 400
     assert words in error_of(response)["message"]

@@ -41,10 +41,10 @@ def test_the_other_endpoints_answer_over_the_tiers(client: Any, served: Any) -> 
     messages = question(DEMO_QUESTION, image)
     [model] = client.models.list().data
     with httpx.Client(base_url=served.url, timeout=60) as web:
-        told = web.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
-        assert (told["fits"], told["max_model_len"]) == (True, model.to_dict()["max_model_len"])
-        assert len(told["images"]) == 1
-        words = [each for each in told["tokens"] if each >= 0]
+        reported = web.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+        assert (reported["fits"], reported["max_model_len"]) == (True, model.to_dict()["max_model_len"])
+        assert len(reported["images"]) == 1
+        words = [each for each in reported["tokens"] if each >= 0]
         assert DEMO_QUESTION in web.post("/detokenize", json={"tokens": words}).json()["prompt"]
         refused = web.post("/detokenize", json={"tokens": [10**6]})
         assert refused.status_code == 400
@@ -54,7 +54,7 @@ def test_the_other_endpoints_answer_over_the_tiers(client: Any, served: Any) -> 
     ]
     response = client.responses.create(model="builtin", input=[{"role": "user", "content": content}], temperature=0)
     assert response.output_text == answer(client, DEMO_QUESTION, image)
-    assert response.usage.input_tokens == told["count"]
+    assert response.usage.input_tokens == reported["count"]
     text = client.completions.create(model="builtin", prompt="The circle is", temperature=0, max_tokens=3)
     assert text.choices[0].text
 
