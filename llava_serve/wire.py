@@ -30,7 +30,7 @@ _RULES = {
     "string_too_short": "must not be empty",
     "string_too_long": "must have {max_length} characters or fewer",
     "too_short": "must not be empty",
-    "not_one_prompt": "must be one text or the token ids of one, or a list of one of them",
+    "value_error": "{error}",  # of a validator of ours, in these words
     "too_long": "must have {max_length} items or fewer",
 }
 

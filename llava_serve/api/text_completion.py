@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
 from llava_serve.api.answer import GeneratedAnswer
 from llava_serve.api.completion import CompletionForm
@@ -29,7 +28,7 @@ def _only_one(prompt: Any) -> Any:
         prompt = prompt[0]
     if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(each) is int for each in prompt)):
         return prompt
-    raise PydanticCustomError("not_one_prompt", "not one prompt")
+    raise ValueError("must be one text or the token ids of one, or a list of one of them")
 
 
 Prompt = str | Annotated[list[Integer], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]

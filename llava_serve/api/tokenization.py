@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `/detokenize`: what a prompt takes, told by the picture tier before the model works on it."""
+"""`POST /tokenize` and `/detokenize`: what a prompt takes, from the picture tier, before the model works on it."""
 
 from __future__ import annotations
 
