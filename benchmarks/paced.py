@@ -29,7 +29,7 @@ from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ApiOptions, ImageOptions, ModelOptions
 from llava_serve.errors import Failure
 from llava_serve.processor import Processor
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams, TextPart
+from llava_serve.types import Asked, Chunk, PreparedPrompt, Query, RawPrompt, SamplingParams, TextPart
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StampedBackend(HandleBackend):
     timeout_s: float
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         called = time.time()
         prepared = await super().prepare(asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt)
@@ -101,7 +101,7 @@ class StampedPreprocessor(ImagePreprocessor):
         self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
 
     async def prepare(
-        self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt | Failure:
         reached = time.time()
         prepared = await super().prepare(asked, conv_mode, deadline, cache_salt)
@@ -113,7 +113,7 @@ class StampedProcessor(Processor):
 
     def prepare(
         self,
-        asked: Query | Sequence[Message],
+        asked: Asked,
         *,
         conv_mode: str | None = None,
         check: Callable[[], None] | None = None,
@@ -121,7 +121,7 @@ class StampedProcessor(Processor):
     ) -> PreparedPrompt:
         began = time.time()
         prepared = super().prepare(asked, conv_mode=conv_mode, check=check, cache_salt=cache_salt)
-        assert not isinstance(asked, Query)
+        assert not isinstance(asked, Query | RawPrompt)
         (order,) = (part.text for part in asked[-1].parts if isinstance(part, TextPart))
         return dataclasses.replace(
             prepared, prompt=json.dumps({"order": json.loads(order), "began": began, "ended": time.time()})

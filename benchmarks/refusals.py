@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.options import make_parser, parse
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.tokenization import ModelDescription, TokenizedPrompt
+from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
 
 PATH = "/v1/chat/completions"
 BODY = {"model": "busy", "messages": [{"role": "user", "content": "Hello"}]}
@@ -32,7 +33,7 @@ class Busy:
         self.entered = asyncio.Event()
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         self.entered.set()
         await asyncio.Event().wait()
@@ -43,6 +44,17 @@ class Busy:
     ) -> AsyncGenerator[list[Chunk]]:
         raise AssertionError("never")
         yield
+
+    async def describe(self) -> ModelDescription:
+        raise AssertionError("never")
+
+    async def tokenize(
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, texts: bool = False
+    ) -> TokenizedPrompt:
+        raise AssertionError("never")
+
+    async def detokenize(self, token_ids: Sequence[int], *, deadline: float) -> str:
+        raise AssertionError("never")
 
     async def check_health(self) -> None:
         return None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.tokenization import ModelDescription, TokenizedPrompt
+from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
 
 from .handle_calls import AbortSender, result, stream
 
-HEALTH_TIMEOUT_S = 5.0
-"""A call to a deployment without replicas waits; a health probe must not wait for long."""
+PROBE_TIMEOUT_S = 5.0
+"""A call to a deployment without replicas waits; a probe must not wait for long."""
 
 
 class HandleBackend:
@@ -30,6 +32,10 @@ class HandleBackend:
     def __init__(self, model_name: str, preprocessor: DeploymentHandle, model: DeploymentHandle) -> None:
         self._model_name = model_name
         self._prepare = preprocessor.options(method_name="prepare")
+        self._tokenize = preprocessor.options(method_name="tokenize")
+        self._detokenize = preprocessor.options(method_name="detokenize")
+        self._describe = preprocessor.options(method_name="describe")
+        self._description: ModelDescription | None = None
         self._generate = model.options(method_name="generate", stream=True)
         self._aborts = AbortSender(model)
         self._health = model.options(method_name="health")
@@ -40,7 +46,7 @@ class HandleBackend:
         return self._model_name
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes, in the picture tier."""
         async with deadline_scope(deadline):
@@ -54,10 +60,38 @@ class HandleBackend:
         call_id = f"{request_id}-{uuid.uuid4().hex}"  # clients may choose request ids, and two the same
         return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling, priority)
 
+    async def describe(self) -> ModelDescription:
+        """What the model takes. The picture tier says so, once: the ingress needs no files of the model.
+
+        Raises:
+            EngineDeadError: no replica responds.
+        """
+        if self._description is None:
+            self._description = await _within(PROBE_TIMEOUT_S, result(self._describe), "of the picture tier")
+        return self._description
+
+    async def tokenize(
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, texts: bool = False
+    ) -> TokenizedPrompt:
+        """Tokenizes in the picture tier."""
+        async with deadline_scope(deadline):
+            tokenized: TokenizedPrompt = await result(self._tokenize, asked, conv_mode, deadline, texts)
+            return tokenized
+
+    async def detokenize(self, token_ids: Sequence[int], *, deadline: float) -> str:
+        """The text of token ids, from the picture tier."""
+        async with deadline_scope(deadline):
+            text: str = await result(self._detokenize, token_ids)
+            return text
+
     async def check_health(self) -> None:
         """Returns if a model replica reports that it can answer; raises `EngineDeadError` otherwise."""
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await result(self._health)
-        except TimeoutError:
-            raise EngineDeadError("No replica of the model responds.") from None
+        await _within(PROBE_TIMEOUT_S, result(self._health), "of the model")
+
+
+async def _within(seconds: float, call: Awaitable[Any], tier: str) -> Any:
+    try:
+        async with asyncio.timeout(seconds):
+            return await call
+    except TimeoutError:
+        raise EngineDeadError(f"No replica {tier} responds.") from None

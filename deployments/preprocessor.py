@@ -11,7 +11,8 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
-from llava_serve.types import Message, PreparedPrompt, Query
+from llava_serve.tokenization import ModelDescription, TokenizedPrompt
+from llava_serve.types import Asked, PreparedPrompt
 
 from .handle_calls import returns_failure
 from .metrics import PreprocessorMetrics
@@ -36,7 +37,7 @@ class ImagePreprocessor:
 
     @returns_failure
     async def prepare(
-        self, asked: Query | Sequence[Message], conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         """One prompt as model input. Prompts of different salts share nothing that is cached.
 
@@ -47,6 +48,25 @@ class ImagePreprocessor:
         return await self._processor.prepare(
             lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt
         )
+
+    @returns_failure
+    async def tokenize(self, asked: Asked, conv_mode: str | None, deadline: float, texts: bool) -> TokenizedPrompt:
+        """The tokens of a prompt.
+
+        Raises:
+            RequestError, DeadlineExceededError: as `prepare`.
+        """
+        return await self._processor.tokenize(asked, conv_mode=conv_mode, deadline=deadline, texts=texts)
+
+    @returns_failure
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids; `RequestError` for one outside the vocabulary."""
+        return await self._processor.detokenize(token_ids)
+
+    @returns_failure
+    async def describe(self) -> ModelDescription:
+        """What the model takes."""
+        return self._processor.processor.description
 
 
 def _num_cpus() -> int:

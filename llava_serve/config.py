@@ -201,6 +201,7 @@ class ApiOptions(Options):
 
     Attributes:
         model_name: the name in `/v1/models`; None derives it from `model` (see `llava_serve.checkpoints.model_name`).
+        aliases: other names of the model; `/v1/models` lists them, too.
         api_keys: accepted bearer keys. Not on Ray, which logs them. Without any, in the file and the environment
             variable `LLAVA_API_KEYS` either, requests need none.
         api_keys_file: a file of more keys, one a line: `KEY`, `name:KEY` or `name:sha256:HEX`, where HEX is the key's
@@ -230,6 +231,7 @@ class ApiOptions(Options):
     model_config = ConfigDict(hide_input_in_errors=True)  # it may be a key
 
     model_name: str | None = None
+    aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     api_keys_file: str | None = None
     max_body_bytes: int = Field(default=32 << 20, ge=1)

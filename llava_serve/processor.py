@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -17,22 +16,22 @@ from llava_serve.images.decoder import Check, Decoder, InProcessDecoder
 from llava_serve.images.fetch import ImageSource, read_local_source, read_request_source
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles, TileCache
+from llava_serve.images.tiles import num_tiles
 from llava_serve.openai_messages import ChatMessage, read_asked
-from llava_serve.prompts.chat_template import ChatTemplate
-from llava_serve.prompts.conversation import (
-    Arranged,
-    Control,
-    Span,
-    arrange,
-    chat_turn,
-    control_spans,
-    prompt_text,
-    query_message,
-    render,
-)
-from llava_serve.prompts.templates import TEMPLATES
+from llava_serve.prompt_layout import PromptLayout, PromptRenderer, check_ids
 from llava_serve.text.tokenizer import load_tokenizer
-from llava_serve.types import IMAGE_TOKEN_ID, Conversation, ImagePart, Message, PreparedPrompt, Query, TextPart
+from llava_serve.tokenization import ModelDescription, TokenizedImage, TokenizedPrompt
+from llava_serve.types import (
+    IMAGE_TOKEN_ID,
+    Asked,
+    ImagePart,
+    Message,
+    PreparedPrompt,
+    Query,
+)
+
+MAX_TOKENIZED = 1_000_000
+"""Characters of a text that `Processor.tokenize` counts, whatever the context holds; some seconds of work."""
 
 
 class Processor:
@@ -48,6 +47,7 @@ class Processor:
         self.spec = spec
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
+        self._renderer = PromptRenderer(spec, options, self.tokenizer)
         self._tile_cache = TileCache(options.cache_bytes)
         self._image = spec.image if options.max_tiles is None else spec.image.limited(options.max_tiles)
         self._decoder: Decoder = (
@@ -62,7 +62,7 @@ class Processor:
 
     def prepare(
         self,
-        asked: Query | Sequence[Message],
+        asked: Asked,
         *,
         conv_mode: str | None = None,
         check: Check | None = None,
@@ -79,17 +79,77 @@ class Processor:
         Raises:
             RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
         """
-        key = conv_mode or self.spec.conv_mode
-        own = self._own_template(key)
-        own_layout = own is not None and own.sets_line_breaks  # it lays images and texts out
-        if isinstance(asked, Query):
-            message = query_message(asked.text, asked.images, line_breaks=not own_layout)
-            return self._prepare(arrange([message]), _paths_of_images(asked), key, check, cache_salt)
-        arranged = arrange(asked, line_breaks=own_layout)
-        if not own_layout:
-            order = asked.image_order if isinstance(asked, Conversation) else "images_first"
-            arranged = replace(arranged, turns=[chat_turn(turn, order) for turn in arranged.turns])
-        return self._prepare(arranged, _paths_of_images(asked), key, check, cache_salt)
+        layout = self._renderer.lay_out(asked, conv_mode, self.spec.context_length)
+        length = len(layout.input_ids) - len(layout.images)
+        images: list[CachedTiles] = []
+        for image in self._decoded(layout, length, check, cache_salt):
+            images.append(image)
+            length += image.count
+        if length >= self.spec.context_length:
+            raise PromptTooLongError(length, self.spec.context_length - 1)
+        token_ids, image_spans = _expand(layout.input_ids, [image.count for image in images])
+        return PreparedPrompt(
+            token_ids=token_ids,
+            image_spans=image_spans,
+            tiles=tuple(image.tiles for image in images),
+            image_sizes=tuple(image.size for image in images),
+            digests=tuple(_salted(image.digest, cache_salt) for image in images),
+            prompt=layout.prompt,
+            stop_token_ids=layout.stop_token_ids,
+            stop=layout.stop,
+            cache_salt=cache_salt,
+            continues=layout.continues,
+        )
+
+    def tokenize(
+        self, asked: Asked, *, conv_mode: str | None = None, check: Check | None = None, texts: bool = False
+    ) -> TokenizedPrompt:
+        """The tokens of a prompt, which may be longer than the context. No tiles are made.
+
+        Args:
+            asked, conv_mode, check: as for `prepare`.
+            texts: give the text of each token, too.
+
+        Raises:
+            RequestError: as `prepare`; `PromptTooLongError` only for a text over `MAX_TOKENIZED`.
+        """
+        layout = self._renderer.lay_out(
+            asked, conv_mode, max(self.spec.context_length, MAX_TOKENIZED // self.tokenizer.longest)
+        )
+        images = [
+            TokenizedImage(image.count, num_tiles(image.size, self._image.for_images(len(layout.images))), image.size)
+            for image in self._decoded(layout, self.spec.context_length, check, "")
+        ]
+        ids = tuple(_expand(layout.input_ids, [image.tokens for image in images])[0].tolist())
+        return TokenizedPrompt(
+            token_ids=ids,
+            token_texts=tuple(map(self._shown, ids)) if texts else None,
+            images=tuple(images),
+            max_model_len=self.spec.context_length,
+        )
+
+    def _shown(self, token_id: int) -> str:
+        return "<image>" if token_id == IMAGE_TOKEN_ID else self.tokenizer.token_text(token_id)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of ids. Control tokens and images have none.
+
+        Raises:
+            RequestError: the vocabulary has no such id.
+        """
+        spoken = [each for each in token_ids if each != IMAGE_TOKEN_ID]
+        check_ids(spoken, self.tokenizer.size, "tokens")
+        return self.tokenizer.decode(spoken)
+
+    @property
+    def description(self) -> ModelDescription:
+        """What the model and the limits of images take."""
+        return ModelDescription(
+            max_model_len=self.spec.context_length,
+            max_images=self.options.max_per_request,
+            max_image_bytes=self.options.max_bytes,
+            max_image_pixels=self.options.max_pixels,
+        )
 
     def prepare_query(
         self, query: str, images: Sequence[ImageSource] = (), *, conv_mode: str | None = None
@@ -113,65 +173,27 @@ class Processor:
         """
         return read_asked(asked, images, lambda source: read_local_source(source, self.options))
 
-    def _prepare(
-        self, asked: Arranged, paths: Sequence[str], key: str, check: Check | None, cache_salt: str
-    ) -> PreparedPrompt:
-        parts = self._check_counts(asked)
-        spans = self._render(key, asked)
-        input_ids = self.tokenizer.encode(spans)
-        length = len(input_ids) - len(parts)
-        images: list[CachedTiles] = []
+    def _decoded(
+        self, layout: PromptLayout, length: int, check: Check | None, cache_salt: str
+    ) -> Iterator[CachedTiles]:
+        """The images of a prompt, without tiles from the one on that does not fit.
+
+        Args:
+            length: positions that are taken beside the images; the context's length leaves no room for tiles.
+        """
         pixels = self.options.max_total_pixels  # that are left
-        for part, path in zip(parts, paths, strict=True):
+        for number, (part, path) in enumerate(zip(layout.images, layout.paths, strict=True), 1):
             if check is not None:
                 check()
             try:
                 room = self.spec.context_length - length
-                images.append(self._process_image(part, room, pixels, len(parts), check, cache_salt))
+                image = self._process_image(part, room, pixels, len(layout.images), check, cache_salt)
             except InvalidImageError as error:
-                which = f"Image {len(images) + 1} of {len(parts)}: " if len(parts) > 1 else ""
+                which = f"Image {number} of {len(layout.images)}: " if len(layout.images) > 1 else ""
                 raise InvalidImageError(which + error.message, path) from error
-            length += images[-1].count
-            pixels -= images[-1].size[0] * images[-1].size[1]
-        if length >= self.spec.context_length:
-            raise PromptTooLongError(length, self.spec.context_length - 1)
-        token_ids, image_spans = _expand(input_ids, [image.count for image in images])
-        stop_token_ids, stop = self._ends(key)
-        return PreparedPrompt(
-            token_ids=token_ids,
-            image_spans=image_spans,
-            tiles=tuple(image.tiles for image in images),
-            image_sizes=tuple(image.size for image in images),
-            digests=tuple(_salted(image.digest, cache_salt) for image in images),
-            prompt=prompt_text(spans),
-            stop_token_ids=stop_token_ids,
-            stop=stop,
-            cache_salt=cache_salt,
-            continues=asked.ending == "continue",
-        )
-
-    def _check_counts(self, asked: Arranged) -> list[ImagePart]:
-        """The images of a conversation. Refuses too many or too large ones, and a text that cannot fit: the work on all
-        of them grows with them."""
-        parts = [TextPart(asked.system or ""), *(part for turn in asked.turns for part in turn.parts)]
-        images = [part for part in parts if isinstance(part, ImagePart)]
-        if len(images) > self.options.max_per_request:
-            raise InvalidImageError(
-                f"The request has {len(images)} images, those of earlier turns included; at most "
-                f"{self.options.max_per_request} are accepted.",
-                "messages",
-            )
-        size = sum(len(part.source) if isinstance(part.source, bytes) else len(part.source) * 3 // 4 for part in images)
-        if size > self.options.max_total_bytes:
-            raise InvalidImageError(
-                f"The request's images take {size:,} bytes; at most {self.options.max_total_bytes:,} are accepted.",
-                "messages",
-            )
-        characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
-        least = characters // self.tokenizer.longest
-        if least >= self.spec.context_length:
-            raise PromptTooLongError(least, self.spec.context_length - 1, at_least=True)
-        return images
+            yield image
+            length += image.count
+            pixels -= image.size[0] * image.size[1]
 
     def _process_image(
         self, part: ImagePart, room: int, pixels: int, num_images: int, check: Check | None, cache_salt: str
@@ -193,27 +215,6 @@ class Processor:
         decoding = f"{self.options.transparency} {self.options.max_pixels} {processing}"
         return blake2b(decoding.encode(), digest_size=16).digest()
 
-    def _render(self, key: str, asked: Arranged) -> list[Span]:
-        if own := self._own_template(key):
-            return own.render(asked)
-        return render(key, asked.system, asked.turns, ending=asked.ending, image_marks=self.spec.mm_use_im_start_end)
-
-    def _own_template(self, key: str) -> ChatTemplate | None:
-        """The checkpoint's own template, if it renders the prompt."""
-        return self.spec.chat_template if key == "chat_template" else None
-
-    def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """How an answer ends in this template: by one token where the vocabulary has it, else by a stop string."""
-        if own := self._own_template(key):
-            ends = map(self.tokenizer.token_id, filter(None, (own.special_tokens.get("eos_token"), own.closing)))
-            return tuple({end for end in ends if end is not None}), ()
-        end = TEMPLATES[key].end_of_answer if key in TEMPLATES else ""
-        if not end:
-            return (), ()
-        first = control_spans(end)[0]
-        token_id = self.tokenizer.token_id(first.token) if isinstance(first, Control) else None
-        return ((), (end,)) if token_id is None else ((token_id,), ())
-
 
 def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np.int32], tuple[tuple[int, int], ...]]:
     """One `IMAGE_TOKEN_ID` per image becomes as many as it has features."""
@@ -233,15 +234,3 @@ def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np
 def _salted(digest: str, cache_salt: str) -> str:
     """A digest that only prompts of the same salt share."""
     return blake2b(f"{digest} {cache_salt}".encode(), digest_size=16).hexdigest() if cache_salt else digest
-
-
-def _paths_of_images(asked: Query | Sequence[Message]) -> list[str]:
-    """Where each image stands, as a request names it."""
-    if isinstance(asked, Query):
-        return [f"images[{i}]" for i in range(len(asked.images))]
-    return [
-        f"messages[{i}].content[{j}]"
-        for i, message in enumerate(asked)
-        for j, part in enumerate(message.parts)
-        if isinstance(part, ImagePart)
-    ]

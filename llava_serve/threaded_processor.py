@@ -6,12 +6,17 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.images.links import RequestLinks
+from llava_serve.images.transport import Check
 from llava_serve.processor import Processor
-from llava_serve.types import Message, PreparedPrompt, Query
+from llava_serve.tokenization import TokenizedPrompt
+from llava_serve.types import Asked, PreparedPrompt
+
+Result = TypeVar("Result")
 
 
 class ThreadedProcessor:
@@ -34,7 +39,7 @@ class ThreadedProcessor:
 
     async def prepare(
         self,
-        read: Callable[[], Query | Sequence[Message]],
+        read: Callable[[], Asked],
         *,
         conv_mode: str | None = None,
         deadline: float | None = None,
@@ -53,6 +58,33 @@ class ThreadedProcessor:
             CapacityError: too many links lead to one host at this time.
             DeadlineExceededError: the deadline passed before the work was done.
         """
+
+        def prepare(asked: Asked, check: Check) -> PreparedPrompt:
+            began = time.perf_counter()
+            prepared = self.processor.prepare(asked, conv_mode=conv_mode, check=check, cache_salt=cache_salt)
+            if self._observe is not None:
+                self._observe(prepared, time.perf_counter() - began)
+            return prepared
+
+        return await self._in_thread(read, prepare, deadline)
+
+    async def tokenize(
+        self, asked: Asked, *, conv_mode: str | None = None, deadline: float | None = None, texts: bool = False
+    ) -> TokenizedPrompt:
+        """The tokens of a prompt, as `Processor.tokenize` has them; otherwise as `prepare`."""
+
+        def tokenize(asked: Asked, check: Check) -> TokenizedPrompt:
+            return self.processor.tokenize(asked, conv_mode=conv_mode, check=check, texts=texts)
+
+        return await self._in_thread(lambda: asked, tokenize, deadline)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, as `Processor.detokenize` has it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.processor.detokenize, token_ids)
+
+    async def _in_thread(
+        self, read: Callable[[], Asked], process: Callable[[Asked, Check], Result], deadline: float | None
+    ) -> Result:
         disconnected = False
 
         def check() -> None:
@@ -60,13 +92,9 @@ class ThreadedProcessor:
             if disconnected:
                 raise DeadlineExceededError("The client has disconnected.")
 
-        def work(read: Callable[[], Query | Sequence[Message]]) -> PreparedPrompt:
+        def work(read: Callable[[], Asked]) -> Result:
             check()
-            began = time.perf_counter()
-            prepared = self.processor.prepare(read(), conv_mode=conv_mode, check=check, cache_salt=cache_salt)
-            if self._observe is not None:
-                self._observe(prepared, time.perf_counter() - began)
-            return prepared
+            return process(read(), check)
 
         try:
             run = asyncio.get_running_loop().run_in_executor

@@ -202,6 +202,21 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """A prompt without a template and without images: a text, in which markup has no effect, or token ids.
+
+    Attributes:
+        add_special_tokens: a text gets the tokens that the tokenizer begins a prompt with.
+    """
+
+    prompt: str | tuple[int, ...]
+    add_special_tokens: bool = True
+
+
+Asked = Query | RawPrompt | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedPrompt:
     """A prompt as model input, made without torch; sent from the CPU tier to the GPU tier.
 

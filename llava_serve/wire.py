@@ -30,6 +30,7 @@ _RULES = {
     "string_too_short": "must not be empty",
     "string_too_long": "must have {max_length} characters or fewer",
     "too_short": "must not be empty",
+    "value_error": "{error}",  # of a validator of ours, in these words
     "too_long": "must have {max_length} items or fewer",
 }
 

@@ -115,7 +115,7 @@ BODIES = (
 def request(body: bytes, processor: Processor) -> None:
     """From bytes to a prompt, as the server does it."""
     try:
-        wire = parse_request(body)
+        wire = parse_request(body, ChatRequest)
         sampling_of(wire)
         processor.prepare(conversation_of(wire, "images_first")[0], conv_mode=wire.conv_mode)
     except RequestError as error:

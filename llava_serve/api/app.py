@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from functools import partial
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from llava_serve import __version__
 from llava_serve.api.backends import Backend
-from llava_serve.api.cache_scope import cache_salt
-from llava_serve.api.chat import ChatAnswer
-from llava_serve.api.completion import new_completion_id
+from llava_serve.api.chat import chat_routes
 from llava_serve.api.errors import WireError, log_refusal, openai_error
 from llava_serve.api.key_limits import KeyLimitMiddleware
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
+from llava_serve.api.model_list import model_routes
 from llava_serve.api.notes import HEADER as NOTES
-from llava_serve.api.notes import IgnoredFields
 from llava_serve.api.parse_process import Offload
-from llava_serve.api.pipeline import GenerationRequest
-from llava_serve.api.protocol import Answer, ChatRequest, Model, ModelList
-from llava_serve.api.routing import CHAT_RESPONSES, ERROR_RESPONSES, route_reading_by
-from llava_serve.api.validation import check_priority, completion_id, read_chat, sampling_of
-from llava_serve.checkpoints.model_name import short_name
+from llava_serve.api.protocol import Answer
+from llava_serve.api.responses import response_routes
+from llava_serve.api.routing import ERROR_RESPONSES
+from llava_serve.api.service import Service
+from llava_serve.api.text_completion import text_routes
+from llava_serve.api.tokenization import tokenization_routes
 from llava_serve.config import ApiOptions
-from llava_serve.errors import DeadlineExceededError, UnknownModelError, shown
-
-LARGE_BODY_BYTES = 64 << 10
-"""Takes about a millisecond to parse."""
+from llava_serve.errors import shown
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_POLICY = (
     "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+class Version(Answer):
+    """The answer of `/version`."""
+
+    version: str
 
 
 class Health(Answer):
@@ -67,73 +68,33 @@ def create_app(
     Raises:
         RequestError: as `accepted_keys`.
     """
-    app = FastAPI(title="llava-serve", version="1", docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
-    model = Model(
-        id=backend.model_name,
-        object="model",
-        created=int(time.time()),
-        owned_by="llava-serve",
-        default_max_tokens=options.default_max_tokens,
-        generation_config="ignored",
+    app = FastAPI(
+        title="llava-serve",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect could lose a body; `RequestContextMiddleware` drops a final slash
+        responses=ERROR_RESPONSES,
     )
-    ignored_fields = IgnoredFields()
-    ignore_unknown = options.unknown_fields == "ignore"
-    names = (model.id, short_name(model.id))
+    service = Service(backend, options, offload)
     page = _PAGE.read_text(encoding="utf-8")
 
-    def check_model(name: str) -> None:
-        if name not in names:
-            raise UnknownModelError(
-                f"The model '{shown(name)}' does not exist here; this server has '{model.id}'.", "model"
-            )
-
-    async def read(request: Request) -> ChatRequest:
-        body = await _body(request, options.default_timeout_s)
-        parse = partial(read_chat, body, ignore_unknown=ignore_unknown, image_order=options.image_order)
-        parsed = parse() if len(body) < LARGE_BODY_BYTES else await offload(parse)
-        request.state.notes += [*ignored_fields.notes(parsed.ignored), *parsed.notes]
-        request.state.conversation = parsed.conversation
-        return parsed.wire
-
-    chat = APIRouter(route_class=route_reading_by(read))
-
-    @chat.post("/v1/chat/completions", summary="Create a chat completion about pictures", responses=CHAT_RESPONSES)
-    async def chat_completions(request: Request, wire: ChatRequest) -> Response:
-        if wire.model is not None:
-            check_model(wire.model)
-        priority = wire.priority or 0
-        check_priority(priority, options.priority_range)
-        seconds = min(wire.timeout or options.default_timeout_s, options.max_timeout_s)
-        work = GenerationRequest(
-            asked=request.state.conversation,
-            sampling=sampling_of(wire, options.default_max_tokens),
-            request_id=new_completion_id(),
-            deadline=request.state.arrived + seconds,
-            conv_mode=wire.conv_mode,
-            priority=priority,
-            cache_salt=cache_salt(options.cache_scope, getattr(request.state, "client", None), wire.cache_salt),
-        )
-        return ChatAnswer(backend, wire, work, request.state.request_id, completion_id(wire, work.request_id))
-
-    @app.get("/v1/models", summary="List the models")
-    async def models() -> ModelList:
-        return ModelList(object="list", data=[model])
-
-    @app.get("/v1/models/{name:path}", summary="Describe a model")
-    async def one_model(name: str) -> Model:
-        check_model(name)
-        return model
-
     @app.get("/health", summary="Report whether the model can answer")
+    @app.get("/ping", summary="Report whether the model can answer, as /health does")
     async def health() -> Health:
         await backend.check_health()
-        return Health(status="ok", model=model.id)
+        return Health(status="ok", model=service.model.name)
+
+    @app.get("/version", summary="Report the server's version")
+    async def version() -> Version:
+        return Version(version=__version__)
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
 
-    app.include_router(chat)
+    for routes in (chat_routes, response_routes, text_routes, tokenization_routes, model_routes):
+        app.include_router(routes(service))
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The middleware that is added last runs first.
     app.add_middleware(KeyLimitMiddleware, options=options)
@@ -156,24 +117,20 @@ def create_app(
     return app
 
 
-async def _body(request: Request, timeout_s: float) -> bytes:
-    """Reads the body within a time limit: a slow client must not stay in flight for ever."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await request.body()
-    except TimeoutError:
-        raise DeadlineExceededError("The request's body did not arrive in time.") from None
-
-
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Answers the router's own errors (unknown path, wrong method) in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     method, path = shown(request.method), shown(request.url.path)
     message = {
-        404: f"There is no endpoint {method} {path}.",
+        404: f"There is no endpoint {method} {path}; there are {_endpoints(request.app)}.",
         405: f"{method} is not allowed at {path}.",
     }.get(error.status_code, "The request cannot be served.")
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     wire = WireError(error.status_code, "invalid_request_error", code)
     log_refusal(wire, request.state.request_id)
     return JSONResponse(openai_error(message, wire), wire.status, error.headers)
+
+
+def _endpoints(app: FastAPI) -> str:
+    """The described endpoints, as a sentence lists them."""
+    return ", ".join(sorted(app.openapi()["paths"]))

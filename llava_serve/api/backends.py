@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.tokenization import ModelDescription, TokenizedPrompt
+from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
 
 
 class Backend(Protocol):
-    """The two steps behind every answer. Deadlines are seconds since the epoch (`time.time()`): they cross machines."""
+    """The two steps behind every answer, and what the picture tier answers alone.
+
+    Deadlines are seconds since the epoch (`time.time()`): they cross machines.
+    """
 
     @property
     def model_name(self) -> str:
@@ -17,7 +21,7 @@ class Backend(Protocol):
         ...
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes. Requests of different salts share nothing that is cached.
 
@@ -30,6 +34,28 @@ class Backend(Protocol):
         self, prepared: PreparedPrompt, sampling: SamplingParams, *, request_id: str, deadline: float, priority: int
     ) -> AsyncGenerator[list[Chunk]]:
         """Streams the answer in groups of chunks. Closing the generator ends the work in the engine."""
+        ...
+
+    async def describe(self) -> ModelDescription:
+        """What the model takes."""
+        ...
+
+    async def tokenize(
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, texts: bool = False
+    ) -> TokenizedPrompt:
+        """The tokens of a prompt; their texts, too, if asked for.
+
+        Raises:
+            RequestError: the input is invalid; the class says how.
+        """
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int], *, deadline: float) -> str:
+        """The text of token ids.
+
+        Raises:
+            RequestError: the vocabulary has no such id.
+        """
         ...
 
     async def check_health(self) -> None:

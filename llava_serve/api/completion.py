@@ -2,78 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import time
-import uuid
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
 
 from llava_serve.api.logprobs import ContentLogprobs
+from llava_serve.api.pipeline import Generation
 from llava_serve.api.protocol import (
+    Answer,
     AssistantMessage,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatRequest,
     Choice,
+    ChoiceLogprobs,
     ChunkChoice,
     Delta,
-    PromptTokensDetails,
+    GenerationFields,
     StreamOptions,
     Usage,
 )
+from llava_serve.api.streaming import DONE, event
+from llava_serve.api.usage import UsageCounter
 from llava_serve.engine.output_processor import join_chunks
-from llava_serve.errors import EngineDeadError
 from llava_serve.types import Chunk, PreparedPrompt
 
 
-def new_completion_id() -> str:
-    """A unique id; one that a client chooses may not be."""
-    return f"chatcmpl-{uuid.uuid4().hex}"
+class Shape(Protocol):
+    """The objects of one endpoint. `ids` has the choice's `token_ids` where the request asks for them."""
+
+    def choice(self, choice: Chunk, logprobs: ChoiceLogprobs | None, **ids: Any) -> Answer:
+        """A complete choice."""
+        ...
+
+    def piece(self, chunk: Chunk, logprobs: ChoiceLogprobs | None, *, first: bool, **ids: Any) -> Answer:
+        """What is new in a choice."""
+        ...
+
+    def completion(self, **fields: Any) -> Answer:
+        """The whole answer."""
+        ...
+
+    def event(self, **fields: Any) -> Answer:
+        """One event of a stream."""
+        ...
 
 
-class UsageCounter:
-    """Counts the tokens of an answer, chunk by chunk, and the choices that are not finished.
+class ChatShape:
+    """Of a chat completion."""
 
-    Args:
-        prepared: the prompt.
-        choices: how many are expected.
-    """
+    def choice(self, choice: Chunk, logprobs: ChoiceLogprobs | None, **ids: Any) -> Choice:
+        """A complete choice."""
+        assert choice.finish_reason is not None
+        message = AssistantMessage(role="assistant", content=choice.text, refusal=None)
+        return Choice(index=choice.index, message=message, logprobs=logprobs, finish_reason=choice.finish_reason, **ids)
 
-    def __init__(self, prepared: PreparedPrompt, choices: int) -> None:
-        self._prompt = prepared.num_tokens
-        self._image = sum(end - start for start, end in prepared.image_spans)
-        self._cached = 0
-        self._completion = 0
-        self._open = set(range(choices))
-
-    def add(self, chunk: Chunk) -> None:
-        """Takes a chunk of any choice."""
-        self._completion += len(chunk.token_ids)
-        self._cached = max(self._cached, chunk.num_cached_tokens)
-        if chunk.finish_reason is not None:
-            self._open.discard(chunk.index)
-
-    def check_complete(self) -> None:
-        """Refuses a stream that ended without its finish reasons: it was aborted, and the answer is incomplete.
-
-        Raises:
-            EngineDeadError: a choice has no finish reason.
-        """
-        if self._open:
-            raise EngineDeadError("The model ended the request before its answer was complete.")
-
-    def usage(self) -> Usage:
-        """The prompt counts once, however many choices there are."""
-        return Usage(
-            prompt_tokens=self._prompt,
-            completion_tokens=self._completion,
-            total_tokens=self._prompt + self._completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached, image_tokens=self._image),
+    def piece(self, chunk: Chunk, logprobs: ChoiceLogprobs | None, *, first: bool, **ids: Any) -> ChunkChoice:
+        """What is new in a choice; the first one has the role."""
+        delta = Delta(role="assistant", content=chunk.text) if first else Delta(content=chunk.text)
+        return ChunkChoice(
+            index=chunk.index,
+            delta=delta if first or chunk.text else Delta(),
+            logprobs=logprobs,
+            finish_reason=chunk.finish_reason,
+            **ids,
         )
+
+    def completion(self, **fields: Any) -> ChatCompletion:
+        """The whole answer."""
+        return ChatCompletion(object="chat.completion", **fields)
+
+    def event(self, **fields: Any) -> ChatCompletionChunk:
+        """One event of a stream."""
+        return ChatCompletionChunk(object="chat.completion.chunk", **fields)
 
 
 class StreamEvents:
     """Makes the events of one stream.
 
     Args:
+        shape: of the endpoint.
         completion_id: the same on every event.
         model: name of the model.
         request: says what the events tell.
@@ -82,8 +90,15 @@ class StreamEvents:
     """
 
     def __init__(
-        self, completion_id: str, model: str, request: ChatRequest, prepared: PreparedPrompt, counter: UsageCounter
+        self,
+        shape: Shape,
+        completion_id: str,
+        model: str,
+        request: GenerationFields,
+        prepared: PreparedPrompt,
+        counter: UsageCounter,
     ) -> None:
+        self._shape = shape
         self._id = completion_id
         self._model = model
         self._created = int(time.time())
@@ -94,7 +109,7 @@ class StreamEvents:
         self._counter = counter
         self._begun: dict[int, ContentLogprobs] = {}
 
-    def event(self, chunk: Chunk) -> ChatCompletionChunk | None:
+    def event(self, chunk: Chunk) -> Answer | None:
         """None for a chunk that tells nothing yet: its token is not a whole character, or may begin a stop string."""
         first = chunk.index not in self._begun
         logprobs = self._begun.setdefault(chunk.index, ContentLogprobs()).push(
@@ -103,46 +118,35 @@ class StreamEvents:
         shows_ids = self._prompt_ids is not None and chunk.token_ids
         if not (first or chunk.text or chunk.finish_reason or (logprobs and logprobs.content) or shows_ids):
             return None
-        delta = Delta(role="assistant", content=chunk.text) if first else Delta(content=chunk.text)
-        choice = ChunkChoice(
-            index=chunk.index,
-            delta=delta if first or chunk.text else Delta(),
-            logprobs=logprobs,
-            finish_reason=chunk.finish_reason,
-            **({} if self._prompt_ids is None else {"token_ids": list(chunk.token_ids)}),
-        )
+        ids = {} if self._prompt_ids is None else {"token_ids": list(chunk.token_ids)}
+        choice = self._shape.piece(chunk, logprobs, first=first, **ids)
         return self._chunk(
             [choice],
             self._counter.usage() if self._continuous_usage else None,
             **({"prompt_token_ids": self._prompt_ids} if first and self._prompt_ids is not None else {}),
         )
 
-    def last(self) -> ChatCompletionChunk | None:
+    def last(self) -> Answer | None:
         """The event with the usage, if the request asks for it."""
         return self._chunk([], self._counter.usage()) if self._include_usage else None
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None, **fields: Any) -> ChatCompletionChunk:
+    def _chunk(self, choices: list[Answer], usage: Usage | None, **fields: Any) -> Answer:
         if self._include_usage:
             fields["usage"] = usage  # a field that is set is sent, even if it is null
-        return ChatCompletionChunk(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._created,
-            model=self._model,
-            choices=choices,
-            **fields,
-        )
+        return self._shape.event(id=self._id, created=self._created, model=self._model, choices=choices, **fields)
 
 
 class CompletionBuilder:
     """Gathers the chunks of an unstreamed answer.
 
     Args:
+        shape: of the endpoint.
         request: says what the answer tells.
         prepared: the prompt.
     """
 
-    def __init__(self, request: ChatRequest, prepared: PreparedPrompt) -> None:
+    def __init__(self, shape: Shape, request: GenerationFields, prepared: PreparedPrompt) -> None:
+        self._shape = shape
         self._prompt_ids = prepared.token_ids.tolist() if request.return_token_ids else None
         self._chunks: list[Chunk] = []
 
@@ -150,12 +154,11 @@ class CompletionBuilder:
         """Takes a chunk of any choice."""
         self._chunks.append(chunk)
 
-    def completion(self, completion_id: str, model: str, counter: UsageCounter) -> ChatCompletion:
+    def completion(self, completion_id: str, model: str, counter: UsageCounter) -> Answer:
         """The answer, its choices in order. All of them must be finished."""
         choices = sorted(join_chunks(self._chunks), key=lambda choice: choice.index)
-        return ChatCompletion(
+        return self._shape.completion(
             id=completion_id,
-            object="chat.completion",
             created=int(time.time()),
             model=model,
             choices=[self._choice(choice) for choice in choices],
@@ -163,12 +166,52 @@ class CompletionBuilder:
             **({} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids}),
         )
 
-    def _choice(self, choice: Chunk) -> Choice:
-        assert choice.finish_reason is not None
-        return Choice(
-            index=choice.index,
-            message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
-            logprobs=ContentLogprobs().push(choice.text, choice.logprobs, last=True),
-            finish_reason=choice.finish_reason,
-            **({} if self._prompt_ids is None else {"token_ids": list(choice.token_ids)}),
-        )
+    def _choice(self, choice: Chunk) -> Answer:
+        logprobs = ContentLogprobs().push(choice.text, choice.logprobs, last=True)
+        ids = {} if self._prompt_ids is None else {"token_ids": list(choice.token_ids)}
+        return self._shape.choice(choice, logprobs, **ids)
+
+
+class CompletionForm:
+    """Writes an answer as a completion, for `GeneratedAnswer`.
+
+    Args:
+        shape: of the endpoint.
+        request: says what the answer tells.
+        completion_id: of the answer.
+        model: name of the model.
+    """
+
+    def __init__(self, shape: Shape, request: GenerationFields, completion_id: str, model: str) -> None:
+        self._shape = shape
+        self._request = request
+        self._id = completion_id
+        self._model = model
+
+    @property
+    def stream(self) -> bool:
+        """The request asks for a stream."""
+        return bool(self._request.stream)
+
+    async def events(self, answer: Generation) -> AsyncGenerator[bytes]:
+        """The events of the stream, those of a group of chunks at once, and `[DONE]`."""
+        events = StreamEvents(self._shape, self._id, self._model, self._request, answer.prepared, answer.counter)
+        async for group in answer:
+            lines = [event(each.json_bytes()) for chunk in group if (each := events.event(chunk)) is not None]
+            if lines:
+                yield b"".join(lines)
+        if (last := events.last()) is not None:
+            yield event(last.json_bytes())
+        yield DONE
+
+    async def whole(self, answer: Generation) -> bytes:
+        """The completion."""
+        builder = CompletionBuilder(self._shape, self._request, answer.prepared)
+        async for group in answer:
+            for chunk in group:
+                builder.add(chunk)
+        return builder.completion(self._id, self._model, answer.counter).json_bytes()
+
+    def failure(self, error: dict[str, Any]) -> bytes:
+        """The error as an event, and `[DONE]`."""
+        return event(json.dumps(error).encode()) + DONE

@@ -7,7 +7,8 @@ from contextlib import aclosing
 
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.errors import EngineDeadError
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.tokenization import ModelDescription, TokenizedPrompt
+from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
 
 
 class InProcessBackend:
@@ -29,7 +30,7 @@ class InProcessBackend:
         return self._model_name
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes in a thread."""
         return await self._processor.prepare(
@@ -46,6 +47,20 @@ class InProcessBackend:
         async with aclosing(generated) as chunks:
             async for chunk in chunks:
                 yield [chunk]
+
+    async def describe(self) -> ModelDescription:
+        """What the model takes."""
+        return self._processor.processor.description
+
+    async def tokenize(
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, texts: bool = False
+    ) -> TokenizedPrompt:
+        """Tokenizes in a thread."""
+        return await self._processor.tokenize(asked, conv_mode=conv_mode, deadline=deadline, texts=texts)
+
+    async def detokenize(self, token_ids: Sequence[int], *, deadline: float) -> str:
+        """The text of token ids, in a thread."""
+        return await self._processor.detokenize(token_ids)
 
     async def check_health(self) -> None:
         """Raises `EngineDeadError` if the engine's loop has ended."""

@@ -26,7 +26,7 @@ REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499
 """For access logs and metrics: the client is gone."""
 
-OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/openapi.json"})
 """Probes have no key, and the page has the field where users type theirs."""
 
 _ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
@@ -52,6 +52,8 @@ class RequestContextMiddleware:
         scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time(), notes=notes)
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
+        if len(path := _path(scope)) > 1 and path.endswith("/"):  # answered as without: a redirect could lose a body
+            scope = {**scope, "path": scope["path"].rstrip("/")}
         started = False
 
         async def send_with_id(message: Message) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from llava_serve.api.backends import Backend
-from llava_serve.api.completion import UsageCounter
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.api.usage import UsageCounter
+from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class GenerationRequest:
         cache_salt: requests of different ones share nothing that is cached.
     """
 
-    asked: Query | Sequence[Message]
+    asked: Asked
     sampling: SamplingParams
     request_id: str
     deadline: float

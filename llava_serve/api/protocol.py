@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from llava_serve.api.neutral import NEUTRAL_FIELDS
 from llava_serve.api.structured import ResponseFormat, StructuredOutputs
+from llava_serve.errors import RequestError
 from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
 from llava_serve.wire import Wire, one_of
@@ -57,12 +58,12 @@ Limit = Annotated[
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
-class ChatRequest(Wire):
-    """A chat completion request. Defaults and ranges that are not written here are those of `SamplingParams`.
+class GenerationFields(Wire):
+    """What every request for an answer may have. Defaults and ranges that are not written here are those of
+    `SamplingParams`.
 
     Attributes:
         model: a name from `/v1/models`; may be left out, since one model is served.
-        messages: the conversation, oldest turn first; the answer goes on from a last message of the assistant.
         max_tokens, max_completion_tokens: two names for the longest answer in tokens; without them it may go on to the
             end of the context, or to `default_max_tokens` in `/v1/models`.
         min_tokens: tokens before which nothing ends the answer. vLLM's.
@@ -75,8 +76,6 @@ class ChatRequest(Wire):
         logit_bias: added to the logits of tokens, by token id.
         seed: the same seed and request give the same answer.
         n: number of answers.
-        logprobs: return the log-probability of each token.
-        top_logprobs: return the log-probabilities of this many alternatives, too.
         presence_penalty, frequency_penalty: as OpenAI defines them.
         stream: send the answer as it is generated, as server-sent events.
         stream_options: of the stream.
@@ -84,16 +83,12 @@ class ChatRequest(Wire):
         top_k: sample from this many likeliest tokens; 0 is all. Ours.
         num_beams: beam search above 1. Ours.
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. Ours.
-        conv_mode: the prompt template, instead of the model's own. Ours.
         ignore_eos: go on to `max_tokens` even after an end token. Ours.
         timeout: seconds that the answer may take from the request's arrival. Ours.
         priority: a smaller number is served earlier, as in vLLM; 0 by default. Ours.
         cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.
-        continue_final_message: the answer goes on from the last message, which is the assistant's, as it does without
-            this field. vLLM's.
-        add_generation_prompt: the prompt ends where the assistant's turn begins, also after one of its own. vLLM's.
         return_token_ids: return the ids of the prompt and the answer; an image's positions have the id -200. vLLM's.
-        request_id: names the completion: its id is `chatcmpl-` and this. vLLM's.
+        request_id: names the completion: its id ends with this. vLLM's.
         response_format: the answer is a JSON object, or keeps to a JSON schema.
         structured_outputs: the answer keeps to a schema, a regular expression, a choice or a grammar. vLLM's.
         guided_json, guided_regex, guided_choice, guided_grammar: the same, vLLM's older names.
@@ -102,7 +97,6 @@ class ChatRequest(Wire):
     NEUTRAL = NEUTRAL_FIELDS
 
     model: str | None = None
-    messages: Annotated[list[WireMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Limit = None
     max_completion_tokens: Limit = None
     min_tokens: Integer | None = None
@@ -118,8 +112,6 @@ class ChatRequest(Wire):
         BeforeValidator(_unless_minus_one, json_schema_input_type=int | None),
     ] = None
     n: Integer | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     stream: bool | None = None
@@ -128,13 +120,10 @@ class ChatRequest(Wire):
     top_k: Annotated[int | None, BeforeValidator(_unless_minus_one, json_schema_input_type=int | None)] = None
     num_beams: Integer | None = None
     repetition_penalty: float | None = None
-    conv_mode: str | None = None
     ignore_eos: bool | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
     priority: Integer | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_ids: bool | None = None
     request_id: str | None = None
     response_format: ResponseFormat | None = None
@@ -143,6 +132,43 @@ class ChatRequest(Wire):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each token; None reports no log-probabilities."""
+        return None
+
+
+class ChatRequest(GenerationFields):
+    """A chat completion request.
+
+    Attributes:
+        messages: the conversation, oldest turn first; the answer goes on from a last message of the assistant.
+        logprobs: return the log-probability of each token.
+        top_logprobs: return the log-probabilities of this many alternatives, too.
+        conv_mode: the prompt template, instead of the model's own. Ours.
+        continue_final_message: the answer goes on from the last message, which is the assistant's, as it does without
+            this field. vLLM's.
+        add_generation_prompt: the prompt ends where the assistant's turn begins, also after one of its own. vLLM's.
+    """
+
+    messages: Annotated[list[WireMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    conv_mode: str | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As `GenerationFields` says.
+
+        Raises:
+            RequestError: only one of the two fields is given.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class Answer(BaseModel):
@@ -249,29 +275,6 @@ class ChatCompletionChunk(Answer):
     choices: list[ChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
-
-
-class Model(Answer):
-    """An entry of `/v1/models`.
-
-    Attributes:
-        default_max_tokens: the longest answer to a request that sets none; null is to the end of the context.
-        generation_config: the sampling defaults of the checkpoint's `generation_config.json` are not applied.
-    """
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    default_max_tokens: int | None
-    generation_config: Literal["ignored"]
-
-
-class ModelList(Answer):
-    """The answer of `/v1/models`."""
-
-    object: Literal["list"]
-    data: list[Model]
 
 
 class ErrorDetail(Answer):

@@ -3,57 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 
-from llava_serve.api.protocol import ChatCompletion, ChatCompletionChunk, ChatRequest, ErrorBody
+from llava_serve.api.protocol import Answer, ErrorBody
 from llava_serve.errors import UnsupportedMediaTypeError, shown
+from llava_serve.wire import Wire
 
-_STREAM = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}
+Body = TypeVar("Body", bound=Wire)
 
-CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": ChatCompletion,
-        "description": "The answer; with `stream`, events of `ChatCompletionChunk` and then `[DONE]`.",
-        "content": _STREAM,
-    },
-    **{
-        status: {"model": ErrorBody, "description": description}
-        for status, description in {
-            400: "A field, an image or the prompt's length is invalid; the message says which.",
-            401: "The API key is missing or invalid.",
-            404: "The model does not exist.",
-            413: "The body is too large.",
-            415: "The body is not sent as JSON.",
-            429: "The server is at capacity; `Retry-After` says when to try again.",
-            500: "The server failed on this request.",
-            503: "The model is not available.",
-            504: "The request's deadline has passed.",
-        }.items()
-    },
+_BODY_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "A field, an image or the prompt's length is invalid; the message says which.",
+        401: "The API key is missing or invalid.",
+        404: "The model does not exist.",
+        413: "The body is too large.",
+        415: "The body is not sent as JSON.",
+        429: "The server is at capacity; `Retry-After` says when to try again.",
+        500: "The server failed on this request.",
+        503: "The model is not available.",
+        504: "The request's deadline has passed.",
+    }.items()
 }
+"""Of every route that reads a body."""
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "An error; the message says which."}
 }
 """Of every route; they replace FastAPI's own 422."""
 
 
-def route_reading_by(read: Callable[[Request], Awaitable[ChatRequest]]) -> type[APIRoute]:
-    """Routes whose endpoint declares (request, body): FastAPI describes the body, and `read` alone parses it."""
+def responses_of(answer: type[Answer], event: type[Answer] | None = None) -> dict[int | str, dict[str, Any]]:
+    """The responses of a route that reads a body: its answer, and with `stream` the events."""
+    whole: dict[str, Any] = {"model": answer, "description": "The answer."}
+    if event is not None:
+        schema = {"schema": {"$ref": f"#/components/schemas/{event.__name__}"}}
+        whole |= {
+            "description": f"The answer; with `stream`, events of `{event.__name__}`.",
+            "content": {"text/event-stream": schema},
+        }
+    return {200: whole, **_BODY_ERRORS}
+
+
+def reading_route(
+    kind: type[Body], read: Callable[[Request, type[Body]], Awaitable[Body]], event: type[Answer] | None = None
+) -> type[APIRoute]:
+    """Routes whose endpoint declares (request, body): FastAPI describes the body, and `read` alone parses it.
+
+    Args:
+        kind: of the body.
+        read: parses it.
+        event: of the stream, whose schema `responses_of` names.
+    """
 
     class ReadingRoute(APIRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
             super().__init__(path, endpoint, **options)
-            self.stream_item_type = ChatCompletionChunk  # so that its schema is among the components
+            if event is not None:
+                self.stream_item_type = event  # so that its schema is among the components
 
         def get_route_handler(self) -> Callable[[Request], Any]:
             async def handle(request: Request) -> Response:
                 check_media_type(request.headers)
-                response: Response = await self.endpoint(request, await read(request))
+                response: Response = await self.endpoint(request, await read(request, kind))
                 return response
 
             return handle

@@ -24,9 +24,9 @@ _HEADERS = [
 ]
 
 
-def event(data: bytes) -> bytes:
+def event(data: bytes, name: str = "") -> bytes:
     """One event; `data` is JSON on one line."""
-    return b"data: " + data + b"\n\n"
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
 
 
 class EventSender:

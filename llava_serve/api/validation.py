@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from llava_serve.api.middleware import is_request_id
-from llava_serve.api.protocol import ChatRequest
+from llava_serve.api.protocol import ChatRequest, GenerationFields
 from llava_serve.api.structured import GUIDED, structured_output
 from llava_serve.errors import RequestError, UnsupportedParameterError
 from llava_serve.openai_messages import from_wire
 from llava_serve.types import Conversation, ImageOrder, Message, SamplingParams
-from llava_serve.wire import as_request_error, refuse_extras, unsupported_fields
+from llava_serve.wire import Wire, as_request_error, refuse_extras, unsupported_fields
+
+Request = TypeVar("Request", bound=Wire)
+
 
 _SAME_NAME = (
     "temperature",
@@ -63,17 +67,18 @@ class ParsedChat:
 def read_chat(body: bytes, *, ignore_unknown: bool, image_order: ImageOrder) -> ParsedChat:
     """Does all work on a request that grows with its body. Arguments and errors are those of `parse_request` and
     `conversation_of`."""
-    wire = parse_request(body, ignore_unknown=ignore_unknown)
+    wire = parse_request(body, ChatRequest, ignore_unknown=ignore_unknown)
     conversation, notes = conversation_of(wire, image_order)
     declared = wire.model_fields_set & ChatRequest.model_fields.keys() - {"messages"}
     bare = ChatRequest.model_construct(**{name: getattr(wire, name) for name in declared})
     return ParsedChat(bare, conversation, notes, tuple(unsupported_fields(wire)) if ignore_unknown else ())
 
 
-def parse_request(body: bytes, *, ignore_unknown: bool = False) -> ChatRequest:
+def parse_request(body: bytes, kind: type[Request], *, ignore_unknown: bool = False) -> Request:
     """Parses a request. The work is linear in the body's length, and the first fault ends it.
 
     Args:
+        kind: of the request.
         ignore_unknown: accept fields that ask for something that this server does not support; `unsupported_fields`
             lists them.
 
@@ -84,19 +89,19 @@ def parse_request(body: bytes, *, ignore_unknown: bool = False) -> ChatRequest:
     if sum(map(body.count, _STRUCTURE)) > MAX_VALUES:
         raise RequestError(f"The request's body has more than {MAX_VALUES:,} values.")
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
         raise as_request_error(error) from None
     check_tools(request)
     if not ignore_unknown:
         refuse_extras(request)
     for name in ("response_format", "structured_outputs"):  # an answer of another form is of no use
-        if (form := getattr(request, name)) is not None:
+        if (form := getattr(request, name, None)) is not None:
             refuse_extras(form, f"{name}.")
     return request
 
 
-def check_tools(request: ChatRequest) -> None:
+def check_tools(request: Wire) -> None:
     """Refuses to call tools. A list of tools that are not to be called passes.
 
     Raises:
@@ -114,7 +119,7 @@ def check_tools(request: ChatRequest) -> None:
             )
 
 
-def sampling_of(request: ChatRequest, default_max_tokens: int | None = None) -> SamplingParams:
+def sampling_of(request: GenerationFields, default_max_tokens: int | None = None) -> SamplingParams:
     """The sampling parameters: the request's, and the library's defaults for the rest.
 
     Args:
@@ -125,8 +130,6 @@ def sampling_of(request: ChatRequest, default_max_tokens: int | None = None) -> 
     """
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestError("Give max_tokens or max_completion_tokens, not both.", "max_completion_tokens")
-    if request.top_logprobs and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
     if request.stream_options is not None and request.stream_options.include_usage and not request.stream:
         raise RequestError("stream_options needs stream to be true.", "stream_options")
     given = {
@@ -135,7 +138,7 @@ def sampling_of(request: ChatRequest, default_max_tokens: int | None = None) -> 
         "stop": tuple(request.stop or ()),
         "stop_token_ids": tuple(request.stop_token_ids or ()),
         "logit_bias": _bias(request.logit_bias or {}),
-        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        "logprobs": request.alternatives,
         "structured": structured_output(
             request.response_format,
             request.structured_outputs,
@@ -153,31 +156,36 @@ def _bias(given: Mapping[str, float]) -> dict[int, float]:
     return {int(token): value for token, value in given.items()}
 
 
-def conversation_of(request: ChatRequest, image_order: ImageOrder) -> tuple[Sequence[Message], tuple[str, ...]]:
+def conversation_of(
+    request: ChatRequest, image_order: ImageOrder, field: str = "messages"
+) -> tuple[Sequence[Message], tuple[str, ...]]:
     """The conversation of a request, and notes on what stands elsewhere than it was sent.
+
+    Args:
+        field: where it stands in the request, for errors.
 
     Raises:
         RequestError: a message cannot be used.
     """
-    messages, notes = from_wire(request.messages)
+    messages, notes = from_wire(request.messages, field)
     conversation = Conversation(messages, request.continue_final_message, request.add_generation_prompt, image_order)
     # One with the defaults goes as plain messages, which picture replicas of older releases take, too.
     return messages if conversation == Conversation(messages) else conversation, notes
 
 
-def completion_id(request: ChatRequest, default: str) -> str:
-    """The id of a completion: by the request's own, as in vLLM.
+def completion_id(request: GenerationFields, prefix: str, default: str) -> str:
+    """The id of a completion: a prefix, and the request's own id, as in vLLM, or the default.
 
     Raises:
         RequestError: it is no short word.
     """
     if request.request_id is None:
-        return default
+        return f"{prefix}{default}"
     if not is_request_id(request.request_id):
         raise RequestError(
             "request_id must be 1 to 128 letters, digits and marks out of _ . : / + = @ -.", "request_id"
         )
-    return f"chatcmpl-{request.request_id}"
+    return f"{prefix}{request.request_id}"
 
 
 def check_priority(priority: int, allowed: tuple[int, int]) -> None:

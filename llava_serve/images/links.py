@@ -19,7 +19,7 @@ from llava_serve.errors import CapacityError, InvalidImageError
 from llava_serve.images.addresses import Address, may_connect
 from llava_serve.images.download import Downloader, is_link, port_of
 from llava_serve.images.transport import Budget, Check, FetchError, FetchLimits, HostError, Resolver, system_addresses
-from llava_serve.types import Conversation, ImagePart, Message, Query, TextPart
+from llava_serve.types import Asked, Conversation, ImagePart, Query, RawPrompt, TextPart
 
 MAX_REQUESTS = 8
 """Requests whose links are fetched, or whose fetched pictures wait to be decoded, at once: it bounds memory, too."""
@@ -28,7 +28,6 @@ MAX_PER_HOST = 4
 _PATIENCE_S = 2
 """How long a request waits for its turn at a host."""
 
-Asked = Query | Sequence[Message]
 Permit = Callable[[Address], bool]
 
 
@@ -162,6 +161,7 @@ def _images(asked: Asked) -> Iterator[tuple[str, ImagePart]]:
     """The pictures of a request, each with the place where it stands."""
     if isinstance(asked, Query):
         yield from ((f"images[{number}]", image) for number, image in enumerate(asked.images))
+    if isinstance(asked, Query | RawPrompt):
         return
     for number, message in enumerate(asked):
         for place, part in enumerate(message.parts):
@@ -170,6 +170,9 @@ def _images(asked: Asked) -> Iterator[tuple[str, ImagePart]]:
 
 
 def _with_bytes(asked: Asked, found: Mapping[str | bytes, bytes]) -> Asked:
+    if isinstance(asked, RawPrompt):
+        return asked
+
     def read(part: TextPart | ImagePart) -> TextPart | ImagePart:
         return ImagePart(found.get(part.source, part.source)) if isinstance(part, ImagePart) else part
 

@@ -51,9 +51,8 @@ def num_features(size: Size, processing: ImageProcessing) -> int:
     """Positions that a picture of (width, height) takes in the prompt."""
     if processing.aspect != "anyres":
         return processing.features_per_tile + processing.newline
-    columns, rows = tile_grid(size, processing)
     if processing.merge == "flat":
-        return (1 + columns * rows) * processing.features_per_tile
+        return num_tiles(size, processing) * processing.features_per_tile
     top, bottom, left, right = kept_features(size, processing)
     height, width = shrunk_grid(bottom - top, right - left, processing)
     newline = 1 if processing.merge == "spatial_unpad" else 0
@@ -66,6 +65,14 @@ def shrunk_grid(height: int, width: int, processing: ImageProcessing) -> Size:
         return height, width
     ratio = math.sqrt(height * width / (processing.max_grid_tiles * processing.grid_side**2))
     return (int(height // ratio), int(width // ratio)) if ratio > _MIN_RATIO else (height, width)
+
+
+def num_tiles(size: Size, processing: ImageProcessing) -> int:
+    """Tiles that `make_tiles` makes of a picture of (width, height)."""
+    if processing.aspect != "anyres":
+        return 1
+    columns, rows = tile_grid(size, processing)
+    return 1 + columns * rows
 
 
 def tile_grid(size: Size, processing: ImageProcessing) -> Size:

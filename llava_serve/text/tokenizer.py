@@ -77,6 +77,14 @@ class Tokenizer(ABC):
         ]
         return self._encode(merge_text(known))
 
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a prompt that is one text. What the tokenizer begins a prompt with may be left out."""
+        ids = self.encode([Text(text)])
+        if add_special_tokens:
+            return ids
+        opening = self.encode([ImageSlot()])[:-1]
+        return ids[len(opening) :] if ids[: len(opening)] == opening else ids
+
 
 def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Loads the tokenizer of a checkpoint.

@@ -47,9 +47,15 @@ def url() -> Iterator[str]:
 def test_every_operation_is_described() -> None:
     assert set(OPERATIONS) == {
         "GET /health",
+        "GET /ping",
         "GET /v1/models",
         "GET /v1/models/{name}",
+        "GET /version",
+        "POST /detokenize",
+        "POST /tokenize",
         "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "POST /v1/responses",
     }
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from llava_serve.api.app import LARGE_BODY_BYTES, create_app
+from llava_serve.api.app import create_app
 from llava_serve.api.parse_process import ParseProcess
+from llava_serve.api.service import LARGE_BODY_BYTES
 from llava_serve.api.validation import read_chat
 from llava_serve.config import ApiOptions
 from llava_serve.errors import RequestError

@@ -303,5 +303,5 @@ def test_plain_weights_that_are_called_quantized_are_refused(bits: int, tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     settings = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
     write_json(tmp_path / "config.json", config | {"quantization_config": settings})
-    with pytest.raises(CheckpointError, match="a file is damaged or does not fit its config.json"):
+    with pytest.raises(CheckpointError, match=r"a file is damaged or does not fit its config\.json"):
         LLM(str(tmp_path), device="cpu", dtype="float32", engine=ONE_THREAD)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
-from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
+from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, data_url, question
 
 QUESTIONS = (DEMO_QUESTION, "Describe the picture.", "How many shapes are there?")
 
@@ -32,6 +33,30 @@ def test_the_demo_question_is_answered_rightly(client: Any) -> None:
     assert choice.finish_reason == "stop"
     assert 0 < completion.usage.completion_tokens <= 40
     assert completion.usage.prompt_tokens > 10
+
+
+def test_the_other_endpoints_answer_over_the_tiers(client: Any, served: Any) -> None:
+    """The context is known at the ingress, and a prompt's cost without the model; a response is the chat's answer."""
+    image = DEMO_IMAGE.read_bytes()
+    messages = question(DEMO_QUESTION, image)
+    [model] = client.models.list().data
+    with httpx.Client(base_url=served.url, timeout=60) as web:
+        reported = web.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+        assert (reported["fits"], reported["max_model_len"]) == (True, model.to_dict()["max_model_len"])
+        assert len(reported["images"]) == 1
+        words = [each for each in reported["tokens"] if each >= 0]
+        assert DEMO_QUESTION in web.post("/detokenize", json={"tokens": words}).json()["prompt"]
+        refused = web.post("/detokenize", json={"tokens": [10**6]})
+        assert refused.status_code == 400
+    content = [
+        {"type": "input_text", "text": DEMO_QUESTION},
+        {"type": "input_image", "image_url": data_url(image), "detail": "auto"},
+    ]
+    response = client.responses.create(model="builtin", input=[{"role": "user", "content": content}], temperature=0)
+    assert response.output_text == answer(client, DEMO_QUESTION, image)
+    assert response.usage.input_tokens == reported["count"]
+    text = client.completions.create(model="builtin", prompt="The circle is", temperature=0, max_tokens=3)
+    assert text.choices[0].text
 
 
 def test_streamed_equals_unstreamed(client: Any) -> None:

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp
 from llava_serve.api.app import create_app
 from llava_serve.api.http_server import server_of
 from llava_serve.config import ApiOptions
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.tokenization import ModelDescription, TokenizedPrompt
+from llava_serve.types import Asked, Chunk, Message, PreparedPrompt, Query, RawPrompt, SamplingParams
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What is it?"}]
 BODY: dict[str, Any] = {"model": "paced", "messages": MESSAGES}
@@ -79,11 +80,11 @@ class PacedBackend:
     priorities: list[int] = field(default_factory=list)
 
     async def prepare(
-        self, asked: Query | Sequence[Message], *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
     ) -> PreparedPrompt:
         self.working += 1
         try:
-            assert not isinstance(asked, Query)
+            assert not isinstance(asked, Query | RawPrompt)
             self.asked.append((asked, conv_mode))
             self.deadlines.append(deadline)
             await asyncio.sleep(self.prepare_s)
@@ -107,6 +108,17 @@ class PacedBackend:
                     yield [Chunk(index, word, (number,), "stop" if last else None, num_prompt_tokens=7)]
         finally:
             self.working -= 1
+
+    async def describe(self) -> ModelDescription:
+        return ModelDescription(max_model_len=64, max_images=3, max_image_bytes=1000, max_image_pixels=2000)
+
+    async def tokenize(
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, texts: bool = False
+    ) -> TokenizedPrompt:
+        return TokenizedPrompt(tuple(range(7)), None, (), 64)
+
+    async def detokenize(self, token_ids: Sequence[int], *, deadline: float) -> str:
+        return " ".join(map(str, token_ids))
 
     async def check_health(self) -> None:
         self._fail(-1)

@@ -1,0 +1,225 @@
+"""The wire format of `POST /v1/responses`: OpenAI's Responses API without state and tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from llava_serve.api.neutral import NEUTRAL_FIELDS
+from llava_serve.api.protocol import Answer, ChatRequest, Integer, Limit, StreamOptions
+from llava_serve.api.structured import JsonSchema, ResponseFormat
+from llava_serve.errors import UnsupportedParameterError
+from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
+from llava_serve.types import FinishReason
+from llava_serve.wire import Wire, anything, as_request_error, one_of
+
+
+class InputItem(WireMessage):
+    """One turn; answers of earlier responses may be sent as they were received."""
+
+    NEUTRAL = WireMessage.NEUTRAL | {"status": anything, "phase": anything}
+
+    type: Literal["message"] | None = None
+
+
+def _as_items(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class TextFormat(JsonSchema):
+    """The form of the answer's text: OpenAI's `response_format`, with the schema in the same object."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    def as_response_format(self) -> ResponseFormat:
+        """The same as a chat completion has it."""
+        schema = {"json_schema": self.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)}
+        return ResponseFormat.model_validate({"type": self.type} | (schema if self.json_schema is not None else {}))
+
+
+class TextOptions(Wire):
+    """Of the answer's text."""
+
+    NEUTRAL = {"verbosity": one_of("medium")}  # noqa: RUF012 (a ClassVar of the base)
+
+    format: TextFormat | None = None
+
+
+_CHAT_FIELDS = (
+    *("model", "temperature", "top_p", "top_k", "seed", "stream", "user"),
+    *("conv_mode", "timeout", "priority", "cache_salt"),
+)
+
+
+class ResponseRequest(Wire):
+    """A request of the Responses API. Fields with the name of one of a chat completion mean the same.
+
+    Attributes:
+        input: a text, or turns with `input_text`, `input_image` and `output_text`, oldest first.
+        instructions: the system message.
+        max_output_tokens: the longest answer in tokens.
+        text: the form of the answer's text.
+        previous_response_id, conversation, store: state, which this server does not keep.
+    """
+
+    NEUTRAL = {  # noqa: RUF012 (a ClassVar of the base)
+        **NEUTRAL_FIELDS,
+        "include": one_of([], ["reasoning.encrypted_content"]),  # there is no reasoning to include
+        "max_tool_calls": anything,
+        "reasoning": one_of({}, {"effort": "none"}),
+        "top_logprobs": one_of(0),
+        "truncation": one_of("disabled"),
+    }
+
+    model: str | None = None
+    input: Annotated[
+        Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)],
+        BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem]),
+    ]
+    instructions: str | None = None
+    max_output_tokens: Limit = None
+    text: TextOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Integer | None = None
+    seed: Integer | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    conv_mode: str | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    priority: Integer | None = None
+    cache_salt: str | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    store: bool | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The same as a chat completion request: one of `messages` and `max_tokens`.
+
+        Raises:
+            RequestError: a field is wrong.
+            UnsupportedParameterError: the request needs state.
+        """
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name):
+                raise UnsupportedParameterError(
+                    f"This server keeps no responses, so '{name}' is not supported: send the earlier turns in 'input'.",
+                    name,
+                )
+        if self.store:
+            raise UnsupportedParameterError(
+                "This server keeps no responses: leave 'store' out, or send false, and send earlier turns in 'input'.",
+                "store",
+            )
+        system = [WireMessage.model_validate({"role": "system", "content": self.instructions})]
+        messages: Sequence[WireMessage] = [*(system if self.instructions else ()), *self.input]
+        same = {name: value for name in _CHAT_FIELDS if (value := getattr(self, name)) is not None}
+        if self.text is not None and self.text.format is not None:
+            same["response_format"] = self.text.format.as_response_format()
+        try:
+            return ChatRequest.model_validate({"messages": messages, "max_tokens": self.max_output_tokens} | same)
+        except ValidationError as error:
+            raise as_request_error(error) from None
+
+
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(Answer):
+    """The text of an answer."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[str]
+    logprobs: list[str]
+
+
+class OutputMessage(Answer):
+    """The answer."""
+
+    id: str
+    type: Literal["message"] = "message"
+    status: Status
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText]
+
+
+class InputTokensDetails(Answer):
+    """Parts of the prompt: images, positions that were in the cache, and those that are paid for writing: none."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+    image_tokens: int
+
+
+class OutputTokensDetails(Answer):
+    """Parts of the answer."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(Answer):
+    """Tokens, as positions in the model: an image takes as many as it has features."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(Answer):
+    """Why an answer is not complete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseObject(Answer):
+    """The answer, or its state in a stream: `output` and `usage` are there at the end. Other fields are those of the
+    request, or their defaults."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Status
+    error: None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputMessage]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: bool
+    temperature: float
+    text: dict[str, dict[str, Any]]
+    tool_choice: Literal["none"]
+    tools: list[str]
+    top_p: float
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None
+    metadata: dict[str, str]
+
+
+class ResponseEvent(Answer):
+    """One event of a stream; which fields it has depends on its type."""
+
+    type: str
+    sequence_number: int
+    response: ResponseObject | None = None
+    output_index: int | None = None
+    item: OutputMessage | None = None
+    item_id: str | None = None
+    content_index: int | None = None
+    part: OutputText | None = None
+    delta: str | None = None
+    text: str | None = None
+    logprobs: list[str] | None = None
+
+
+def status_of(finish_reason: FinishReason) -> Status:
+    """Of a finished answer."""
+    return "completed" if finish_reason == "stop" else "incomplete"

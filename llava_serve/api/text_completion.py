@@ -1,0 +1,145 @@
+"""`POST /v1/completions`: the answer goes on from a raw prompt, without a template. OpenAI's legacy form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BeforeValidator, Field
+
+from llava_serve.api.answer import GeneratedAnswer
+from llava_serve.api.completion import CompletionForm
+from llava_serve.api.protocol import Answer, ChoiceLogprobs, GenerationFields, Integer, Usage
+from llava_serve.api.routing import reading_route, responses_of
+from llava_serve.api.service import Service
+from llava_serve.api.validation import completion_id
+from llava_serve.types import Chunk, FinishReason, RawPrompt
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's and vLLM's for this endpoint."""
+MAX_PROMPT_IDS = 65_536
+
+
+def _only_one(prompt: Any) -> Any:
+    """The prompt of a list of one: clients send lists."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(each) is int for each in prompt)):
+        return prompt
+    raise ValueError("must be one text or the token ids of one, or a list of one of them")
+
+
+Prompt = str | Annotated[list[Integer], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
+
+
+class CompletionRequest(GenerationFields):
+    """A completion request. `suffix`, `echo` and a `best_of` above 1 are not supported.
+
+    Attributes:
+        prompt: one text, in which markup has no effect, or its token ids; or a list of one of them.
+        logprobs: return the log-probability of each token, and of this many alternatives.
+        add_special_tokens: a text gets the tokens that the tokenizer begins a prompt with; true by default. vLLM's.
+    """
+
+    prompt: Annotated[Prompt, BeforeValidator(_only_one, json_schema_input_type=Prompt | list[str])]
+    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As `GenerationFields` says."""
+        return self.logprobs
+
+
+class TextLogprobs(Answer):
+    """The tokens of a choice, or of a piece of it: each with its log-probability, alternatives by their text, and where
+    it begins in the choice's text, in characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(Answer):
+    """One of the `n` answers, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
+
+
+class TextCompletion(Answer):
+    """The answer, or one event of a stream. With `include_usage`, `usage` is null on all events but the last."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class TextShape:
+    """The objects of one request."""
+
+    def __init__(self) -> None:
+        self._offsets: Counter[int] = Counter()  # of the next token, by choice
+
+    def choice(self, choice: Chunk, logprobs: ChoiceLogprobs | None, **ids: Any) -> TextChoice:
+        """A complete choice."""
+        return TextChoice(
+            index=choice.index,
+            text=choice.text,
+            logprobs=None if logprobs is None else self._logprobs(choice.index, logprobs),
+            finish_reason=choice.finish_reason,
+            **ids,
+        )
+
+    def piece(self, chunk: Chunk, logprobs: ChoiceLogprobs | None, *, first: bool, **ids: Any) -> TextChoice:
+        """What is new in a choice."""
+        return self.choice(chunk, logprobs, **ids)
+
+    def completion(self, **fields: Any) -> TextCompletion:
+        """The whole answer."""
+        return TextCompletion(object="text_completion", **fields)
+
+    def event(self, **fields: Any) -> TextCompletion:
+        """One event of a stream."""
+        return self.completion(**fields)
+
+    def _logprobs(self, index: int, logprobs: ChoiceLogprobs) -> TextLogprobs:
+        offsets = []
+        for token in logprobs.content:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.token)
+        return TextLogprobs(
+            tokens=[token.token for token in logprobs.content],
+            token_logprobs=[token.logprob for token in logprobs.content],
+            top_logprobs=[{each.token: each.logprob for each in token.top_logprobs} for token in logprobs.content],
+            text_offset=offsets,
+        )
+
+
+def text_routes(service: Service) -> APIRouter:
+    """The endpoint."""
+    routes = APIRouter(route_class=reading_route(CompletionRequest, service.read, TextCompletion))
+
+    @routes.post(
+        "/v1/completions",
+        summary="Go on from a text",
+        responses=responses_of(TextCompletion, TextCompletion),
+    )
+    async def completions(request: Request, wire: CompletionRequest) -> Response:
+        prompt = wire.prompt if isinstance(wire.prompt, str) else tuple(wire.prompt)
+        asked = RawPrompt(prompt, wire.add_special_tokens is not False)
+        work = service.generation_request(request, wire, asked, default_max_tokens=DEFAULT_MAX_TOKENS)
+        form = CompletionForm(TextShape(), wire, completion_id(wire, "cmpl-", work.request_id), service.model.name)
+        return GeneratedAnswer(service.backend, work, form, request.state.request_id)
+
+    return routes
