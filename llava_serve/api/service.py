@@ -106,7 +106,7 @@ class Service:
         """A request for the pipeline.
 
         Args:
-            default_max_tokens: of the endpoint; None takes the server's.
+            default_max_tokens: of the endpoint; the server's own bounds it.
 
         Raises:
             RequestError: a field is outside its range, or the model is another one.
@@ -114,10 +114,11 @@ class Service:
         self.model.check(wire.model)
         priority = wire.priority or 0
         check_priority(priority, self.options.priority_range)
+        defaults = [each for each in (default_max_tokens, self.options.default_max_tokens) if each is not None]
         client = getattr(request.state, "client", None)
         return GenerationRequest(
             asked=asked,
-            sampling=sampling_of(wire, default_max_tokens or self.options.default_max_tokens),
+            sampling=sampling_of(wire, min(defaults, default=None)),
             request_id=uuid.uuid4().hex,
             deadline=self.deadline(request, wire.timeout),
             conv_mode=conv_mode,

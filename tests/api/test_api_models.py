@@ -39,6 +39,14 @@ def test_every_name_is_described_and_answers(web: httpx.Client, name: str, shown
     assert completion.choices[0].message.content == "A red circle."
 
 
+def test_the_default_of_the_server_bounds_that_of_an_endpoint() -> None:
+    backend = PacedBackend()
+    for own, used in ((None, 16), (9, 9), (20, 16)):
+        with app_over(backend, default_max_tokens=own) as web:
+            assert web.post("/v1/completions", json={"prompt": [1]}).status_code == 200
+        assert backend.samplings[-1].max_new_tokens == used
+
+
 def test_another_name_is_refused(web: httpx.Client) -> None:
     with pytest.raises(NotFoundError):
         official(web).models.retrieve("gpt-5")

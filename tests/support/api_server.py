@@ -84,8 +84,9 @@ class PacedBackend:
     ) -> PreparedPrompt:
         self.working += 1
         try:
-            assert not isinstance(asked, Query | RawPrompt)
-            self.asked.append((asked, conv_mode))
+            assert not isinstance(asked, Query)
+            if not isinstance(asked, RawPrompt):
+                self.asked.append((asked, conv_mode))
             self.deadlines.append(deadline)
             await asyncio.sleep(self.prepare_s)
             self._fail(-1)
