@@ -3,13 +3,13 @@
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` itself; with a string it
 # would silently pass the arguments on as an unchecked dict.
 
-from pydantic import ConfigDict, field_validator
+from pydantic import field_validator
 from ray import serve
 from ray.serve import Application
 
 from llava_serve.api.keys import KEYS_VARIABLE
 from llava_serve.checkpoints.model_name import model_name
-from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
+from llava_serve.config import ApiOptions, AppOptions
 
 from .ingress import Ingress
 from .model import LlavaModel
@@ -19,20 +19,8 @@ DEPLOYMENTS = tuple(each.__name__ for each in (Ingress, ImagePreprocessor, Llava
 """The names of the deployments in a config."""
 
 
-class AppArgs(ModelOptions):
-    """The application's `args` in `serve_config.yaml`: the model's options, and those of the other parts by name.
-
-    Attributes:
-        engine: limits of each model replica.
-        images: what pictures are accepted.
-        api: access and limits of the web app; without `api_keys`.
-    """
-
-    model_config = ConfigDict(hide_input_in_errors=True)
-
-    engine: EngineOptions = EngineOptions()
-    images: ImageOptions = ImageOptions()
-    api: ApiOptions = ApiOptions()
+class AppArgs(AppOptions):
+    """The application's `args` in `serve_config.yaml`, without `api_keys`."""
 
     @field_validator("api")
     @classmethod
@@ -43,11 +31,6 @@ class AppArgs(ModelOptions):
                 f"{KEYS_VARIABLE}, and replace those that stood here"
             )
         return given
-
-    @property
-    def model_options(self) -> ModelOptions:
-        """The options of the model alone."""
-        return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})
 
     @property
     def model_name(self) -> str:

@@ -7,17 +7,15 @@ must know every key, and all replicas must fit the CPUs that the file is meant f
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
+from llava_serve.cli.serve_config import faults_of, models_of, unknown, wrong_values
 from llava_serve.config import RoutingOptions
 from llava_serve.ray_application import NAMES
 
@@ -51,7 +49,7 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
         config: the parsed YAML.
         cpus: the CPUs that all replicas must fit at the maximum of autoscaling; None does not check.
     """
-    if faults := list(unknown_keys(config, ServeDeploySchema, "")) or wrong_values(config, ServeDeploySchema, ""):
+    if faults := faults_of(config, ServeDeploySchema, ""):
         return faults
     assert isinstance(config, Mapping)
     for number, application in enumerate(config["applications"]):
@@ -71,9 +69,7 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
 def check_application(application: Mapping[str, Any], path: str) -> Iterator[str]:
     """Checks what Ray cannot: the application's arguments and the names of its deployments."""
     arguments = application.get("args", {})
-    yield from list(unknown_keys(arguments, AppArgs, f"{path}args.")) or wrong_values(
-        arguments, AppArgs, f"{path}args."
-    )
+    yield from faults_of(arguments, AppArgs, f"{path}args.")
     named = [deployment["name"] for deployment in deployments_of(application)]
     for number, name in enumerate(named):
         if name not in DEPLOYMENTS:
@@ -99,7 +95,7 @@ def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
     if routing.get("request_router_class") in ROUTERS:
         arguments = routing.get("request_router_kwargs") or {}
         path += "request_router_config.request_router_kwargs."
-        yield from list(unknown_keys(arguments, RoutingOptions, path)) or wrong_values(arguments, RoutingOptions, path)
+        yield from faults_of(arguments, RoutingOptions, path)
 
 
 def check_gpus(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -110,45 +106,6 @@ def check_gpus(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
             f"{path}ray_actor_options.num_gpus: {gpus:g}; a replica runs its model on one GPU, so more would lie idle: "
             "set 1, and more replicas"
         )
-
-
-def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
-    """Walks a value and its type, and reports the keys that no model in the type has."""
-    # Not pydantic's extra="forbid": that accepts any key where the schema says `Dict | Model`, and suggests no names.
-    models = list(models_of(schema))
-    if isinstance(value, Mapping) and models:
-        for key, below in value.items():
-            fields = [model.model_fields[key] for model in models if key in model.model_fields]
-            if fields:
-                yield from unknown_keys(below, fields[0].annotation, f"{path}{key}.")
-            else:
-                yield unknown(f"{path}{key}", str(key), [name for model in models for name in model.model_fields])
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from unknown_keys(item, schema, f"{path.removesuffix('.')}[{number}].")
-
-
-def models_of(schema: object) -> Iterator[type[BaseModel]]:
-    """The models in a type, such as the one in `Optional[list[Model]]`."""
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        yield schema
-    for part in typing.get_args(schema):
-        yield from models_of(part)
-
-
-def unknown(where: str, got: str, known: Iterable[str]) -> str:
-    """The sentence for an unknown name."""
-    near = difflib.get_close_matches(got, list(known), n=1)
-    return f"{where}: unknown" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
-    """A sentence per value that the model rejects."""
-    try:
-        model.model_validate(value)
-    except ValidationError as error:
-        return [f"{path}{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
-    return []
 
 
 def deployments_of(application: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-import yaml
 from pydantic import ValidationError
 
 from llava_serve.api.keys import accepted_keys
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.cli.ports import bound_socket, check_open
+from llava_serve.cli.serve_config import address_of, parse_serve_config, read_serve_config
 from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
 from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.ray_application import NAMES, is_application
@@ -75,11 +75,9 @@ def parse_config(path: Path | None = None, **changes: Unpack[Changes]) -> dict[s
         ConfigError: it is no config; or its application, its model or its file of API keys is not there.
     """
     try:
-        config: dict[str, Any] = yaml.safe_load(packaged(CONFIG) if path is None else path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not _has_an_application(config):
-        raise ConfigError(f"{path} is not a Serve config with an application.")
+        config = parse_serve_config(packaged(CONFIG)) if path is None else read_serve_config(path)
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
     config.setdefault("http_options", {}).update(_given(changes, "host", "port"))
     arguments = config["applications"][0].setdefault("args", {})
     if model := changes.get("model"):
@@ -89,12 +87,6 @@ def parse_config(path: Path | None = None, **changes: Unpack[Changes]) -> dict[s
     for application in config["applications"]:
         _check_application(application, path)
     return config
-
-
-def address_of(config: Mapping[str, Any]) -> tuple[str, int]:
-    """The host and the port of HTTP; Serve's defaults where the config says none."""
-    http = config.get("http_options", {})
-    return http.get("host", "0.0.0.0"), http.get("port", 8000)
 
 
 def check_address(config: Mapping[str, Any]) -> None:
@@ -120,19 +112,6 @@ def check_strictly(config: Mapping[str, Any], path: Path | None = None) -> None:
 
     if faults := check(config):
         raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
-
-
-def _has_an_application(config: Any) -> bool:
-    """Whether the parts are there that flags change; all else is for the strict check."""
-    if not isinstance(config, dict) or not isinstance(config.get("http_options", {}), dict):
-        return False
-    applications = config.get("applications")
-    return isinstance(applications, list) and bool(applications) and all(map(_is_application, applications))
-
-
-def _is_application(value: Any) -> bool:
-    arguments = value.get("args", {}) if isinstance(value, dict) else None
-    return isinstance(arguments, dict) and isinstance(arguments.get("api", {}), dict)
 
 
 def _check_application(application: Mapping[str, Any], path: Path | None) -> None:

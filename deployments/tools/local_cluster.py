@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from .config import address_of
+from llava_serve.cli.serve_config import address_of
+
 from .serve_env import EXTRA_PORTS, own_places
 
 START_TIMEOUT_S = 300.0

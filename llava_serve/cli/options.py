@@ -78,7 +78,7 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
     from llava_serve.checkpoints import open_checkpoint
     from llava_serve.config import ModelOptions
 
-    model = ModelOptions(**_given(options, *ModelOptions.model_fields))
+    model = ModelOptions(**given(options, *ModelOptions.model_fields))
     open_checkpoint(model)
     return model
 
@@ -108,9 +108,9 @@ def sampling(options: argparse.Namespace) -> SamplingParams:
     """The library's form of the sampling flags."""
     from llava_serve.types import SamplingParams
 
-    given = _given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
-    given.setdefault("temperature", _TEMPERATURE if given.get("num_beams", 1) == 1 else 0.0)
-    return SamplingParams(**given)
+    values = given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+    values.setdefault("temperature", _TEMPERATURE if values.get("num_beams", 1) == 1 else 0.0)
+    return SamplingParams(**values)
 
 
 def _device(name: str) -> str:
@@ -119,5 +119,6 @@ def _device(name: str) -> str:
     return name
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The flags of these names that were given."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}

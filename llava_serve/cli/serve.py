@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llava_serve.cli import options as flags
 from llava_serve.cli.ports import bound_socket, check_open
 from llava_serve.errors import RequestError
 from llava_serve.ray_application import application_package
+
+if TYPE_CHECKING:
+    from llava_serve.config import AppOptions
 
 _PASSED_ON = ("model", "host", "port", "api_key_file", "profile")
 """To the process that serves on Ray."""
@@ -43,7 +46,7 @@ def add_to(commands: flags.Commands) -> None:
         metavar="MODEL_OR_CONFIG",
         help="a model, or a Serve config (*.yaml) instead of the packaged one",
     )
-    parser.add_argument("--in-process", action="store_true", help="serve one model in this process, without Ray")
+    parser.add_argument("--in-process", action="store_true", help="serve in this process, without Ray")
     flags.add_model_flags(parser)
     parser.add_argument(
         "--compile",
@@ -68,9 +71,9 @@ def run(options: argparse.Namespace) -> int:
             raise RequestError("Name the model once, with --model or without.")
         options.model = options.what
     if options.in_process:
-        if config or options.profile or options.print_config:
-            raise RequestError("--in-process takes no config and no profile; use flags instead.")
-        return _serve_in_process(options)
+        if options.profile or options.print_config:
+            raise RequestError("--in-process takes no profile, and prints no config.")
+        return _serve_in_process(options, config)
     for name in _IN_PROCESS_ONLY:
         if getattr(options, name) is not None:
             flag = "--load-" + options.quantization if name == "quantization" else "--" + name.replace("_", "-")
@@ -96,15 +99,15 @@ def _serve_on_ray(options: argparse.Namespace, config: str | None) -> NoReturn:
     os.execv(sys.executable, command)
 
 
-def _serve_in_process(options: argparse.Namespace) -> int:
+def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
     """Binds the port first, so that a port in use fails before a model is loaded."""
-    host = options.host or "127.0.0.1"
-    with bound_socket(host, 8000 if options.port is None else options.port) as listener:
-        model = flags.model_options(options)
+    app_options, host, port = _in_process_options(options, config)
+    with bound_socket(host, port) as listener:
         from llava_serve.api.keys import accepted_keys
-        from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
+        from llava_serve.checkpoints import open_checkpoint
 
-        api = ApiOptions(api_keys=tuple(options.api_key or ()), api_keys_file=options.api_key_file)
+        model, api = app_options.model_options, app_options.api
+        open_checkpoint(model).limited_to(app_options.engine.max_model_len)
         check_open(host, has_keys=accepted_keys(api) is not None)  # keys that cannot be used are told here, too
         from llava_serve.api.app import create_app
         from llava_serve.api.http_server import server_of
@@ -112,8 +115,8 @@ def _serve_in_process(options: argparse.Namespace) -> int:
         from llava_serve.api.parse_process import ParseProcess
         from llava_serve.async_llm import AsyncLLM
 
-        llm = AsyncLLM(model, EngineOptions(compile=bool(options.compile)), image_options=ImageOptions().isolated)
-        backend = InProcessBackend(llm)
+        llm = AsyncLLM(model, app_options.engine, image_options=app_options.images.isolated)
+        backend = InProcessBackend(llm, api.model_name)
         with ParseProcess() as parse:
             server = server_of(create_app(backend, api, offload=parse))
             host, port = listener.getsockname()[:2]
@@ -125,3 +128,25 @@ def _serve_in_process(options: argparse.Namespace) -> int:
             server.run(sockets=[listener])
         llm.close()
     return 0
+
+
+def _in_process_options(options: argparse.Namespace, config: str | None) -> tuple[AppOptions, str, int]:
+    """The options, the host and the port of a config, or the defaults; with those of flags instead."""
+    from llava_serve.cli.serve_config import address_of, app_options, read_serve_config
+    from llava_serve.config import AppOptions, ModelOptions
+
+    changes: dict[str, Any] = flags.given(options, *ModelOptions.model_fields)
+    if options.compile:
+        changes["engine"] = {"compile": True}
+    keys = {"api_keys": options.api_key, "api_keys_file": options.api_key_file}
+    if given := {name: value for name, value in keys.items() if value is not None}:
+        changes["api"] = given
+    if config is None:
+        app, host, port = AppOptions(**changes), "127.0.0.1", 8000
+    else:
+        read = read_serve_config(Path(config))
+        app, (host, port) = app_options(read, config, changes), address_of(read)
+    host, port = options.host or host, port if options.port is None else options.port
+    if not isinstance(host, str) or not isinstance(port, int):
+        raise RequestError(f"{config}: http_options.host must be a string, and http_options.port a number.")
+    return app, host, port

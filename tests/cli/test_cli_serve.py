@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+import yaml
 
 from llava_serve.cli import main
 from support.demo import DEMO_IMAGE, question
@@ -27,7 +29,7 @@ def command(*arguments: object) -> list[str]:
 
 
 @contextmanager
-def in_process(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def in_process(*arguments: object, named: str = "llava-v1.5-tiny") -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running `serve --in-process`, and its URL."""
     process = subprocess.Popen(
         command("--in-process", "--model", MODEL, "--device", "cpu", *arguments),
@@ -39,11 +41,66 @@ def in_process(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert "Serving llava-v1.5-tiny on http://" in line
+        assert f"Serving {named} on http://" in line
         yield line.split(" on ")[1].split()[0], process
     finally:
         process.kill()
         process.communicate()
+
+
+def config_of(path: Path, *applications: dict[str, Any], **http: object) -> Path:
+    """A Serve config, as on Ray."""
+    path.write_text(yaml.safe_dump({"http_options": http, "applications": list(applications)}))
+    return path
+
+
+def test_serve_in_process_takes_the_options_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sesame\n")
+    api: dict[str, Any] = {"model_name": "mine", "unknown_fields": "ignore", "api_keys_file": str(tmp_path / "keys")}
+    api |= {"default_timeout_s": 50, "cors_origins": ["https://app.example.org"]}
+    args = {
+        "model": "elsewhere",
+        "engine": {"max_model_len": 400},
+        "images": {"links": ["no.host.invalid"]},
+        "api": api,
+    }
+    config = config_of(tmp_path / "mine.yaml", {"args": args | {"conv_mode": "vicuna_v1"}}, host="0.0.0.0", port=1)
+    flags = ("--host", "127.0.0.1", "--port", 0, "--api-key", "open", config)
+    with in_process(*flags, named="mine") as (url, _), httpx.Client(base_url=url, timeout=60) as web:
+        assert web.get("/v1/models", headers={"Authorization": "Bearer sesame"}).json()["data"][0]["id"] == "mine"
+        web.headers = {"Authorization": "Bearer open", "Origin": "https://app.example.org"}
+        part = {"type": "image_url", "image_url": {"url": "https://no.host.invalid/a.png"}}
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900, "ignore_eos": True, "colour": 1}
+        answer = web.post("/v1/chat/completions", json=body)
+        link = web.post("/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": [part]}]})
+    assert answer.headers["x-llava-serve-notes"] == "colour: ignored"
+    assert answer.headers["access-control-allow-origin"] == "https://app.example.org"
+    assert answer.json()["usage"]["total_tokens"] == 400
+    assert link.status_code == 400
+    assert "its host is unknown here" in link.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("applications", "http", "sentence"),
+    [
+        ([{"args": {"images": {"link": "public"}}}], {}, "args.images.link: unknown; did you mean links?"),
+        ([{"args": {"engine": {"max_num_seqs": 0}}}], {}, "args.engine.max_num_seqs: Input should be greater than"),
+        ([{"args": {}}, {"args": {}}], {}, "has several applications"),
+        ([], {}, "is not a Serve config with an application"),
+        ([{"args": {}}], {"port": "http"}, "http_options.port a number"),
+        ([{"args": {}}], {"host": "0.0.0.0", "port": 0}, "On 0.0.0.0 anyone who reaches this machine"),
+    ],
+)
+def test_a_config_that_cannot_be_served_in_process_is_refused(
+    applications: list[dict[str, Any]],
+    http: dict[str, object],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_of(tmp_path / "mine.yaml", *applications, **http)
+    assert main(["serve", "--in-process", str(config)]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])

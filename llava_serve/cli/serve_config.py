@@ -1,0 +1,122 @@
+"""Serve configs, as both ways to serve read them: on Ray, and in one process. Imports no ray."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llava_serve.config import AppOptions
+from llava_serve.errors import RequestError
+
+
+def read_serve_config(path: Path) -> dict[str, Any]:
+    """The config in a file.
+
+    Raises:
+        RequestError: it cannot be read, or is no Serve config with an application.
+    """
+    try:
+        return parse_serve_config(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from None
+
+
+def parse_serve_config(text: str, name: str = "The config") -> dict[str, Any]:
+    """As `read_serve_config`."""
+    try:
+        config: dict[str, Any] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{name} cannot be read: {error}") from None
+    if not _has_an_application(config):
+        raise RequestError(f"{name} is not a Serve config with an application.")
+    return config
+
+
+def address_of(config: Mapping[str, Any]) -> tuple[str, int]:
+    """The host and the port of HTTP; Serve's defaults where the config says none."""
+    http = config.get("http_options", {})
+    return http.get("host", "0.0.0.0"), http.get("port", 8000)
+
+
+def app_options(config: Mapping[str, Any], path: str, changes: Mapping[str, Any]) -> AppOptions:
+    """The options of a config's one application, as one process uses them.
+
+    Args:
+        path: of the config.
+        changes: options that replace the config's; those of `engine` and `api` each by itself.
+
+    Raises:
+        RequestError: there are several applications; an option is unknown or has a wrong value.
+    """
+    if len(config["applications"]) > 1:
+        raise RequestError(f"{path} has several applications; --in-process serves one.")
+    arguments = config["applications"][0].get("args", {})
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
+        arguments = arguments | {name: {**arguments[name], **value} if both else value}
+    if faults := faults_of(arguments, AppOptions, "applications[0].args."):
+        raise RequestError("\n".join(f"{path}: {fault}" for fault in faults))
+    return AppOptions(**arguments)
+
+
+def faults_of(value: object, model: type[BaseModel], path: str) -> list[str]:
+    """A sentence per key that the model does not know, else per value that it rejects."""
+    return list(unknown_keys(value, model, path)) or wrong_values(value, model, path)
+
+
+def unknown_keys(value: object, schema: object, path: str) -> Iterator[str]:
+    """Walks a value and its type, and reports the keys that no model in the type has."""
+    # Not pydantic's extra="forbid": that accepts any key where the schema says `Dict | Model`, and suggests no names.
+    models = list(models_of(schema))
+    if isinstance(value, Mapping) and models:
+        for key, below in value.items():
+            fields = [model.model_fields[key] for model in models if key in model.model_fields]
+            if fields:
+                yield from unknown_keys(below, fields[0].annotation, f"{path}{key}.")
+            else:
+                yield unknown(f"{path}{key}", str(key), [name for model in models for name in model.model_fields])
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from unknown_keys(item, schema, f"{path.removesuffix('.')}[{number}].")
+
+
+def models_of(schema: object) -> Iterator[type[BaseModel]]:
+    """The models in a type, such as the one in `Optional[list[Model]]`."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        yield schema
+    for part in typing.get_args(schema):
+        yield from models_of(part)
+
+
+def unknown(where: str, got: str, known: Iterable[str]) -> str:
+    """The sentence for an unknown name."""
+    near = difflib.get_close_matches(got, list(known), n=1)
+    return f"{where}: unknown" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
+    """A sentence per value that the model rejects."""
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        return [f"{path}{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+    return []
+
+
+def _has_an_application(config: Any) -> bool:
+    """Whether the parts are there that flags change."""
+    if not isinstance(config, dict) or not isinstance(config.get("http_options", {}), dict):
+        return False
+    applications = config.get("applications")
+    return isinstance(applications, list) and bool(applications) and all(map(_is_application, applications))
+
+
+def _is_application(value: Any) -> bool:
+    arguments = value.get("args", {}) if isinstance(value, dict) else None
+    return isinstance(arguments, dict) and isinstance(arguments.get("api", {}), dict)
