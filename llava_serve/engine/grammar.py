@@ -183,7 +183,9 @@ def _fault(asked: StructuredOutput, message: str) -> RequestError:
         named = [key for key in re.findall(r'"([$\w]+)"', keys[1]) if f'"{key}"' in asked.text]
         return RequestError(f"The {name} has keywords that are not supported: {', '.join(named)}.")
     lowered = message.lower()
-    reason = next((told for mark, told in _FAULTS if mark in lowered), "it is malformed, or has what is not supported")
+    reason = next(
+        (reported for mark, reported in _FAULTS if mark in lowered), "it is malformed, or has what is not supported"
+    )
     return RequestError(f"The {name} cannot be followed: {reason}.")
 
 

@@ -130,7 +130,7 @@ def test_an_answer_that_goes_on_has_the_form_from_there(web: httpx.Client) -> No
     assert choice["message"]["content"] == '"red"}'
 
 
-def test_length_is_told(web: httpx.Client) -> None:
+def test_length_is_reported(web: httpx.Client) -> None:
     choice = answer(web, response_format=NAMED, max_tokens=3)
     assert choice["finish_reason"] == "length"
 
@@ -154,12 +154,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "param", "told"), WRONG, ids=range(len(WRONG)))
-def test_what_is_refused(web: httpx.Client, fields: dict[str, Any], param: str, told: str) -> None:
+@pytest.mark.parametrize(("fields", "param", "sentence"), WRONG, ids=range(len(WRONG)))
+def test_what_is_refused(web: httpx.Client, fields: dict[str, Any], param: str, sentence: str) -> None:
     response = ask(web, **fields)
     error = error_of(response)
     assert (response.status_code, error["param"]) == (400, param)
-    assert told in error["message"]
+    assert sentence in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

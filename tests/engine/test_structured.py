@@ -203,9 +203,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "told"), WRONG, ids=[f"{at}" for at in range(len(WRONG))])
-def test_a_form_that_cannot_be_followed_is_refused_by_name(fields: dict[str, Any], told: str) -> None:
-    with pytest.raises(RequestError, match=told) as refused:
+@pytest.mark.parametrize(("fields", "sentence"), WRONG, ids=[f"{at}" for at in range(len(WRONG))])
+def test_a_form_that_cannot_be_followed_is_refused_by_name(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence) as refused:
         llm("builtin").generate("Who?", sampling=sampling(StructuredOutput(**fields)))
     assert len(refused.value.message) < 200
     assert "\n" not in refused.value.message

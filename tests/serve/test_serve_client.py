@@ -22,7 +22,7 @@ from ray import serve
 
 from deployments.client import LlavaClient
 from deployments.handle_calls import AbortSender
-from llava_serve import Message, SamplingParams
+from llava_serve import Message, SamplingParams, StructuredOutput
 from llava_serve.errors import (
     BodyTooLargeError,
     CapacityError,
@@ -227,3 +227,11 @@ def test_a_closed_stream_frees_the_engine(
     stream.close()
     wait_until(lambda: engine_stats()["running"] == 0)
     assert engine_stats()["generated_tokens"] - before < 1500
+
+
+def test_a_form_travels_with_the_sampling(llava: LlavaClient) -> None:
+    form = StructuredOutput(choice=("green", "blue", "red"))
+    asked = SamplingParams(temperature=0, structured=form)
+    assert llava.ask(DEMO_IMAGE.read_bytes(), DEMO_QUESTION, asked) == "red"
+    with pytest.raises(RequestError, match="not supported: not"):
+        llava.ask(DEMO_IMAGE.read_bytes(), DEMO_QUESTION, SamplingParams(structured=StructuredOutput(json={"not": {}})))

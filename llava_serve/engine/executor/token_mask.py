@@ -19,12 +19,11 @@ def mask_tokens(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     Raises:
         RequestError: a sequence cannot go on within its grammar.
     """
-    matchers = {row: one.matcher for row, one in enumerate(sequences) if one.matcher is not None}
-    if not matchers:
+    allowed = {at: one.matcher.allowed() for at, one in enumerate(sequences) if one.matcher is not None}
+    if not allowed:
         return
-    packed = torch.from_numpy(np.stack([matcher.allowed() for matcher in matchers.values()])).to(logits.device)
-    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=logits.device)
-    vocabulary = logits.shape[1]
-    forbidden = ((packed[:, :, None] & bits) == 0).flatten(1)[:, :vocabulary]
-    rows = torch.tensor(list(matchers), device=logits.device)
-    logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
+    packed = np.full((len(sequences), len(next(iter(allowed.values())))), 0xFF, np.uint8)  # the others: all tokens
+    for at, bits in allowed.items():
+        packed[at] = bits
+    forbidden = np.unpackbits(~packed, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
