@@ -32,8 +32,8 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
 _FAILURES = (ImportError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError)
 """What transformers and the quantizers raise for files that they cannot load."""
-_PACKED_ROWS = 32
-"""Rows that bitsandbytes packs together."""
+_PACKED_TOGETHER = 32
+"""Output features that bitsandbytes packs together."""
 
 
 def quantized_bytes(model: nn.Module, spec: CheckpointSpec, dtype: torch.dtype) -> int:
@@ -157,7 +157,7 @@ def _keep_unpacked(whole: Any) -> None:
     (SigLIP's 4304): such layers stay as they are."""
     for module in whole.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and (state.shape[0] % _PACKED_ROWS or state.shape[1] % state.blocksize):
+        if state is not None and (state.shape[0] % _PACKED_TOGETHER or state.shape[1] % state.blocksize):
             module.support_avx512bf16_for_cpu = False
 
 
