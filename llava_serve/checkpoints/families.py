@@ -1,7 +1,8 @@
-"""The models of transformers' layout that are supported, and the relatives of either layout that are not."""
+"""The models of either layout that are supported, and their relatives that are not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,50 @@ def family_of(config: dict[str, Any], folder: Path) -> Family:
             f"models these are: {names}."
         )
     return FAMILIES[kind]
+
+
+ORIGINAL_CLASSES = {
+    "LlavaGemmaForCausalLM": "gemma",
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaMixtralForCausalLM": "mixtral",
+    "LlavaMptForCausalLM": "mpt",
+    "LlavaPhi3ForCausalLM": "phi3",
+    "LlavaQwen3ForCausalLM": "qwen3",
+    "LlavaQwenForCausalLM": "qwen2",
+    "LlavaQwenMoeForCausalLM": "qwen2_moe",
+    "Share4VLlamaForCausalLM": "llama",
+}
+"""The original's classes and those of its descendants with the same files, by the language model's `model_type`."""
+_ORIGINAL_TYPES = {
+    "llava_gemma": "gemma",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mixtral": "mixtral",
+    "llava_mpt": "mpt",
+    "llava_qwen": "qwen2",
+    "llava_qwen_moe": "qwen2_moe",
+    "share4v": "llama",
+}
+"""What `model_type` means where none of the classes is known."""
+
+
+def original_decoder(config: Mapping[str, Any]) -> str:
+    """The `model_type` of the language model of a checkpoint in the original's layout.
+
+    Raises:
+        CheckpointError: it is none of the known.
+    """
+    classes = config.get("architectures") or []
+    for name in classes:
+        if name in ORIGINAL_CLASSES:
+            return ORIGINAL_CLASSES[name]
+    model_type = str(config.get("model_type"))
+    if model_type in _ORIGINAL_TYPES:
+        return _ORIGINAL_TYPES[model_type]
+    if model_type == "llava" and not classes:  # of the first release; some later classes have it, too
+        return "llama"
+    raise CheckpointError(
+        f"config.json describes {classes or model_type}, which is not supported; the classes of the original's layout "
+        f"are {', '.join(ORIGINAL_CLASSES)}."
+    )

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from llava_serve.checkpoints.companions import find_tower, unused_adapter
 from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
+from llava_serve.checkpoints.families import ORIGINAL_CLASSES, original_decoder
 from llava_serve.checkpoints.files import first_file, no_weights, read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -28,30 +29,6 @@ from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import Content, choose_template
 
-_CLASSES = {
-    "LlavaGemmaForCausalLM": "gemma",
-    "LlavaLlamaForCausalLM": "llama",
-    "LlavaMistralForCausalLM": "mistral",
-    "LlavaMixtralForCausalLM": "mixtral",
-    "LlavaMptForCausalLM": "mpt",
-    "LlavaPhi3ForCausalLM": "phi3",
-    "LlavaQwen3ForCausalLM": "qwen3",
-    "LlavaQwenForCausalLM": "qwen2",
-    "LlavaQwenMoeForCausalLM": "qwen2_moe",
-    "Share4VLlamaForCausalLM": "llama",
-}
-"""The original's classes and those of its descendants with the same files, by the language model's `model_type`."""
-_MODEL_TYPES = {
-    "llava_gemma": "gemma",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mixtral": "mixtral",
-    "llava_mpt": "mpt",
-    "llava_qwen": "qwen2",
-    "llava_qwen_moe": "qwen2_moe",
-    "share4v": "llama",
-}
-"""What `model_type` means where none of the classes is known."""
 _PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
 _GRID_RANGE = re.compile(r"(?=\((\d{1,2})x(\d{1,2})\)).*\((\d{1,2})x(\d{1,2})\)")
 
@@ -59,7 +36,11 @@ _GRID_RANGE = re.compile(r"(?=\((\d{1,2})x(\d{1,2})\)).*\((\d{1,2})x(\d{1,2})\)"
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config is the original's: its own keys, or its own classes."""
     classes = config.get("architectures") or []
-    return any(name in _CLASSES for name in classes) or "mm_vision_tower" in config or "mm_projector_type" in config
+    return (
+        any(name in ORIGINAL_CLASSES for name in classes)
+        or "mm_vision_tower" in config
+        or "mm_projector_type" in config
+    )
 
 
 def read_original(
@@ -80,7 +61,7 @@ def read_original(
     base = options.model_base
     adapter = _adapter(folder) if weights else _named_adapter(folder, base)
     base_folder = _base_folder(name, folder, adapter, base, weights=weights)
-    decoder = _decoder(config)
+    decoder = original_decoder(config)
     _refuse_unsupported(config)
     text = _text_config(config, decoder)
     refuse_unsupported_text(text, "LLaVA")
@@ -214,22 +195,6 @@ def _select_layer(config: dict[str, Any]) -> int:
             "supported, llava-hf/vip-llava-7b-hf."
         )
     return int(layer)
-
-
-def _decoder(config: dict[str, Any]) -> str:
-    classes = config.get("architectures") or []
-    for name in classes:
-        if name in _CLASSES:
-            return _CLASSES[name]
-    model_type = str(config.get("model_type"))
-    if model_type in _MODEL_TYPES:
-        return _MODEL_TYPES[model_type]
-    if model_type == "llava" and not classes:  # of the first release; some later classes have it, too
-        return "llama"
-    raise CheckpointError(
-        f"config.json describes {classes or model_type}, which is not supported; the classes of the original's layout "
-        f"are {', '.join(_CLASSES)}."
-    )
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:

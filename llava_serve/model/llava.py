@@ -8,25 +8,21 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from llava_serve.checkpoints import CheckpointSpec
-from llava_serve.checkpoints.weights import StoredTensor, stored_tensors
+from llava_serve.checkpoints.weights import stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
 from llava_serve.model.quantized import load_quantized, quantized_bytes
+from llava_serve.model.vocabulary import fit_vocabulary
 from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta, weight_bytes
-from llava_serve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
-
-_VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
-"""Name suffixes of the tensors with one vector per token of the vocabulary."""
 
 
 class Llava(nn.Module):
@@ -83,7 +79,7 @@ class Llava(nn.Module):
             return cls._load_quantized(spec, torch.device(device), dtype, kv_cache_bytes)
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
-        tensors, text_config = _fit_vocabulary(spec, tensors)
+        tensors, text_config = fit_vocabulary(spec, tensors)
         with init_empty_weights(include_buffers=False):
             model = cls(spec, text_config)
         if quantization is not None:
@@ -99,7 +95,7 @@ class Llava(nn.Module):
         cls, spec: CheckpointSpec, device: torch.device, dtype: torch.dtype, kv_cache_bytes: int
     ) -> Llava:
         """As `load`, of weights that are quantized in the files."""
-        _, text_config = _fit_vocabulary(spec, {})
+        _, text_config = fit_vocabulary(spec, {})
         with init_empty_weights(include_buffers=False):
             model = cls(spec, text_config)
         check_memory(spec.name, quantized_bytes(model, spec, dtype), kv_cache_bytes, device, dtype)
@@ -257,45 +253,3 @@ def _is_unused(name: str, spec: CheckpointSpec) -> bool:
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
     used, stored = max(selected_layers(spec)), int(spec.vision_config["num_hidden_layers"])
     return layer is not None and used <= int(layer[1]) < stored
-
-
-def _fit_vocabulary(
-    spec: CheckpointSpec, tensors: dict[str, StoredTensor]
-) -> tuple[dict[str, StoredTensor], PreTrainedConfig]:
-    """The language model's tensors, cut to the tokenizer's vocabulary as the original does, and its config.
-
-    transformers does not cut them."""
-    settings = dict(spec.text_config)
-    tables = {name: tensor for name, tensor in tensors.items() if name.endswith(_VOCABULARY)}
-    if spec.layout == "original" and tables:
-        tokenizer = load_tokenizer(spec.tokenizer)
-        size = _table_size(spec, list(tables.values()))
-        if spec.mm_use_im_start_end and (tokenizer.token_id("<im_end>") or 0) >= size:
-            first = next(iter(tables.values()))
-            raise CheckpointError(
-                f"{first.name} in {first.file} has {size} rows: none for <im_start> and <im_end>, which config.json "
-                "uses (mm_use_im_start_end). Take the weights that were saved with them."
-            )
-        settings["vocab_size"] = min(size, tokenizer.size)
-        tensors = tensors | {name: tensor.first_rows(settings["vocab_size"]) for name, tensor in tables.items()}
-    elif spec.adapter is not None and tables:  # which may add rows to those of its base
-        settings["vocab_size"] = _table_size(spec, list(tables.values()))
-    try:
-        return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"config.json in {spec.path} describes a language model that transformers does not accept; correct it."
-        ) from error
-
-
-def _table_size(spec: CheckpointSpec, tables: list[StoredTensor]) -> int:
-    """Vocabulary size of the embeddings and the head. An adapter's config.json need not have that of its base."""
-    size = spec.vocab_size if spec.adapter is None else tables[0].shape[0]
-    for table in tables:
-        if table.shape[0] != size:
-            reason = "vocab_size in config.json" if spec.adapter is None else tables[0].name
-            raise CheckpointError(
-                f"{table.name} in {table.file} is {table.shape}, but {reason} asks for {size} rows: take the weights "
-                "and the config.json that belong together."
-            )
-    return size
