@@ -29,6 +29,7 @@ from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import Content, choose_template
 
+_OWN_KEYS = {"mm_vision_tower", "mm_projector_type"}
 _PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
 _GRID_RANGE = re.compile(r"(?=\((\d{1,2})x(\d{1,2})\)).*\((\d{1,2})x(\d{1,2})\)")
 
