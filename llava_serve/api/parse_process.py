@@ -40,6 +40,7 @@ class ParseProcess:
     """
 
     _ready: bool
+    _closed = False
 
     def __init__(self, timeout_s: float = PARSE_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
@@ -63,7 +64,8 @@ class ParseProcess:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     def close(self) -> None:
-        """Ends the child. Work that waits for it is cancelled."""
+        """Ends the child. Work that waits for it is cancelled, and work in it fails."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._end()
 
@@ -77,6 +79,8 @@ class ParseProcess:
                 self._pipe.send_bytes(sent)
                 received = self._await(self._timeout_s)
             except (EOFError, OSError) as error:
+                if self._closed:
+                    raise
                 _logger.warning("The process that parses bodies has ended (%s); a new one starts.", error)
                 self._end()
                 self._start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -113,6 +114,19 @@ async def test_a_child_that_takes_too_long_is_replaced() -> None:
     assert isinstance(pid, int)
     assert ended(before)
     assert ended(pid)
+
+
+async def test_closing_ends_work_and_starts_no_other_child() -> None:
+    before = set(multiprocessing.active_children())
+    parse = ParseProcess()
+    pid = await parse(PID)
+    work = asyncio.ensure_future(parse(partial(time.sleep, 60)))
+    await asyncio.sleep(0.1)
+    parse.close()
+    with pytest.raises((EOFError, OSError)):
+        await work
+    assert ended(pid)
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_the_child_ends_with_its_parent() -> None:
