@@ -33,7 +33,8 @@ from llava_serve.engine import engine as engine_module
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor import cascade_attention
 from llava_serve.llm import LLM
-from llava_serve.types import PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import PreparedPrompt
 
 FULL = {"gaps": 5, "bookkeeping": (16, 64, 128, 256), "memory": 5000, "steps": (1, 8, 16)}
 """Rounds, sequences at once, requests, questions at once."""

@@ -29,7 +29,8 @@ from deployments.preprocessor import ImagePreprocessor
 from llava_serve.config import ApiOptions, ImageOptions, ModelOptions
 from llava_serve.errors import Failure
 from llava_serve.processor import Processor
-from llava_serve.types import Asked, Chunk, PreparedPrompt, Query, RawPrompt, SamplingParams, TextPart
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Asked, Chunk, PreparedPrompt, Query, RawPrompt, TextPart
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import numpy as np
 from benchmarks.options import make_parser, parse
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
-from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
+from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 PATH = "/v1/chat/completions"
 BODY = {"model": "busy", "messages": [{"role": "user", "content": "Hello"}]}

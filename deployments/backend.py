@@ -11,8 +11,9 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
-from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
+from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 from .handle_calls import AbortSender, result, stream
 

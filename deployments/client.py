@@ -24,7 +24,8 @@ from llava_serve.images.fetch import ImageSource, read_local_source
 from llava_serve.inputs import CallOptions, images_and_sampling
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.results import GenerationResult
-from llava_serve.types import Chunk, Message, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt
 
 from .handle_calls import AbortSender, stream
 

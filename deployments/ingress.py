@@ -19,7 +19,8 @@ from llava_serve.api.pipeline import GenerationRequest, generation
 from llava_serve.api.validation import check_priority
 from llava_serve.config import ApiOptions
 from llava_serve.errors import LlavaServeError
-from llava_serve.types import Chunk, Message, PreparedPrompt, Query, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Chunk, Message, PreparedPrompt, Query
 
 from .backend import HandleBackend
 from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure

@@ -10,7 +10,8 @@ from contextlib import aclosing
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import EngineDeadError
-from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Chunk, PreparedPrompt
 
 from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure

@@ -23,8 +23,9 @@ from llava_serve.errors import (
     UnsupportedParameterError,
 )
 from llava_serve.results import Completion, GenerationResult
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
-from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt
 
 if TYPE_CHECKING:
     from llava_serve.async_llm import AsyncLLM

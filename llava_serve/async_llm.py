@@ -29,9 +29,10 @@ from llava_serve.inputs import CallOptions, Images, images_and_sampling
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
 from llava_serve.results import GenerationResult
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.text.tokenizer import load_tokenizer
 from llava_serve.threaded_processor import ThreadedProcessor
-from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+from llava_serve.types import Chunk, PreparedPrompt
 
 
 class AsyncLLM:

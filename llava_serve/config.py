@@ -37,7 +37,8 @@ class ModelOptions(Options):
         conv_mode: overrides the detected template.
         image_aspect: `pad` pads images to a square, `square` crops them to one; None follows the checkpoint.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
-        dtype: `auto` is float32 on a CPU and the checkpoint's half precision on CUDA.
+        dtype: `auto` is float32 on a CPU and the checkpoint's half precision on CUDA; that of the files where they are
+            quantized.
         quantization: layers of the language model in 8 or 4 bits (bitsandbytes).
     """
 

@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 
 from llava_serve.errors import RequestError
 from llava_serve.images.fetch import ImageSource
-from llava_serve.types import Message, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Message
 
 Images = ImageSource | Sequence[ImageSource] | None
 """The images of one prompt: one, several, or none."""

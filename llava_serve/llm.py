@@ -36,7 +36,8 @@ from llava_serve.inputs import (
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
 from llava_serve.results import GenerationResult
-from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Chunk, PreparedPrompt
 
 
 class LLM:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
-from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
+from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 
 class Backend(Protocol):

@@ -7,8 +7,9 @@ from contextlib import aclosing
 
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.errors import EngineDeadError
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
-from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
+from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 
 class InProcessBackend:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from llava_serve.api.backends import Backend
 from llava_serve.api.usage import UsageCounter
-from llava_serve.types import Asked, Chunk, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 
 @dataclass(frozen=True, slots=True)

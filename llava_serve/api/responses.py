@@ -31,7 +31,8 @@ from llava_serve.api.service import Service
 from llava_serve.api.streaming import event
 from llava_serve.api.usage import UsageCounter
 from llava_serve.engine.output_processor import join_chunks
-from llava_serve.types import Chunk, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Chunk
 
 
 class ResponseForm:

@@ -13,7 +13,8 @@ from llava_serve.errors import RequestError
 
 if TYPE_CHECKING:
     from llava_serve.llm import LLM
-    from llava_serve.types import Message, SamplingParams
+    from llava_serve.sampling_params import SamplingParams
+    from llava_serve.types import Message
 
 
 def add_to(commands: flags.Commands) -> None:

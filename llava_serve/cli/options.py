@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_serve.config import ModelOptions
     from llava_serve.llm import LLM
-    from llava_serve.types import SamplingParams
+    from llava_serve.sampling_params import SamplingParams
 
 Commands = Any
 """What `add_subparsers` returns; argparse has no public name for it."""
@@ -106,7 +106,7 @@ def images(options: argparse.Namespace) -> list[bytes]:
 
 def sampling(options: argparse.Namespace) -> SamplingParams:
     """The library's form of the sampling flags."""
-    from llava_serve.types import SamplingParams
+    from llava_serve.sampling_params import SamplingParams
 
     values = given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
     values.setdefault("temperature", _TEMPERATURE if values.get("num_beams", 1) == 1 else 0.0)

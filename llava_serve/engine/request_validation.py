@@ -11,7 +11,8 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.grammar import GrammarCompiler
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError
-from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt
 
 
 class RequestValidator:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from llava_serve.engine.grammar import Grammar, Matcher
 from llava_serve.errors import LlavaServeError
-from llava_serve.types import FinishReason, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import FinishReason, PreparedPrompt
 
 _EXPECTED_OUTPUT = 512
 """Tokens of an answer that may go on to the end of the context."""

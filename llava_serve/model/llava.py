@@ -18,7 +18,7 @@ from llava_serve.checkpoints.weights import stored_tensors
 from llava_serve.errors import CheckpointError
 from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
-from llava_serve.model.quantized import load_quantized, quantized_bytes
+from llava_serve.model.quantized import check_files, load_quantized, quantized_bytes
 from llava_serve.model.vocabulary import fit_vocabulary
 from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta, weight_bytes
 
@@ -98,6 +98,7 @@ class Llava(nn.Module):
         _, text_config = fit_vocabulary(spec, {})
         with init_empty_weights(include_buffers=False):
             model = cls(spec, text_config)
+        check_files(model, spec)
         check_memory(spec.name, quantized_bytes(model, spec, dtype), kv_cache_bytes, device, dtype)
         load_quantized(model, spec, device, dtype)
         return model._loaded(device, dtype)

@@ -32,8 +32,27 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
 _FAILURES = (ImportError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError)
 """What transformers and the quantizers raise for files that they cannot load."""
-_PACKED_TOGETHER = 32
+_PACKED_OUTPUTS = 32
 """Output features that bitsandbytes packs together."""
+
+
+def check_files(model: nn.Module, spec: CheckpointSpec) -> None:
+    """Looks for what transformers would not name: it fails to fill packed weights that are missing.
+
+    Args:
+        model: without quantization, on the meta device.
+        spec: of the checkpoint.
+
+    Raises:
+        CheckpointError: a file is damaged or no safetensors; a tensor is missing.
+    """
+    stored = {name.replace(".qweight", ".weight"): tensor for name, tensor in stored_tensors(spec).items()}
+    for tensor in stored.values():
+        if tensor.file.suffix != ".safetensors":
+            raise CheckpointError(f"Quantized weights load from safetensors only; {spec.path} has {tensor.file.name}.")
+    tied = tied_names(model)
+    wanted = {name for name, _ in model.named_parameters()} - tied
+    check_names(wanted, {name: tensor for name, tensor in stored.items() if name in wanted}, tied, spec)
 
 
 def quantized_bytes(model: nn.Module, spec: CheckpointSpec, dtype: torch.dtype) -> int:
@@ -45,15 +64,9 @@ def quantized_bytes(model: nn.Module, spec: CheckpointSpec, dtype: torch.dtype) 
         model: without quantization, on the meta device.
         spec: of the checkpoint.
         dtype: of all weights that are not quantized.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or no safetensors.
     """
-    files = weight_files(spec.path)
-    if any(file.suffix != ".safetensors" for file in files):
-        raise CheckpointError(f"Quantized weights load from safetensors only; {spec.path} has {files[0].name}.")
     unpacked = spec.quantization is not None and spec.quantization.method == "compressed-tensors"
-    return weight_bytes(model, dtype) if unpacked else sum(_bytes_of(file, dtype) for file in files)
+    return weight_bytes(model, dtype) if unpacked else sum(_bytes_of(file, dtype) for file in weight_files(spec.path))
 
 
 def _bytes_of(file: Path, dtype: torch.dtype) -> int:
@@ -73,10 +86,9 @@ def load_quantized(model: Any, spec: CheckpointSpec, device: torch.device, dtype
         dtype: of all weights that are not quantized.
 
     Raises:
-        CheckpointError: a package is not installed; a tensor is missing, surplus, of the wrong shape or not finite;
+        CheckpointError: a package is not installed; a tensor is surplus, of the wrong shape or not finite;
             transformers cannot load the files.
     """
-    _refuse_missing(model, spec)
     whole = _from_pretrained(spec, device, dtype)
     inner, language_model = whole.model, model.language_model
     projector = inner.multi_modal_projector
@@ -90,14 +102,6 @@ def load_quantized(model: Any, spec: CheckpointSpec, device: torch.device, dtype
     language_model.set_output_embeddings(whole.lm_head)
     _set_dtype(model, dtype)
     _check_finite(model.named_parameters(), spec)
-
-
-def _refuse_missing(model: nn.Module, spec: CheckpointSpec) -> None:
-    """Raises `CheckpointError` for missing tensors: transformers fails to fill packed ones. It finds the surplus."""
-    tied = tied_names(model)
-    wanted = {name for name, _ in model.named_parameters()} - tied
-    stored = {name.replace(".qweight", ".weight"): tensor for name, tensor in stored_tensors(spec).items()}
-    check_names(wanted, {name: tensor for name, tensor in stored.items() if name in wanted}, tied, spec)
 
 
 @torch.inference_mode()
@@ -157,7 +161,7 @@ def _keep_unpacked(whole: Any) -> None:
     (SigLIP's 4304): such layers stay as they are."""
     for module in whole.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and (state.shape[0] % _PACKED_TOGETHER or state.shape[1] % state.blocksize):
+        if state is not None and (state.shape[0] % _PACKED_OUTPUTS or state.shape[1] % state.blocksize):
             module.support_avx512bf16_for_cpu = False
 
 

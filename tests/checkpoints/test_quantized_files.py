@@ -23,6 +23,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.cli import main
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.build import resolve_dtype
+from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
 from llava_serve.errors import CheckpointError
 from llava_serve.model.llava import Llava
@@ -121,21 +122,17 @@ def test_ids_and_greedy_tokens(name: str, folder_for: Any) -> None:
 
 def test_the_layers_are_those_of_the_quantizer(folder_for: Any) -> None:
     model = Llava.load(open_checkpoint(str(folder_for("llava-1.5-llama-fp8"))))
-    decoder, fp8 = model.language_model, []
+    decoder = model.language_model
     pack_linears(model)
-    for name, module in decoder.named_modules():
-        if name.endswith("_proj"):
-            assert type(module) is nn.Linear
-            fp8.append(module(torch.full((1, module.in_features), 1.003)))
-    assert len(fp8) == 7 * 2
+    assert [type(module) for name, module in decoder.named_modules() if name.endswith("_proj")] == 7 * 2 * [nn.Linear]
+    assert not Decoder(decoder, compile=True).has_float_weights  # neither compiled nor compared bit by bit
     assert isinstance(decoder.lm_head, PackedLinear)
     assert all(isinstance(model.projector[index], PackedLinear) for index in (0, 2))
     first = decoder.model.layers[0].mlp.up_proj
-    step = torch.full((1, 64), 1.0)
-    step[0, 0] = 448  # the largest of a token decides how its others are rounded
-    small = step.clone()
-    small[0, 1] = 1.01
-    assert torch.equal(first(step), first(small))
+    inputs = torch.ones(2, 64)
+    inputs[:, 0] = 448  # the largest of a token decides how its others are rounded
+    inputs[1, 1] = 1.01
+    assert torch.equal(*first(inputs))
 
 
 def test_widths_that_bitsandbytes_cannot_pack(tmp_path: Path) -> None:

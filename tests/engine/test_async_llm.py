@@ -16,7 +16,8 @@ from llava_serve.engine.sequence import Output
 from llava_serve.errors import CapacityError, DeadlineExceededError, EngineDeadError, PromptTooLongError, RequestError
 from llava_serve.llm import LLM
 from llava_serve.processor import Processor
-from llava_serve.types import Chunk, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import Chunk, PreparedPrompt
 from support.paths import GOLDEN
 
 MODEL = ModelOptions(model=str(GOLDEN / "checkpoints" / "llava-v1.5-tiny"), device="cpu", dtype="float64")

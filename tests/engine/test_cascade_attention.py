@@ -10,7 +10,7 @@ import torch
 
 from llava_serve.engine.executor import cascade_attention
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_shared_prefix, find_shared_prefixes
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import TinyModel, engine, image, prompt, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)

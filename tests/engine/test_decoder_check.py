@@ -11,7 +11,7 @@ from torch import nn
 from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.output_head import output_head
 from llava_serve.errors import CheckpointError
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 from support import tiny_engine
 from support.tiny_engine import TinyModel, engine, prompt, reference_logits
 

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from llava_serve.engine.executor.compiled import SMALL_STEP_TOKENS
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import TinyModel, engine, image, prompt, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)

@@ -14,7 +14,7 @@ from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.varlen import available
 from llava_serve.errors import NumericalError
 from llava_serve.llm import LLM
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION
 from support.paths import CHECKPOINTS
 

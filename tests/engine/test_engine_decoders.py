@@ -13,7 +13,7 @@ from llava_serve.checkpoints.decoders import DECODERS, ROTARY_TYPES, rotary_type
 from llava_serve.checkpoints.original import token_ids
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import CONFIGS, TinyModel, engine, image, prompt, reference_ids, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)

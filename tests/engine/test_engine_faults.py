@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llava_serve.errors import LlavaServeError
-from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 from support.tiny_engine import FEATURES, HIDDEN, Answer, TinyModel, engine, image, outcomes, prompt, run
 
 torch.set_num_threads(1)

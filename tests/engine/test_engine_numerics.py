@@ -7,7 +7,8 @@ import torch
 
 from llava_serve.errors import NumericalError
 from llava_serve.model.numerics import are_finite, numerical_error
-from llava_serve.types import PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import PreparedPrompt
 from support.tiny_engine import TinyModel, engine, image, outcomes, prompt, run
 
 torch.set_num_threads(1)

@@ -19,8 +19,9 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.errors import LlavaServeError
 from llava_serve.llm import LLM
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
-from llava_serve.types import PreparedPrompt, SamplingParams
+from llava_serve.types import PreparedPrompt
 from support.paths import GOLDEN
 from support.tiny_engine import TinyModel, check_blocks, engine, image, outcomes, prompt
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llava_serve.errors import LlavaServeError, NumericalError
-from llava_serve.types import PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import PreparedPrompt
 from support.tiny_engine import TinyModel, engine, image, outcomes, prompt, run
 
 torch.set_num_threads(1)

@@ -10,7 +10,8 @@ import pytest
 from llava_serve.engine.free_list import FreeList
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.sequence import Copy, EngineRequest, Sequence
-from llava_serve.types import PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import PreparedPrompt
 from support.tiny_engine import image, prompt
 
 

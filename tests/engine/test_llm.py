@@ -12,7 +12,8 @@ from llava_serve.config import EngineOptions
 from llava_serve.errors import CheckpointError, PromptTooLongError, RequestError, UnsupportedParameterError
 from llava_serve.llm import LLM
 from llava_serve.results import GenerationResult
-from llava_serve.types import ImagePart, Message, SamplingParams, TextPart
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import ImagePart, Message, TextPart
 from support.paths import GOLDEN
 
 IMAGES = [GOLDEN / "images" / name for name in ("landscape.png", "portrait.png", "photo.jpg")]

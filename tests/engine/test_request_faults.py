@@ -22,8 +22,8 @@ from llava_serve.errors import LlavaServeError, NumericalError
 from llava_serve.llm import LLM
 from llava_serve.processor import Processor
 from llava_serve.prompts.conversation import Text
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
-from llava_serve.types import SamplingParams
 from support.api_server import PATH, error_of, serving
 from support.paths import GOLDEN
 

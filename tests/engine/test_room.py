@@ -18,7 +18,7 @@ from llava_serve.llm import LLM
 from llava_serve.model.llava import Llava
 from llava_serve.model.memory import check_memory, container_memory
 from llava_serve.processor import Processor
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 
 SMALL = EngineOptions(num_threads=1, kv_cache_bytes=1 << 22)
 LONG = SamplingParams(temperature=0, max_new_tokens=500, ignore_eos=True)

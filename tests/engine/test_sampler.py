@@ -12,7 +12,7 @@ import torch
 from llava_serve.engine.executor import sampler
 from llava_serve.engine.executor.sampler import adjust, uniform
 from llava_serve.engine.sequence import EngineRequest, RawLogprob, Sequence
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import prompt
 
 VOCABULARY = 40

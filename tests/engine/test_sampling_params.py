@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llava_serve.errors import RequestError
-from llava_serve.types import SamplingParams
+from llava_serve.sampling_params import SamplingParams
 
 FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 REFUSED: list[tuple[str, Any]] = [

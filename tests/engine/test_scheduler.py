@@ -9,7 +9,8 @@ from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.prefill_budget import PrefillBudget, StepBudget
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Sequence, SequenceGroup
-from llava_serve.types import PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import PreparedPrompt
 from support.tiny_engine import image, prompt
 
 

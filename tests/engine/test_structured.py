@@ -20,8 +20,9 @@ from llava_serve.engine.scheduler import Scheduler
 from llava_serve.engine.sequence import SequenceGroup
 from llava_serve.errors import LlavaServeError, RequestError, UnsupportedParameterError
 from llava_serve.llm import LLM
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
-from llava_serve.types import Conversation, Message, SamplingParams, TextPart
+from llava_serve.types import Conversation, Message, TextPart
 from support.demo import DEMO_IMAGE
 from support.paths import CHECKPOINTS
 from support.tiny_engine import engine, outcomes

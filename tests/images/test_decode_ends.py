@@ -14,7 +14,8 @@ from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.errors import InvalidImageError
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.processor import Processor
-from llava_serve.types import ImagePart, Message, SamplingParams, TextPart
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import ImagePart, Message, TextPart
 from support import odd_decoder
 from support.demo import DEMO_IMAGE
 

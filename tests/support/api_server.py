@@ -19,8 +19,9 @@ from starlette.types import ASGIApp
 from llava_serve.api.app import create_app
 from llava_serve.api.http_server import server_of
 from llava_serve.config import ApiOptions
+from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
-from llava_serve.types import Asked, Chunk, Message, PreparedPrompt, Query, RawPrompt, SamplingParams
+from llava_serve.types import Asked, Chunk, Message, PreparedPrompt, Query, RawPrompt
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What is it?"}]
 BODY: dict[str, Any] = {"model": "paced", "messages": MESSAGES}

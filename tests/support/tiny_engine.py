@@ -15,7 +15,8 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.errors import LlavaServeError
-from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt, SamplingParams
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 
 VOCABULARY, HIDDEN, FEATURES, CONTEXT = 97, 32, 6, 256
 _LLAMA = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4} | {
