@@ -27,8 +27,8 @@ _PACKAGES = {
 }
 """The modules that transformers' quantizers import."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
-"""Bytes of a number by its name in safetensors, where it is not one."""
+_SIZES = {"I64": 8, "I32": 4, "I16": 2}
+"""Names of types in safetensors: of floating-point numbers that become the model's, and bytes of others, else one."""
 
 _FAILURES = (ImportError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError)
 """What transformers and the quantizers raise for files that they cannot load."""
