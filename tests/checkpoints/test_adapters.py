@@ -61,7 +61,7 @@ def assert_merged(found: Llava, expected: Weights, folder: Path, base: Path) -> 
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in own.items())
 
 
-@pytest.mark.parametrize("names", ["new", "old"])
+@pytest.mark.parametrize("names", ["new", pytest.param("old", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_as_peft_does(kind: str, names: str, folder_of: Any, tmp_path: Path) -> None:
     base, folder = folder_of(BASE), tmp_path / "adapter"

@@ -91,7 +91,10 @@ def folder_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("name", FILES)
+EVERY_DAY = {name: () if name.startswith("llava-1.5") else (pytest.mark.extended,) for name in FILES}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in EVERY_DAY.items()])
 def test_ids_and_greedy_tokens(name: str, folder_for: Any) -> None:
     folder = folder_for(name)
     llm = LLM(str(folder), device="cpu", dtype="float32", engine=ONE_THREAD)
