@@ -22,8 +22,9 @@ from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 from support.hf_reference import Reference, Talk, said
+from support.hub_spelling import write_json
 from support.scenes import picture
-from support.tiny_hf import FAMILY, MODELS, write_json
+from support.tiny_hf import FAMILY, MODELS
 
 KINDS = MODELS | FAMILY
 SOME = ("30x30", "120x80", "200x40", "three-images", "two-turns")

@@ -30,9 +30,10 @@ from llava_serve.model.llava import Llava
 from llava_serve.model.quantized import quantized_bytes
 from llava_serve.types import IMAGE_TOKEN_ID
 from support.hf_reference import Reference, said
+from support.hub_spelling import write_json
 from support.quantized_files import write_bitsandbytes, write_fp8
 from support.scenes import picture
-from support.tiny_hf import FAMILY, MODELS, Tiny, write_json, write_model
+from support.tiny_hf import FAMILY, MODELS, Tiny, write_model
 
 torch.set_num_threads(1)
 

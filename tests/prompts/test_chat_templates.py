@@ -21,7 +21,8 @@ from llava_serve.prompts.chat_probe import judge
 from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.conversation import Arranged, Control, ImageSlot, Text, prompt_text
 from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, TextPart
-from support.tiny_hf import INSTRUCT, USER_ASSISTANT, Tiny, write_json, write_processor
+from support.hub_spelling import write_json
+from support.tiny_hf import INSTRUCT, USER_ASSISTANT, Tiny, write_processor
 
 Talk = list[dict[str, Any]]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from support.tiny_hf import write_json
+from support.hub_spelling import write_json
 
 _FP8 = {
     "quant_method": "compressed-tensors",
