@@ -123,7 +123,7 @@ def _serve(pipe: Connection) -> None:
     while True:
         try:
             received = pipe.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             answer = pickle.dumps((False, pickle.loads(received)()))

@@ -41,10 +41,13 @@ def responses_of(answer: type[Answer], event: type[Answer] | None = None) -> dic
     """The responses of a route that reads a body: its answer, and with `stream` the events."""
     whole: dict[str, Any] = {"model": answer, "description": "The answer."}
     if event is not None:
-        schema = {"schema": {"$ref": f"#/components/schemas/{event.__name__}"}}
+        kinds = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in (event, ErrorBody)]
+        value = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+        data = {"anyOf": [value, {"const": "[DONE]"}]}
+        schema = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
         whole |= {
-            "description": f"The answer; with `stream`, events of `{event.__name__}`.",
-            "content": {"text/event-stream": schema},
+            "description": f"The answer; with `stream`, events whose data are a `{event.__name__}`.",
+            "content": {"text/event-stream": {"schema": schema}},
         }
     return {200: whole, **_BODY_ERRORS}
 
