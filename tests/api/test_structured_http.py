@@ -184,13 +184,13 @@ def test_ignored_fields_are_no_forms(llm: AsyncLLM) -> None:
 
 
 def test_the_responses_api_keeps_to_a_schema(web: httpx.Client) -> None:
-    client = OpenAI(base_url=f"{web.base_url}/v1", api_key="none", max_retries=0)
     content: Any = [
         {"type": "input_image", "image_url": data_url(DEMO_IMAGE.read_bytes())},
         {"type": "input_text", "text": "What colour is the circle?"},
     ]
     asked: Any = {"model": "builtin", "input": [{"role": "user", "content": content}], "temperature": 0}
-    response = client.responses.parse(**asked, text_format=Circle, max_output_tokens=60)
+    with OpenAI(base_url=f"{web.base_url}/v1", api_key="any", max_retries=0) as client:
+        response = client.responses.parse(**asked, text_format=Circle, max_output_tokens=60)
     assert response.output_parsed is not None
     assert response.output_parsed.colour == "red"
     assert response.text is not None
