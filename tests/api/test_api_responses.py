@@ -11,12 +11,8 @@ import pytest
 from openai import APIError, OpenAI
 from openai.types.responses import ResponseCompletedEvent
 
-from llava_serve.api.app import create_app
-from llava_serve.api.in_process import InProcessBackend
-from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
 from llava_serve.errors import EngineDeadError
-from support.api_server import PATH, PacedBackend, app_over, error_of, official, serving
+from support.api_server import PATH, PacedBackend, app_over, builtin_over_http, error_of, official
 from support.demo import DEMO_IMAGE, data_url
 
 URL = data_url(DEMO_IMAGE.read_bytes())
@@ -26,13 +22,8 @@ RED, BLUE = "The circle is red.", "The square is blue."
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[httpx.Client]:
-    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    with (
-        serving(create_app(InProcessBackend(llm), ApiOptions())) as url,
-        httpx.Client(base_url=url, timeout=60) as web,
-    ):
+    with builtin_over_http() as web:
         yield web
-    llm.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,15 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from llava_serve.api.app import create_app
-from llava_serve.api.in_process import InProcessBackend
-from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
-from support.api_server import error_of, official, serving
+from support.api_server import builtin_over_http, error_of, official
 
 ASKED = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[httpx.Client]:
-    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    with (
-        serving(create_app(InProcessBackend(llm), ApiOptions())) as url,
-        httpx.Client(base_url=url, timeout=60) as web,
-    ):
+    with builtin_over_http() as web:
         yield web
-    llm.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,12 @@ from llava_serve.model.quantized import quantized_bytes
 from llava_serve.types import IMAGE_TOKEN_ID
 from support.hf_reference import Reference, said
 from support.hub_spelling import write_json
-from support.quantized_files import write_bitsandbytes, write_fp8
+from support.quantized_files import PLAIN, quantized_folders, write_bitsandbytes
 from support.scenes import picture
-from support.tiny_hf import FAMILY, MODELS, Tiny, write_model
+from support.tiny_hf import MODELS, write_model
 
 torch.set_num_threads(1)
 
-# bitsandbytes takes 64 weights of a row together.
-PLAIN: dict[str, Tiny] = {
-    name: replace(tiny, text={**tiny.text, "intermediate_size": 128}, tower_width=64)
-    for name, tiny in (MODELS | FAMILY).items()
-    if name in ("llava-1.5-llama", "llava-next-mistral", "onevision", "vip-llava-hub")
-}
 FILES = {
     "llava-1.5-llama-4bit": "4 bit",
     "llava-next-mistral-4bit": "4 bit",
@@ -70,26 +62,7 @@ TALKS = {
 
 @pytest.fixture(scope="module")
 def folder_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes a quantized model once, when it is first asked for."""
-    root = tmp_path_factory.mktemp("quantized")
-
-    @cache
-    def plain(name: str) -> Path:
-        write_model(root / name, PLAIN[name])
-        return root / name
-
-    @cache
-    def write(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        model, _, kind = name.removesuffix("-skip").rpartition("-")
-        folder = root / str(dtype) / name
-        if kind == "fp8":
-            write_fp8(folder, plain(model))
-        else:
-            skipped = ["vision_tower", "multi_modal_projector", "lm_head"] if name.endswith("-skip") else None
-            write_bitsandbytes(folder, plain(model), int(kind[0]), dtype, skipped=skipped)
-        return folder
-
-    return write
+    return quantized_folders(tmp_path_factory.mktemp("quantized"))
 
 
 EVERY_DAY = {name: () if name.startswith("llava-1.5") else (pytest.mark.extended,) for name in FILES}

@@ -18,7 +18,9 @@ from starlette.types import ASGIApp
 
 from llava_serve.api.app import create_app
 from llava_serve.api.http_server import server_of
-from llava_serve.config import ApiOptions
+from llava_serve.api.in_process import InProcessBackend
+from llava_serve.async_llm import AsyncLLM
+from llava_serve.config import ApiOptions, EngineOptions
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, Chunk, Message, PreparedPrompt, Query, RawPrompt
@@ -26,6 +28,9 @@ from llava_serve.types import Asked, Chunk, Message, PreparedPrompt, Query, RawP
 MESSAGES: list[Any] = [{"role": "user", "content": "What is it?"}]
 BODY: dict[str, Any] = {"model": "paced", "messages": MESSAGES}
 PATH = "/v1/chat/completions"
+
+QUESTION = {"role": "user", "content": "What is it?"}
+PICTURE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 @contextmanager
@@ -135,6 +140,24 @@ def app_over(backend: PacedBackend, **options: Any) -> Iterator[httpx.Client]:
     """A client of the web app over a backend; the options are those of `ApiOptions`."""
     with serving(create_app(backend, ApiOptions(**options))) as url, httpx.Client(base_url=url) as web:
         yield web
+
+
+@contextmanager
+def builtin_over_http() -> Iterator[httpx.Client]:
+    """A client of a server with the model that ships."""
+    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
+    try:
+        app = create_app(InProcessBackend(llm), ApiOptions())
+        with serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
+            yield web
+    finally:
+        llm.close()
+
+
+def ask_paced(web: httpx.Client, **fields: Any) -> httpx.Response:
+    """The answer of `PacedBackend` to a question with these fields."""
+    body = {"model": "paced", "messages": [QUESTION]} | fields
+    return web.post("/v1/chat/completions", json=body)
 
 
 def official(web: httpx.Client, retries: int = 0) -> OpenAI:

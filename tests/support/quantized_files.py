@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from support.hub_spelling import write_json
+from support.tiny_hf import FAMILY, MODELS, Tiny, write_model
+
+# bitsandbytes takes 64 weights of a row together.
+PLAIN: dict[str, Tiny] = {
+    name: replace(tiny, text={**tiny.text, "intermediate_size": 128}, tower_width=64)
+    for name, tiny in (MODELS | FAMILY).items()
+    if name in ("llava-1.5-llama", "llava-next-mistral", "onevision", "vip-llava-hub")
+}
 
 _FP8 = {
     "quant_method": "compressed-tensors",
@@ -74,3 +85,25 @@ def write_fp8(folder: Path, plain: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"quantization_config": _FP8})
+
+
+def quantized_folders(root: Path) -> Callable[..., Path]:
+    """Writes a quantized model once, when it is first asked for by its name: of a model, and how it is quantized."""
+
+    @cache
+    def plain(name: str) -> Path:
+        write_model(root / name, PLAIN[name])
+        return root / name
+
+    @cache
+    def write(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        model, _, kind = name.removesuffix("-skip").rpartition("-")
+        folder = root / str(dtype) / name
+        if kind == "fp8":
+            write_fp8(folder, plain(model))
+        else:
+            skipped = ["vision_tower", "multi_modal_projector", "lm_head"] if name.endswith("-skip") else None
+            write_bitsandbytes(folder, plain(model), int(kind[0]), dtype, skipped=skipped)
+        return folder
+
+    return write
