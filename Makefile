@@ -12,7 +12,7 @@ LIBRARY := llava_serve deployments
 BESIDE := tests benchmarks examples
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo serve test test-extended test-slow check check-training eval-builtin clean
+.PHONY: help setup demo serve test test-extended test-slow check check-training docs eval-builtin clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
 	@echo "make check         format, lint, types, layers, dependencies, words, serve_config.yaml"
 	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
+	@echo "make docs          builds the documentation strictly into build/site"
 	@echo "make eval-builtin  measures the model that ships"
 	@echo "make clean         removes $(VENV) and caches"
 	@echo "PYTHON= chooses the interpreter (3.11 to 3.13), PIP_ARGS= say, a package index"
@@ -84,6 +85,9 @@ check-training: setup
 	$(BIN)/ruff check training
 	$(BIN)/mypy training
 	$(BIN)/deptry training --ignore DEP002
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "The documentation is in build/site/index.html."
 
 eval-builtin: setup
 	@$(BIN)/python -m training.evaluate
