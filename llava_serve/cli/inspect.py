@@ -21,7 +21,10 @@ _RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 def add_to(commands: flags.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
-        "inspect", help="describe a checkpoint", description="Describe a checkpoint without loading it."
+        "inspect",
+        help="describe a checkpoint",
+        description="Describe a checkpoint without loading it.",
+        **flags.examples("llava-serve inspect /models/llava-v1.5-13b", "llava-serve inspect org/llava-v1.6-7b --json"),
     )
     parser.add_argument("path", nargs="?", default="builtin", help="builtin (the default), a folder, or a hub id")
     flags.add_description_flags(parser)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,8 +29,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_description_flags(group)
     bits = group.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights")
-    bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights")
+    bits.add_argument(
+        "--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights (bitsandbytes)"
+    )
+    bits.add_argument(
+        "--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights (bitsandbytes)"
+    )
     group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
     group.add_argument(
         "--dtype", choices=_DTYPES, help="auto (the default) is float32 on a CPU, else the checkpoint's own"
@@ -53,7 +59,7 @@ def add_description_flags(group: argparse._ActionsContainer) -> None:
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the pictures."""
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture, as a file or URL; repeatable"
+        "--image", action="append", default=[], metavar="FILE", help="a picture: file, URL, or - to read it; repeatable"
     )
     parser.add_argument("--image-file", metavar="FILES", help="several pictures, separated by --sep")
     parser.add_argument("--sep", default=",", help="separator in --image-file; a comma by default")
@@ -62,11 +68,13 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the sampling flags. The spellings with underscores are the original's."""
     group = parser.add_argument_group("answer")
-    group.add_argument("--temperature", type=float, help=f"0 is greedy; {_TEMPERATURE} by default")
-    group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1")
-    group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1, at temperature 0")
-    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help="longest answer, in tokens")
-    group.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument("--temperature", type=float, help=f"0 is greedy; {_TEMPERATURE} by default, 0 with beams")
+    group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1, the default")
+    group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1 (the default), greedy")
+    group.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=int, help="longest answer in tokens; 512 by default"
+    )
+    group.add_argument("--seed", type=int, help="makes sampling repeatable; another one each time by default")
 
 
 def model_options(options: argparse.Namespace) -> ModelOptions:
@@ -92,16 +100,41 @@ def load_llm(options: argparse.Namespace) -> LLM:
 
 
 def images(options: argparse.Namespace) -> list[bytes]:
-    """The pictures, in the flags' order. Read them before the model is loaded, so that a wrong name fails at once.
+    """The pictures, in the flags' order. Read and decode them before the model is loaded: a wrong one fails at once.
 
     Raises:
-        InvalidImageError: one cannot be read or fetched.
+        InvalidImageError: one cannot be read, fetched or decoded.
+    """
+    return read_images(image_names(options))
+
+
+def image_names(options: argparse.Namespace) -> list[str]:
+    """Files and URLs of the pictures, in the flags' order."""
+    more = options.image_file.split(options.sep) if options.image_file else []
+    return [name.strip() for name in (*options.image, *more)]
+
+
+def read_images(names: Sequence[str]) -> list[bytes]:
+    """Pictures by file name or URL; `-` is standard input.
+
+    Raises:
+        InvalidImageError: one cannot be read, fetched or decoded; the message names it.
     """
     from llava_serve.config import ImageOptions
+    from llava_serve.errors import InvalidImageError
+    from llava_serve.images.decode import decode_image
     from llava_serve.images.fetch import read_local_source
 
-    more = options.image_file.split(options.sep) if options.image_file else []
-    return [read_local_source(name.strip(), ImageOptions()) for name in (*options.image, *more)]
+    limits = ImageOptions()
+    read = []
+    for name in names:
+        data = sys.stdin.buffer.read() if name == "-" else read_local_source(name, limits)
+        try:
+            decode_image(data, limits)
+        except InvalidImageError as error:
+            raise InvalidImageError(f"{name}: {error}") from None
+        read.append(data)
+    return read
 
 
 def sampling(options: argparse.Namespace) -> SamplingParams:
@@ -117,6 +150,12 @@ def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not auto, cpu, cuda or cuda:N")
     return name
+
+
+def examples(*commands: str) -> dict[str, Any]:
+    """The end of a command's help, for `add_parser`."""
+    lines = "\n".join(f"  {command}" for command in commands)
+    return {"epilog": f"examples:\n{lines}", "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.weight_mapping import stored_name
@@ -20,6 +22,8 @@ Quantization = Literal["8bit", "4bit"]
 _log = logging.getLogger(__name__)
 
 _DELTA_NORM = 0.1
+_LARGE = 500_000_000
+"""Bytes of weights whose loading is shown."""
 _LISTED = 8
 """The most names that an error message lists."""
 
@@ -39,15 +43,23 @@ def load_weights(
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
     check_names(wanted.keys(), stored, tied, spec)
     _report_other_head(stored, tied)
-    for name, parameter in wanted.items():
-        path, _, last = name.rpartition(".")
-        _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
+    with _progress_bar(sum(parameter.numel() for parameter in wanted.values()) * dtype.itemsize) as bar:
+        for name, parameter in wanted.items():
+            path, _, last = name.rpartition(".")
+            _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
+            bar.update(parameter.numel() * dtype.itemsize)
     for module in model.modules():  # tables such as rotary frequencies: computed, not stored
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
     if tied:
         language_model: Any = model.get_submodule("language_model")
         language_model.tie_weights()
+
+
+def _progress_bar(num_bytes: int) -> tqdm[None]:
+    """On a terminal, for weights that take more than a moment."""
+    hidden = num_bytes < _LARGE or not sys.stderr.isatty()
+    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", leave=False, disable=hidden)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
