@@ -4,6 +4,7 @@ PYTHON ?=
 PIP_ARGS ?=
 CONFIG ?= serve_config.yaml
 
+SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -50,8 +51,10 @@ $(STAMP): pyproject.toml constraints.txt
 		exit 1; \
 	fi; \
 	test "$$($(BIN)/python $(PROBE))" = "$$version" || $$each -m venv --clear $(VENV)
-	@echo "Installing the pinned packages into $(VENV); the first time takes some minutes."
-	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]" >$(LOG) 2>&1 || \
+	@echo "Installing the pinned packages into $(VENV), some minutes the first time: 2.0 GB, or 5.9 GB with torch's CUDA build."
+	@set -o pipefail; \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]" 2>&1 | tee $(LOG) | \
+		sed -Eun 's/^ *Downloading ([^ ]+).* (\(([0-9]{2}[0-9.]* MB|[0-9.]+ GB)\))$$/  \1 \2/p' || \
 		{ echo "The packages could not be installed: is the package index reachable? The end of $(LOG):" >&2; tail -n 3 $(LOG) >&2; exit 1; }
 	@touch $@
 
