@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal, Unpack
 
+from llava_serve.checkpoints.decoders import DECODER_NOTES
 from llava_serve.checkpoints.families import refuse_other_models
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
@@ -72,6 +73,8 @@ def open_checkpoint(
         _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
         spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
     spec = dataclasses.replace(_with_aspect(spec, options.image_aspect), quantization=quantization)
+    if note := DECODER_NOTES.get(spec.text_config["model_type"]):
+        spec = dataclasses.replace(spec, notes=(*spec.notes, note))
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec
 

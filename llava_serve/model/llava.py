@@ -44,7 +44,9 @@ class Llava(nn.Module):
         vision = AutoConfig.for_model(**{**spec.vision_config, "num_hidden_layers": self.vision_tower_layers})
         self.vision_tower = AutoModel.from_config(vision)
         self.language_model = AutoModelForCausalLM.from_config(text_config)
-        if spec.layout == "original" and hasattr(self.language_model.base_model, "rotary_emb"):
+        if spec.layout == "transformers":
+            self.language_model.get_output_embeddings().bias = None  # Phi's, which transformers' LLaVA leaves out
+        elif hasattr(self.language_model.base_model, "rotary_emb"):
             self.language_model.base_model.rotary_emb = HalfRotary(self.language_model.base_model.rotary_emb)
         hidden = text_config.hidden_size
         norm = spec.projector_norm
