@@ -92,17 +92,17 @@ def _base_of_adapter(folder: Path, options: ModelOptions, *, weights: bool) -> P
 
 
 def _with_aspect(spec: CheckpointSpec, aspect: Literal["pad", "square"] | None) -> CheckpointSpec:
-    """The description with the aspect that was asked for; else with a note where images are cropped unlike in training,
-    as transformers' processors do."""
+    """The description with the aspect that was asked for; else with a remark where images are cropped unlike in
+    training, as transformers' processors do."""
     image = spec.image
     if aspect is None:
         if spec.layout == "original" or image.aspect != "square" or not image.do_center_crop:
             return spec
-        note = (
+        remark = (
             "Images are cropped to their centre, as the processor says; LLaVA-1.5 was trained on padded ones. "
             "--image-aspect pad pads them."
         )
-        return dataclasses.replace(spec, notes=(*spec.notes, note))
+        return dataclasses.replace(spec, remarks=(*spec.remarks, remark))
     if image.aspect == "anyres":
         raise CheckpointError(f"{spec.name} takes images as a grid of tiles; leave image_aspect (--image-aspect) out.")
     return dataclasses.replace(spec, image=dataclasses.replace(image, aspect=aspect))

@@ -106,11 +106,13 @@ class Llava(nn.Module):
         return model._loaded(device, dtype)
 
     def _loaded(self, device: torch.device, dtype: torch.dtype) -> Llava:
-        """The model for inference, and a line about it in the log."""
+        """The model for inference, and lines about it in the log."""
         spec = self.spec
         self.eval().requires_grad_(False)
         for note in spec.notes:
             _log.warning("%s: %s", spec.name, note)
+        for remark in spec.remarks:
+            _log.info("%s: %s", spec.name, remark)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return self
 

@@ -119,7 +119,7 @@ def write_four_bits(folder: Path, plain: Path, method: str) -> None:
 
 
 def _four_bits(weight: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
-    groups = weight.unflatten(1, (-1, _GROUP))
+    groups = weight.view(len(weight), -1, _GROUP)
     scales = (groups.abs().amax(-1) / (_ZERO - 1)).clamp(min=1e-6).half()
     numbers = ((groups / scales[..., None].float()).round().clamp(-_ZERO, _ZERO - 1) + _ZERO).flatten(1).T
     zeros = torch.full(scales.T.shape, _ZERO)
@@ -133,8 +133,9 @@ def _four_bits(weight: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
 
 def _packed(numbers: torch.Tensor, axis: int, order: Iterable[int] = range(_NIBBLES)) -> torch.Tensor:
     """Eight numbers of 4 bits in each int32, along an axis."""
-    eights = numbers.to(torch.int64).movedim(axis, -1).unflatten(-1, (-1, _NIBBLES))[..., list(order)]
-    packed = (eights << torch.arange(0, 32, 4)).sum(-1)
+    lines = numbers.to(torch.int64).movedim(axis, -1)
+    eights = lines.reshape(len(lines), -1, _NIBBLES)[..., list(order)]
+    packed: torch.Tensor = (eights << torch.arange(0, 32, 4)).sum(-1)
     return packed.to(torch.int32).movedim(-1, axis).contiguous()  # wraps around
 
 
