@@ -11,6 +11,7 @@ from llava_serve.cli import options as flags
 from llava_serve.errors import RequestError
 
 if TYPE_CHECKING:
+    from llava_serve.checkpoints import CheckpointSpec
     from llava_serve.results import GenerationResult
 
 
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     sampling, images = flags.sampling(options), flags.images(options)
     llm = flags.load_llm(options)
     if options.json:
-        print(_as_json(llm.spec.name, llm.generate(question, images, sampling)))
+        print(_as_json(llm.spec, llm.generate(question, images, sampling)))
         return 0
     for chunk in llm.stream(question, images, sampling):
         print(chunk.text, end="", flush=True)
@@ -73,15 +74,17 @@ def _take_words(options: argparse.Namespace) -> str:
     return question
 
 
-def _as_json(model: str, result: GenerationResult) -> str:
+def _as_json(spec: CheckpointSpec, result: GenerationResult) -> str:
     return json.dumps(
         {
-            "model": model,
+            "model": spec.name,
             "text": result.text,
             "finish_reason": result.finish_reason,
             "token_ids": result.token_ids,
             "prompt": result.prompt,
             "num_prompt_tokens": result.num_prompt_tokens,
+            "template": f"{spec.conv_mode}: {spec.conv_reason}",
+            "notes": [*spec.notes, *spec.remarks],
         },
         ensure_ascii=False,
     )

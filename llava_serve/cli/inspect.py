@@ -90,7 +90,7 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     yield from _differences()
     yield "tokens", _tokens(spec.image)
     yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
-    for note in spec.notes:
+    for note in (*spec.notes, *spec.remarks):
         yield "note", note
 
 
