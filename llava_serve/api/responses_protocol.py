@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from llava_serve.api.field_types import Integer, Limit
 from llava_serve.api.neutral import NEUTRAL_FIELDS
-from llava_serve.api.protocol import Answer, ChatRequest, Integer, Limit, StreamOptions
+from llava_serve.api.protocol import Answer, ChatRequest, StreamOptions
 from llava_serve.api.structured import JsonSchema, ResponseFormat
 from llava_serve.errors import UnsupportedParameterError
 from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
