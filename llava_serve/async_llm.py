@@ -233,7 +233,9 @@ class AsyncLLM:
                 output = await self._loop.next_output(consumer)
                 if output is None:
                     return
-                chunk = output_processor.push(output)
+                push = partial(output_processor.push, output)
+                # the texts of a long prompt's tokens and their alternatives take long
+                chunk = push() if output.prompt_logprobs is None else await asyncio.to_thread(push)
                 if chunk is None:
                     continue
                 if chunk.finish_reason is not None and output.finish_reason is None:

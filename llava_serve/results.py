@@ -25,6 +25,8 @@ class GenerationResult:
     Attributes:
         num_prompt_tokens: positions, images merged in.
         num_cached_tokens: those of them that came from a cache.
+        prompt_logprobs: of each position, where asked for; None for the first one, before which nothing comes, and for
+            those of images.
     """
 
     prompt: str
@@ -32,6 +34,7 @@ class GenerationResult:
     num_prompt_tokens: int
     outputs: tuple[Completion, ...]
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:

@@ -13,17 +13,19 @@ from llava_serve.structured_output import StructuredOutput
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: vLLM's bound."""
+_LENGTHS = "a whole number, 1 or more; 0 goes with prompt_logprobs"
 _RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
     ("temperature", Real, 0, 100, "between 0 and 100"),
     ("top_p", Real, math.ulp(0), 1, "above 0 and at most 1"),
     ("top_k", Integral, 0, math.inf, "a whole number, 0 or more"),
     ("min_p", Real, 0, 1, "between 0 and 1"),
-    ("max_new_tokens", Integral, 1, math.inf, "a whole number, 1 or more"),
+    ("max_new_tokens", Integral, 0, math.inf, _LENGTHS),
     ("min_tokens", Integral, 0, math.inf, "a whole number, 0 or more"),
     ("seed", Integral, -(2**63), 2**63 - 1, "a whole number of 64 bits"),
     ("n", Integral, 1, 128, "a whole number between 1 and 128"),
     ("num_beams", Integral, 1, 64, "a whole number between 1 and 64"),
     ("logprobs", Integral, 0, 20, "a whole number between 0 and 20"),
+    ("prompt_logprobs", Integral, 0, 20, "a whole number between 0 and 20"),
     ("presence_penalty", Real, -2, 2, "between -2 and 2"),
     ("frequency_penalty", Real, -2, 2, "between -2 and 2"),
     ("repetition_penalty", Real, 0.01, 10, "between 0.01 and 10"),
@@ -43,7 +45,8 @@ class SamplingParams:
         top_p: nucleus mass in (0, 1].
         top_k: sample from this many likeliest tokens; 0, or more than the vocabulary has, is all.
         min_p: sample from the tokens with at least this share of the likeliest one's probability; 0 is all.
-        max_new_tokens: the longest answer, the end token included; the context's end cuts it, too.
+        max_new_tokens: the longest answer, the end token included; the context's end cuts it, too. 0, which goes with
+            `prompt_logprobs`, is no answer.
         min_tokens: tokens before which neither an end token nor a stop string ends the answer.
         stop: strings that end the answer; they are not part of it.
         stop_token_ids: tokens that end the answer, beside the model's end tokens; their text is not part of it.
@@ -53,6 +56,8 @@ class SamplingParams:
         n: answers per prompt.
         num_beams: above 1 is beam search, whose answer is sent only at its end.
         logprobs: None, or how many alternatives to report beside each token (0 to 20).
+        prompt_logprobs: None, or how many alternatives to report beside each text token of the prompt (0 to 20). Such a
+            prompt is computed as a whole: the prefix cache is not read.
         presence_penalty: OpenAI's, in [-2, 2].
         frequency_penalty: OpenAI's, in [-2, 2].
         repetition_penalty: in [0.01, 10]; 1 is none.
@@ -85,6 +90,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
     structured: StructuredOutput | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self, max_tokens: int | None) -> None:
         if max_tokens is not None:
@@ -96,8 +102,9 @@ class SamplingParams:
 
         for name, kind, least, greatest, rule in _RANGES:
             value = getattr(self, name)
-            absent = value is None and name in ("seed", "logprobs")
+            absent = value is None and name in ("seed", "logprobs", "prompt_logprobs")
             check(absent or (isinstance(value, kind) and least <= value <= greatest), name, rule)
+        check(self.max_new_tokens > 0 or self.prompt_logprobs is not None, "max_new_tokens", _LENGTHS)
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a tuple of strings that are not empty")
         check(_are_ids(self.stop_token_ids), "stop_token_ids", "a tuple of token ids")

@@ -159,7 +159,8 @@ class PreparedPrompt:
 class TokenLogprob:
     """A produced token, its natural log-probability, and the best alternatives, best first, as (id, text, logprob).
 
-    `token_bytes` and `top_bytes` are the tokens in UTF-8: a token can be a part of a character.
+    `token_bytes` and `top_bytes` are the tokens in UTF-8: a token can be a part of a character. A control token of a
+    prompt has none. `rank`: of a prompt's token, how many tokens are as likely or likelier, 1 for the likeliest.
     """
 
     token_id: int
@@ -168,6 +169,7 @@ class TokenLogprob:
     top: tuple[tuple[int, str, float], ...] = ()
     token_bytes: bytes = b""
     top_bytes: tuple[bytes, ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,8 @@ class Chunk:
         text: new text; may be empty while a character or a stop string is incomplete.
         token_ids: new ids; one or more, except in a last chunk that has only the finish reason.
         finish_reason: set on the choice's last chunk, and only there.
+        prompt_logprobs: on the first chunk of choice 0, where asked for: of each position of the prompt, None for an
+            image's. The first token has NaN: nothing comes before it.
     """
 
     index: int
@@ -188,3 +192,4 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

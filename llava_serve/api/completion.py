@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from llava_serve.api.logprobs import ContentLogprobs
+from llava_serve.api.logprobs import ContentLogprobs, prompt_logprobs_of
 from llava_serve.api.pipeline import Generation
 from llava_serve.api.protocol import (
     Answer,
@@ -29,7 +29,17 @@ from llava_serve.types import Chunk, PreparedPrompt
 
 
 class Shape(Protocol):
-    """The objects of one endpoint. `ids` has the choice's `token_ids` where the request asks for them."""
+    """The objects of one endpoint. `ids` has the choice's `token_ids` where the request asks for them.
+
+    Attributes:
+        every_token: the log-probabilities list tokens without a text, too.
+    """
+
+    every_token: bool
+
+    def shown(self, chunk: Chunk, prepared: PreparedPrompt, *, first: bool) -> Chunk:
+        """What is shown for a chunk; `first`: of its choice."""
+        ...
 
     def choice(self, choice: Chunk, logprobs: ChoiceLogprobs | None, **ids: Any) -> Answer:
         """A complete choice."""
@@ -50,6 +60,12 @@ class Shape(Protocol):
 
 class ChatShape:
     """Of a chat completion."""
+
+    every_token = False
+
+    def shown(self, chunk: Chunk, prepared: PreparedPrompt, *, first: bool) -> Chunk:
+        """The chunk itself."""
+        return chunk
 
     def choice(self, choice: Chunk, logprobs: ChoiceLogprobs | None, **ids: Any) -> Choice:
         """A complete choice."""
@@ -105,6 +121,7 @@ class StreamEvents:
         options = request.stream_options or StreamOptions()
         self._include_usage = bool(options.include_usage)
         self._continuous_usage = bool(options.continuous_usage_stats)
+        self._prepared = prepared
         self._prompt_ids = prepared.token_ids.tolist() if request.return_token_ids else None
         self._counter = counter
         self._begun: dict[int, ContentLogprobs] = {}
@@ -112,7 +129,8 @@ class StreamEvents:
     def event(self, chunk: Chunk) -> Answer | None:
         """None for a chunk that tells nothing yet: its token is not a whole character, or may begin a stop string."""
         first = chunk.index not in self._begun
-        logprobs = self._begun.setdefault(chunk.index, ContentLogprobs()).push(
+        chunk = self._shape.shown(chunk, self._prepared, first=first)
+        logprobs = self._begun.setdefault(chunk.index, ContentLogprobs(every=self._shape.every_token)).push(
             chunk.text, chunk.logprobs, last=chunk.finish_reason is not None
         )
         shows_ids = self._prompt_ids is not None and chunk.token_ids
@@ -147,6 +165,8 @@ class CompletionBuilder:
 
     def __init__(self, shape: Shape, request: GenerationFields, prepared: PreparedPrompt) -> None:
         self._shape = shape
+        self._prepared = prepared
+        self._scored = request.prompt_logprobs
         self._prompt_ids = prepared.token_ids.tolist() if request.return_token_ids else None
         self._chunks: list[Chunk] = []
 
@@ -157,17 +177,21 @@ class CompletionBuilder:
     def completion(self, completion_id: str, model: str, counter: UsageCounter) -> Answer:
         """The answer, its choices in order. All of them must be finished."""
         choices = sorted(join_chunks(self._chunks), key=lambda choice: choice.index)
+        fields: dict[str, Any] = {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids}
+        if self._scored is not None:
+            fields["prompt_logprobs"] = prompt_logprobs_of(choices[0].prompt_logprobs or (), self._scored)
         return self._shape.completion(
             id=completion_id,
             created=int(time.time()),
             model=model,
             choices=[self._choice(choice) for choice in choices],
             usage=counter.usage(),
-            **({} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids}),
+            **fields,
         )
 
     def _choice(self, choice: Chunk) -> Answer:
-        logprobs = ContentLogprobs().push(choice.text, choice.logprobs, last=True)
+        choice = self._shape.shown(choice, self._prepared, first=True)
+        logprobs = ContentLogprobs(every=self._shape.every_token).push(choice.text, choice.logprobs, last=True)
         ids = {} if self._prompt_ids is None else {"token_ids": list(choice.token_ids)}
         return self._shape.choice(choice, logprobs, **ids)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from llava_serve.api.field_types import AnyLimit, Integer, Limit, Seed, Stops
 from llava_serve.api.neutral import NEUTRAL_FIELDS
 from llava_serve.api.structured import ResponseFormat, StructuredOutputs
 from llava_serve.errors import RequestError
@@ -15,8 +16,6 @@ from llava_serve.wire import Wire, one_of
 
 MAX_SALT = 256
 """Characters; vLLM's documentation asks for 43."""
-MAX_STOPS = 16
-"""OpenAI allows 4; each is searched for at every token, so their number is limited."""
 MAX_TOKEN_IDS = 1024
 """Of `logit_bias` and `stop_token_ids`: the work for them is done at every token."""
 
@@ -33,29 +32,6 @@ class StreamOptions(Wire):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-def _without_empty(stop: Any) -> Any:
-    """A list. An empty string stops nothing."""
-    given = [stop] if isinstance(stop, str) else stop
-    return [each for each in given if each != ""] if isinstance(given, list) else given
-
-
-def _whole(number: Any) -> Any:
-    """JSON has one kind of number: 64.0 is 64."""
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _unless_minus_one(number: Any) -> Any:
-    """-1 is llama.cpp's and vLLM's spelling of an absent limit or seed."""
-    return None if number == -1 and not isinstance(number, bool) else _whole(number)
-
-
-Integer = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
-Limit = Annotated[
-    Annotated[int, Field(ge=1)] | None, BeforeValidator(_unless_minus_one, json_schema_input_type=int | None)
-]
-Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
 class GenerationFields(Wire):
@@ -89,6 +65,8 @@ class GenerationFields(Wire):
         cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.
         return_token_ids: return the ids of the prompt and the answer; an image's positions have the id -200. vLLM's.
         request_id: names the completion: its id ends with this. vLLM's.
+        prompt_logprobs: return the log-probability of each text token of the prompt, and of this many alternatives; not
+            in a stream. vLLM's.
         response_format: the answer is a JSON object, or keeps to a JSON schema.
         structured_outputs: the answer keeps to a schema, a regular expression, a choice or a grammar. vLLM's.
         guided_json, guided_regex, guided_choice, guided_grammar: the same, vLLM's older names.
@@ -103,21 +81,18 @@ class GenerationFields(Wire):
     temperature: float | None = None
     top_p: float | None = None
     min_p: float | None = None
-    stop: Annotated[Stops | None, BeforeValidator(_without_empty, json_schema_input_type=str | Stops | None)] = None
+    stop: Stops = None
     stop_token_ids: Annotated[list[Integer], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_TOKEN_IDS)] | None = None
-    seed: Annotated[
-        Annotated[int, Field(ge=-(2**63), lt=2**63)] | None,
-        BeforeValidator(_unless_minus_one, json_schema_input_type=int | None),
-    ] = None
+    seed: Seed = None
     n: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    top_k: Annotated[int | None, BeforeValidator(_unless_minus_one, json_schema_input_type=int | None)] = None
+    top_k: AnyLimit = None
     num_beams: Integer | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -126,6 +101,7 @@ class GenerationFields(Wire):
     priority: Integer | None = None
     return_token_ids: bool | None = None
     request_id: str | None = None
+    prompt_logprobs: Integer | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
@@ -137,6 +113,11 @@ class GenerationFields(Wire):
     def alternatives(self) -> int | None:
         """How many alternatives to report beside each token; None reports no log-probabilities."""
         return None
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.prompt_logprobs
 
 
 class ChatRequest(GenerationFields):
@@ -201,6 +182,18 @@ class ChoiceLogprobs(Answer):
     content: list[TokenLogprobs]
 
 
+class PromptLogprob(Answer):
+    """A token at a position of the prompt: the prompt's own, or an alternative. The likeliest has rank 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""Of each position of a prompt, by token id; null for the first, before which nothing comes, and for an image's."""
+
+
 class AssistantMessage(Answer):
     """A complete answer."""
 
@@ -262,6 +255,7 @@ class ChatCompletion(Answer):
     choices: list[Choice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatCompletionChunk(Answer):

@@ -12,7 +12,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from llava_serve.api.answer import GeneratedAnswer
+from llava_serve.api.logprobs import ContentLogprobs
 from llava_serve.api.pipeline import Generation
+from llava_serve.api.protocol import TokenLogprobs
 from llava_serve.api.responses_protocol import (
     IncompleteDetails,
     InputTokensDetails,
@@ -52,6 +54,8 @@ class ResponseForm:
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._sent = 0
+        self._assigned = ContentLogprobs()
+        self._logprobs: list[TokenLogprobs] = []  # of the text so far
         form = wire.text.format if wire.text is not None else None
         self._format = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
 
@@ -64,6 +68,7 @@ class ResponseForm:
         """The response."""
         chunks = [chunk async for group in answer for chunk in group]
         (choice,) = join_chunks(chunks)
+        self._add_logprobs(choice)
         assert choice.finish_reason is not None
         status = status_of(choice.finish_reason)
         return self._response(status, [self._message(status, choice.text)], answer.counter).json_bytes()
@@ -95,19 +100,26 @@ class ResponseForm:
             self._event("response.created", response=response)
             + self._event("response.in_progress", response=response)
             + self._event("response.output_item.added", output_index=0, item=self._message("in_progress"))
-            + self._part_event("response.content_part.added", part=_text(""))
+            + self._part_event("response.content_part.added", part=_text("", []))
         )
 
     def _delta(self, chunk: Chunk) -> bytes:
-        if not chunk.text:
+        logprobs = self._add_logprobs(chunk)
+        if not (chunk.text or logprobs):
             return b""
-        return self._part_event("response.output_text.delta", delta=chunk.text, logprobs=[])
+        return self._part_event("response.output_text.delta", delta=chunk.text, logprobs=logprobs)
+
+    def _add_logprobs(self, chunk: Chunk) -> list[TokenLogprobs]:
+        """Those of a new piece of the text; none where they are not asked for."""
+        new = self._assigned.push(chunk.text, chunk.logprobs, last=chunk.finish_reason is not None)
+        self._logprobs += new.content if new is not None else []
+        return new.content if new is not None else []
 
     def _closing(self, status: Status, text: str, counter: UsageCounter) -> bytes:
         message = self._message(status, text)
         return (
-            self._part_event("response.output_text.done", text=text, logprobs=[])
-            + self._part_event("response.content_part.done", part=_text(text))
+            self._part_event("response.output_text.done", text=text, logprobs=self._logprobs)
+            + self._part_event("response.content_part.done", part=_text(text, self._logprobs))
             + self._event("response.output_item.done", output_index=0, item=message)
             + self._event(f"response.{status}", response=self._response(status, [message], counter))
         )
@@ -121,7 +133,7 @@ class ResponseForm:
         return event(made.json_bytes(), name)
 
     def _message(self, status: Status, text: str | None = None) -> OutputMessage:
-        content = [] if text is None else [_text(text)]
+        content = [] if text is None else [_text(text, self._logprobs)]
         return OutputMessage(id=self._item_id, type="message", status=status, role="assistant", content=content)
 
     def _response(
@@ -152,8 +164,8 @@ class ResponseForm:
         )
 
 
-def _text(text: str) -> OutputText:
-    return OutputText(type="output_text", text=text, annotations=[], logprobs=[])
+def _text(text: str, logprobs: list[TokenLogprobs]) -> OutputText:
+    return OutputText(type="output_text", text=text, annotations=[], logprobs=logprobs)
 
 
 def _usage(counter: UsageCounter) -> ResponseUsage:

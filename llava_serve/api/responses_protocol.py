@@ -7,13 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from llava_serve.api.field_types import Integer, Limit
 from llava_serve.api.neutral import NEUTRAL_FIELDS
-from llava_serve.api.protocol import Answer, ChatRequest, Integer, Limit, StreamOptions
+from llava_serve.api.protocol import Answer, ChatRequest, StreamOptions, TokenLogprobs
 from llava_serve.api.structured import JsonSchema, ResponseFormat
-from llava_serve.errors import UnsupportedParameterError
+from llava_serve.errors import RequestError, UnsupportedParameterError, shown
 from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
 from llava_serve.wire import Wire, anything, as_request_error, one_of
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` asks for."""
 
 
 class InputItem(WireMessage):
@@ -24,8 +28,30 @@ class InputItem(WireMessage):
     type: Literal["message"] | None = None
 
 
+_LABELS = ("type", "id", "call_id", "status")
+"""Of a call and its output; the model does not see them."""
+
+
 def _as_items(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+    """The turns of an input: a text is the user's, and calls of tools are those of a chat's history."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    return list(map(_as_turn, given)) if isinstance(given, list) else given
+
+
+def _as_turn(item: Any) -> Any:
+    if not isinstance(item, dict) or item.get("type") in (None, "message"):
+        return item
+    rest = {name: value for name, value in item.items() if name not in _LABELS}
+    if item["type"] == "function_call":
+        call = {name: rest.pop(name) for name in ("name", "arguments") if name in rest}
+        return {"role": "assistant", "tool_calls": [{"function": call}], **rest}
+    if item["type"] == "function_call_output":
+        return {"role": "tool", "content": rest.pop("output", None), **rest}
+    raise ValueError(
+        f"has an item of the type {shown(item['type'])!r}, which this server does not take: it takes turns "
+        "(message), function_call and function_call_output"
+    )
 
 
 class TextFormat(JsonSchema):
@@ -57,19 +83,20 @@ class ResponseRequest(Wire):
     """A request of the Responses API. Fields with the name of one of a chat completion mean the same.
 
     Attributes:
-        input: a text, or turns with `input_text`, `input_image` and `output_text`, oldest first.
+        input: a text, or turns with `input_text`, `input_image` and `output_text`, oldest first. A `function_call` and
+            its `function_call_output` are shown to the model as text.
         instructions: the system message.
         max_output_tokens: the longest answer in tokens.
         text: the form of the answer's text.
+        include: `message.output_text.logprobs` asks for the log-probability of each token.
+        top_logprobs: return the log-probabilities of this many alternatives, too.
         previous_response_id, conversation, store: state, which this server does not keep.
     """
 
     NEUTRAL = {  # noqa: RUF012 (a ClassVar of the base)
         **NEUTRAL_FIELDS,
-        "include": one_of([], ["reasoning.encrypted_content"]),  # there is no reasoning to include
         "max_tool_calls": anything,
         "reasoning": one_of({}, {"effort": "none"}),
-        "top_logprobs": one_of(0),
         "truncation": one_of("disabled"),
     }
 
@@ -81,6 +108,8 @@ class ResponseRequest(Wire):
     instructions: str | None = None
     max_output_tokens: Limit = None
     text: TextOptions | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None
@@ -114,9 +143,18 @@ class ResponseRequest(Wire):
                 "This server keeps no responses: leave 'store' out, or send false, and send earlier turns in 'input'.",
                 "store",
             )
+        included = set(self.include or ()) - {"reasoning.encrypted_content"}  # there is no reasoning to include
+        if unknown := sorted(included - {LOGPROBS}):
+            raise UnsupportedParameterError(
+                f"This server does not include {shown(unknown[0])!r}: leave it out of 'include'.", "include"
+            )
+        if self.top_logprobs and not included:
+            raise RequestError(f"top_logprobs needs {LOGPROBS!r} in 'include'.", "top_logprobs")
         system = [WireMessage.model_validate({"role": "system", "content": self.instructions})]
         messages: Sequence[WireMessage] = [*(system if self.instructions else ()), *self.input]
         same = {name: value for name in _CHAT_FIELDS if (value := getattr(self, name)) is not None}
+        if included:
+            same |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         if self.text is not None and self.text.format is not None:
             same["response_format"] = self.text.format.as_response_format()
         try:
@@ -134,7 +172,7 @@ class OutputText(Answer):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[str]
-    logprobs: list[str]
+    logprobs: list[TokenLogprobs]
 
 
 class OutputMessage(Answer):
@@ -217,7 +255,7 @@ class ResponseEvent(Answer):
     part: OutputText | None = None
     delta: str | None = None
     text: str | None = None
-    logprobs: list[str] | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 def status_of(finish_reason: FinishReason) -> Status:

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from llava_serve.api.protocol import Answer, ChatRequest, Integer
+from llava_serve.api.field_types import Integer
+from llava_serve.api.protocol import Answer, ChatRequest
 from llava_serve.api.routing import reading_route, responses_of
 from llava_serve.api.service import Service
 from llava_serve.deadline import deadline_scope

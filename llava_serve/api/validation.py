@@ -133,13 +133,17 @@ def sampling_of(request: GenerationFields, default_max_tokens: int | None = None
         raise RequestError("Give max_tokens or max_completion_tokens, not both.", "max_completion_tokens")
     if request.stream_options is not None and request.stream_options.include_usage and not request.stream:
         raise RequestError("stream_options needs stream to be true.", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError("prompt_logprobs does not go with a stream: leave one of them out.", "prompt_logprobs")
+    lengths = (request.max_completion_tokens, request.max_tokens, default_max_tokens, _TO_THE_END)
     given = {
         **{name: getattr(request, name) for name in _SAME_NAME},
-        "max_new_tokens": request.max_completion_tokens or request.max_tokens or default_max_tokens or _TO_THE_END,
+        "max_new_tokens": next(length for length in lengths if length is not None),
         "stop": tuple(request.stop or ()),
         "stop_token_ids": tuple(request.stop_token_ids or ()),
         "logit_bias": _bias(request.logit_bias or {}),
         "logprobs": request.alternatives,
+        "prompt_logprobs": request.prompt_alternatives,
         "structured": structured_output(
             request.response_format,
             request.structured_outputs,

@@ -18,7 +18,7 @@ from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.prefill_budget import PrefillBudget
 from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
-from llava_serve.engine.sequence import EngineRequest, Output, RawLogprob, Sequence, SequenceGroup
+from llava_serve.engine.sequence import EngineRequest, Output, PromptLogprobs, RawLogprob, Sequence, SequenceGroup
 from llava_serve.engine.stats import EngineStats
 from llava_serve.errors import CapacityError, DeadlineExceededError, NumericalError, RequestError
 from llava_serve.types import FinishReason
@@ -142,7 +142,7 @@ class Engine:
         sequences = [segment.sequence for segment in schedule.segments if segment.needs_sampling]
         sampled = sample_step(result, sequences, self._searches, self.model.dtype)
         outputs = [self._fail(*failed) for failed in failed_requests(sampled.failures, self._scheduler).items()]
-        self._record(schedule)
+        self._record(schedule, result.prompt_logprobs)
         for sequence, token in sampled.tokens:
             if self.has(sequence.request.request_id):
                 outputs.append(self._append(sequence, token))
@@ -160,8 +160,11 @@ class Engine:
         self.abort(request_id)
         return Output(request_id, 0, error=request_failure(request_id, error))
 
-    def _record(self, schedule: Schedule) -> None:
+    def _record(self, schedule: Schedule, prompt_logprobs: list[tuple[Sequence, PromptLogprobs]]) -> None:
         """Records what the step has computed."""
+        for sequence, new in prompt_logprobs:
+            assert sequence.prompt_logprobs is not None, "they are computed only where they are asked for"
+            sequence.prompt_logprobs += new
         self._steps += 1
         self._computed += schedule.num_tokens
         for segment in schedule.segments:
@@ -175,6 +178,8 @@ class Engine:
     def _append(self, sequence: Sequence, token: RawLogprob) -> Output:
         """Appends a sequence's next token, and ends its choice where that is the last one."""
         request = sequence.request
+        if not request.max_new_tokens:
+            return self._output(sequence, (), "length", None)
         sequence.token_ids.append(token.token_id)
         reason: FinishReason | None = None
         complete = sequence.matcher is not None and sequence.matcher.exhausted
@@ -218,6 +223,7 @@ class Engine:
             logprobs=logprobs,
             num_prompt_tokens=sequence.num_prompt,
             num_cached_tokens=cached,
+            prompt_logprobs=sequence.prompt_logprobs if sequence.num_output == len(token_ids) else None,
         )
 
     def _end(self, group: SequenceGroup) -> None:

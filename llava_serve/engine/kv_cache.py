@@ -176,8 +176,8 @@ class KVCache:
         self._claims[end] = max(0, self._blocks(sequence.expected_length) - sequence.extent.size)
 
     def _reusable(self, sequence: Sequence) -> int:
-        """Blocks that may be prefix hits: at least one position is left to compute."""
-        return min(sequence.num_fixed, len(sequence.token_ids) - 1) // self.block_size
+        """Blocks that may be prefix hits."""
+        return sequence.num_reusable // self.block_size
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Blocks of the prefix cache that match the sequence."""

@@ -72,7 +72,16 @@ class OutputProcessor:
             logprobs=None if output.logprobs is None else tuple(map(self._logprob, output.logprobs)),
             num_prompt_tokens=output.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
+            prompt_logprobs=None
+            if output.prompt_logprobs is None
+            else tuple(map(self._scored, output.prompt_logprobs)),
         )
+
+    def _scored(self, raw: RawLogprob | None) -> TokenLogprob | None:
+        """A position of the prompt: a control token has no part in its text."""
+        if raw is None or self._tokenizer.has_text(raw.token_id):
+            return None if raw is None else self._logprob(raw)
+        return dataclasses.replace(self._logprob(raw), token_bytes=b"")
 
     def _spoken(self, output: Output) -> tuple[int, ...]:
         """The ids whose text is part of the answer: an id that ends it is not, unless the request asks for it."""
@@ -90,6 +99,7 @@ class OutputProcessor:
             top=tuple((token, text(token), logprob) for token, logprob in raw.top),
             token_bytes=as_bytes(raw.token_id),
             top_bytes=tuple(as_bytes(token) for token, _ in raw.top),
+            rank=raw.rank,
         )
 
 
@@ -108,18 +118,21 @@ def _join(parts: Sequence[Chunk]) -> Chunk:
         text="".join(part.text for part in parts),
         token_ids=tuple(token for part in parts for token in part.token_ids),
         logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
+        prompt_logprobs=parts[0].prompt_logprobs,
     )
 
 
 def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult:
     """The result of a prompt from all chunks of all its choices."""
     choices = sorted(join_chunks(chunks), key=lambda choice: choice.index)
+    scored = choices[0].prompt_logprobs
     return GenerationResult(
         prompt=prompt.prompt,
         input_ids=prompt.input_ids,
         num_prompt_tokens=prompt.num_tokens,
         outputs=tuple(_completion(choice) for choice in choices),
         num_cached_tokens=choices[0].num_cached_tokens,
+        prompt_logprobs=None if scored is None else (None, *scored[1:]),
     )
 
 

@@ -61,8 +61,9 @@ class RequestValidator:
             )
         if sampling.num_beams > self._options.max_num_seqs:
             raise RequestError(f"num_beams must be at most {self._options.max_num_seqs} here.", "num_beams")
-        if sampling.num_beams > 1 and sampling.logprobs is not None:
-            raise UnsupportedParameterError("logprobs cannot be given with num_beams above 1.", "logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            if sampling.num_beams > 1 and getattr(sampling, name) is not None:
+                raise UnsupportedParameterError(f"{name} cannot be given with num_beams above 1.", name)
         memory = self._num_blocks // sampling.num_beams * self._options.block_size
         limit = min(self._spec.context_length, memory)
         if prompt.num_tokens >= limit:

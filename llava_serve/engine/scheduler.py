@@ -29,6 +29,14 @@ class Segment:
     needs_sampling: bool
     new_full_blocks: range
 
+    @property
+    def scored(self) -> range:
+        """Positions of the prompt whose log-probabilities the segment gives: each by the logits of the one before."""
+        known = self.sequence.prompt_logprobs
+        if known is None:
+            return range(0)
+        return range(max(len(known), self.start + 1), min(self.end + 1, self.sequence.num_prompt))
+
 
 @dataclass(frozen=True, slots=True)
 class TileJob:

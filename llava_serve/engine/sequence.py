@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from llava_serve.engine.grammar import Grammar, Matcher
 from llava_serve.errors import LlavaServeError
 from llava_serve.sampling_params import SamplingParams
-from llava_serve.types import FinishReason, PreparedPrompt
+from llava_serve.types import IMAGE_TOKEN_ID, FinishReason, PreparedPrompt
 
 _EXPECTED_OUTPUT = 512
 """Tokens of an answer that may go on to the end of the context."""
@@ -42,11 +43,16 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class RawLogprob:
-    """A produced token's log-probability and the best alternatives as (id, logprob), best first."""
+    """A token's log-probability, and the best alternatives as (id, logprob), best first. A prompt's has a rank."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+
+
+PromptLogprobs = list[RawLogprob | None]
+"""Of a prompt's positions from the first on. None for an image's; the first token has NaN: nothing comes before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class Output:
     Attributes:
         index: of the choice.
         finish_reason: set on the choice's last output, and only there.
+        prompt_logprobs: on the first output of choice 0, where the request asks for them.
         error: the request has failed; no output of any of its choices follows.
     """
 
@@ -66,6 +73,7 @@ class Output:
     logprobs: tuple[RawLogprob, ...] | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
     error: LlavaServeError | None = None
 
 
@@ -99,6 +107,7 @@ class Sequence:
         extent: where its keys and values are; None while it waits.
         block_hashes: of its full blocks, as far as they were needed.
         matcher: how far it has come in the request's grammar.
+        prompt_logprobs: as far as they are computed; None where they are not asked for, or another choice has them.
     """
 
     request: EngineRequest
@@ -110,10 +119,14 @@ class Sequence:
     extent: Extent | None = None
     block_hashes: list[bytes] = field(default_factory=list)
     matcher: Matcher | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def __post_init__(self) -> None:
         if self.request.grammar is not None:
             self.matcher = self.request.grammar.matcher(self.request.end_tokens)
+        if self.request.sampling.prompt_logprobs is not None and self.index == 0:
+            first = self.token_ids[0]
+            self.prompt_logprobs = [None if first == IMAGE_TOKEN_ID else RawLogprob(first, math.nan)]
 
     @property
     def num_prompt(self) -> int:
@@ -132,6 +145,14 @@ class Sequence:
     def num_fixed(self) -> int:
         """Leading positions whose tokens never change. A beam's output tokens may."""
         return self.num_prompt if self.request.sampling.num_beams > 1 else len(self.token_ids)
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading positions that may come from the prefix cache. At least one is left to compute, and so is each whose
+        logits give a log-probability of the prompt that is not known yet."""
+        most = min(self.num_fixed, len(self.token_ids) - 1)
+        known = self.prompt_logprobs
+        return most if known is None or len(known) == self.num_prompt else len(known) - 1
 
     @property
     def max_length(self) -> int:

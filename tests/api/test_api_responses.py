@@ -117,6 +117,45 @@ def test_an_answer_that_is_cut_says_so(client: OpenAI) -> None:
     assert last.type == "response.incomplete"
 
 
+def test_calls_of_tools_are_the_turns_of_a_chat(web: httpx.Client, client: OpenAI) -> None:
+    calls = [
+        {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "count", "arguments": '{"of": "circles"}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "1", "status": "completed"},
+    ]
+    response = client.responses.create(**greedy([ASKED, *calls, turn("user", "What colour is the circle?")]))
+    call = {"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"of": "circles"}'}}
+    parts = [{"type": "text", "text": "What colour is the circle?"}, {"type": "image_url", "image_url": URL}]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "user", "content": "What colour is the circle?"},
+    ]
+    chat = web.post(PATH, json={"messages": messages, "temperature": 0}).json()
+    assert response.output_text == chat["choices"][0]["message"]["content"]
+    assert response.usage is not None
+    assert response.usage.input_tokens == chat["usage"]["prompt_tokens"]
+
+
+def test_logprobs_join_to_the_text_streamed_and_not(web: httpx.Client, client: OpenAI) -> None:
+    asked = greedy([ASKED], include=["message.output_text.logprobs"], top_logprobs=2)
+    (message,) = client.responses.create(**asked).output
+    part = message.to_dict()["content"][0]
+    assert "".join(each["token"] for each in part["logprobs"]) == part["text"] == RED
+    assert all(len(each["top_logprobs"]) == 2 and each["logprob"] <= 0 for each in part["logprobs"])
+    events = list(client.responses.create(**asked, stream=True))
+    deltas = [each for event in events if event.type == "response.output_text.delta" for each in event.logprobs]
+    assert "".join(each.token for each in deltas) == RED
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert [each.token for each in done.logprobs] == [each.token for each in deltas]
+    assert events[-1].response.output[0].to_dict()["content"][0] == part
+    with client.responses.stream(**asked) as stream:
+        assert stream.until_done().get_final_response().output_text == RED
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 2, "temperature": 0}
+    same = client.responses.create(**(asked | {"input": "Hello"})).output[0].to_dict()["content"][0]["logprobs"]
+    assert same == web.post(PATH, json=chat).json()["choices"][0]["logprobs"]["content"]
+
+
 FUNCTION = {"type": "function", "name": "f", "parameters": {}}
 
 
@@ -130,8 +169,11 @@ FUNCTION = {"type": "function", "name": "f", "parameters": {}}
         ({"tool_choice": "required"}, "tool_choice", "calls no tools"),
         ({"background": True}, "background", "leave it out"),
         ({"text": {"format": {"type": "json_schema", "name": "c"}}}, "response_format.json_schema", "needs the schema"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "leave it out"),
-        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].role", "is required"),
+        ({"include": ["file_search_call.results"]}, "include", "leave it out"),
+        ({"top_logprobs": 2}, "top_logprobs", "message.output_text.logprobs"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "item_reference"),
+        ({"input": [{"type": "function_call", "arguments": "{}"}]}, "input[0].tool_calls[0].function.name", "required"),
+        ({"input": [{"type": "function_call_output", "output": "3", "volume": 2}]}, "input[0].volume", "leave it out"),
         ({"input": [turn("assistant", PICTURE)]}, "input[0]", "send it in a user message"),
         ({"input": []}, "input", "must not be empty"),
         ({"cache_salt": ""}, "cache_salt", "must not be empty"),

@@ -143,6 +143,26 @@ def test_greedy_tokens(name: str, folder_of: Any, reference_of: Any) -> None:
         assert result.text == reference.processor.decode(expected, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("name", ["llava-1.5-llama-hub", "llava-next-mistral-hub"])
+@pytest.mark.parametrize("key", ["97x140", "two-turns"])
+def test_scores_of_a_prompt_with_pictures(name: str, key: str, folder_of: Any, reference_of: Any) -> None:
+    llm = LLM(str(folder_of(name)), device="cpu", dtype="float32", engine=ONE_THREAD)
+    result = llm.chat(TALKS[key], SamplingParams(prompt_logprobs=1, max_new_tokens=0))
+    inputs = reference_of(name).inputs(TALKS[key])
+    with torch.inference_mode():
+        table = reference_of(name).model(**inputs).logits[0].log_softmax(-1)
+    ids = inputs["input_ids"][0].tolist()
+    pictures = [at for at, token in enumerate(ids) if token == reference_of(name).model.config.image_token_id]
+    assert pictures
+    assert result.prompt_logprobs is not None
+    assert [at for at, entry in enumerate(result.prompt_logprobs) if entry is None] == [0, *pictures]
+    for before, token, entry in zip(table[:-1], ids[1:], result.prompt_logprobs[1:], strict=True):
+        if entry is not None:
+            assert entry.token_id == token
+            assert entry.logprob == pytest.approx(float(before[token]), abs=TOLERANCE)
+            assert entry.top[0][2] == pytest.approx(float(before.max()), abs=TOLERANCE)
+
+
 def test_a_query_is_a_chat_of_one_message(folder_of: Any) -> None:
     llm = LLM(str(folder_of("llava-next-mistral-hub")), device="cpu", dtype="float32", engine=ONE_THREAD)
     image = picture(70, 40)

@@ -17,13 +17,14 @@ import torch
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.sequence import PromptLogprobs
 from llava_serve.errors import LlavaServeError
 from llava_serve.llm import LLM
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
 from llava_serve.types import PreparedPrompt
 from support.paths import GOLDEN
-from support.tiny_engine import TinyModel, check_blocks, engine, image, outcomes, prompt
+from support.tiny_engine import TinyModel, check_blocks, engine, image, outcomes, prompt, scores
 
 QUICK, MANY = 6, 100
 KINDS = ["llama", "mistral", "qwen2", "mpt"]
@@ -71,6 +72,13 @@ def make_prompt(rng: random.Random) -> PreparedPrompt:
 
 
 def make_sampling(rng: random.Random) -> SamplingParams:
+    """Now and then the prompt is scored, too."""
+    sampling = make_plain_sampling(rng)
+    scored = sampling.num_beams == 1 and rng.random() < 0.25
+    return dataclasses.replace(sampling, prompt_logprobs=rng.choice((0, 2))) if scored else sampling
+
+
+def make_plain_sampling(rng: random.Random) -> SamplingParams:
     count = rng.choice((1, 3, 8, 20))
     match rng.randrange(7):
         case 0:
@@ -135,6 +143,10 @@ def check_schedule(
     windowed = getattr(subject_model.language_model.config, "sliding_window", None) is not None
     expected = [outcomes(engine(subject_model, blocks=300, prefix_caching=False), request)[0] for request in requests]
 
+    tables = [
+        None if isinstance(whole, LlavaServeError) else scores(engine(subject_model, blocks=300), request)[0]
+        for request, whole in zip(requests, expected, strict=True)
+    ]
     block_size = rng.choice((1, 4, 8, 16))
     largest = max(  # blocks of the request that needs the most: the cache holds it, and not much else
         sampling.num_beams * -(-(one.num_tokens + sampling.max_new_tokens) // block_size) for one, sampling in requests
@@ -154,6 +166,7 @@ def check_schedule(
     answers: dict[str, dict[int, list[int]]] = {name: {} for name in coming}
     ended: Counter[tuple[str, int]] = Counter()
     failed: dict[str, LlavaServeError] = {}
+    scored: dict[str, PromptLogprobs] = {}
     while coming or subject.has_work:
         while coming and (rng.random() < 0.4 or not subject.has_work):
             name = next(iter(coming))
@@ -168,10 +181,12 @@ def check_schedule(
                 failed[output.request_id] = output.error
                 continue
             assert not ended[output.request_id, output.index]
+            if output.prompt_logprobs is not None:
+                scored[output.request_id] = output.prompt_logprobs
             answers[output.request_id].setdefault(output.index, []).extend(output.token_ids)
             ended[output.request_id, output.index] += output.finish_reason is not None
         check_blocks(subject)
-    for name, (_, sampling), whole in zip(answers, requests, expected, strict=True):
+    for name, (_, sampling), whole, table in zip(answers, requests, expected, tables, strict=True):
         if isinstance(whole, LlavaServeError):
             # Behind its window a sequence is free of NaN: whether it gets some depends on how its prompt is chunked.
             may_succeed = windowed and name not in failed
@@ -179,8 +194,20 @@ def check_schedule(
         elif name not in aborted:
             assert [answers[name][index] for index in range(sampling.n)] == whole
             assert all(ended[name, index] == 1 for index in range(sampling.n))
+            check_scores(scored.get(name), table)
     assert not subject._runner._embeddings
     assert subject.stats.free_blocks == subject.stats.total_blocks
+
+
+def check_scores(found: PromptLogprobs | None, expected: PromptLogprobs | None) -> None:
+    """The same prompt gets the same log-probabilities."""
+    assert (found is None) == (expected is None)
+    for one, other in zip(found or (), expected or (), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5, nan_ok=True)
+            assert [logprob for _, logprob in one.top] == pytest.approx([logprob for _, logprob in other.top], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

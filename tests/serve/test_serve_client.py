@@ -98,6 +98,20 @@ def test_chat_and_stream_say_the_same(llava: LlavaClient, over_http: str) -> Non
         llava.chat(messages, GREEDY, priority=-1)
 
 
+def test_the_scores_of_a_prompt(llava: LlavaClient, served: Any) -> None:
+    messages = question(DEMO_QUESTION, DEMO_IMAGE.read_bytes())
+    result = llava.chat(messages, SamplingParams(temperature=0, prompt_logprobs=1, max_new_tokens=0))
+    body = {"messages": messages, "prompt_logprobs": 1, "max_tokens": 1}
+    over_http = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()["prompt_logprobs"]
+    assert result.text == ""
+    assert result.prompt_logprobs is not None
+    assert len(result.prompt_logprobs) == len(over_http) == result.num_prompt_tokens
+    for entry, position in zip(result.prompt_logprobs, over_http, strict=True):
+        assert (entry is None) == (position is None)
+        if entry is not None:
+            assert position[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob, abs=1e-3)
+
+
 async def test_the_async_forms_say_the_same(llava: LlavaClient, over_http: str) -> None:
     messages = question(DEMO_QUESTION, DEMO_IMAGE.read_bytes())
     assert (await llava.chat_async(messages, GREEDY)).text == over_http

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.sequence import PromptLogprobs
 from llava_serve.errors import LlavaServeError
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
@@ -179,6 +180,22 @@ def run(engine: Engine, *requests: Request) -> list[Answer]:
     return answers  # type: ignore[return-value]
 
 
+def scores(engine: Engine, *requests: Request) -> list[PromptLogprobs | None]:
+    """What each request gets of its prompt, all requests added at once; nothing may fail."""
+    names = [f"r{next(_names)}" for _ in requests]
+    for name, (one, sampling) in zip(names, requests, strict=True):
+        engine.add(engine.validator.accept(name, one, sampling))
+    found: dict[str, PromptLogprobs] = {}
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            if output.prompt_logprobs is not None:
+                assert output.request_id not in found, "they come once"
+                found[output.request_id] = output.prompt_logprobs
+        check_blocks(engine)
+    return [found.get(name) for name in names]
+
+
 def check_blocks(subject: Engine) -> None:
     """Every reference count is the number of holders, no block is lost, and what is cached is finite."""
     kv, scheduler = subject._kv, subject._scheduler
@@ -213,14 +230,31 @@ def reference_logits(model: TinyModel, one: PreparedPrompt) -> torch.Tensor:
     return logits
 
 
+def reference_table(model: TinyModel, one: PreparedPrompt) -> torch.Tensor:
+    """[positions, vocabulary]: logits of a prompt with its images, by transformers itself."""
+    language_model = model.language_model
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits: torch.Tensor = language_model(inputs_embeds=_embeddings(model, one)[None], use_cache=False).logits[0]
+    language_model.set_attn_implementation(before)
+    return logits
+
+
+def _embeddings(model: TinyModel, one: PreparedPrompt) -> torch.Tensor:
+    """[positions, hidden], the images' merged in."""
+    embeddings = model.embed(torch.tensor(one.token_ids).long().clamp(min=0))
+    for (start, end), tiles in zip(one.image_spans, one.tiles, strict=True):
+        embeddings[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), (2, 2))
+    return embeddings
+
+
 def reference_ids(model: TinyModel, one: PreparedPrompt, count: int) -> list[int]:
     """Greedy ids by transformers itself, without a cache: a full forward pass per token."""
     language_model = model.language_model
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
-    embeddings = model.embed(torch.tensor(one.token_ids).long().clamp(min=0))
-    for (start, end), tiles in zip(one.image_spans, one.tiles, strict=True):
-        embeddings[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), (2, 2))
+    embeddings = _embeddings(model, one)
     ids: list[int] = []
     with torch.inference_mode():
         while len(ids) < count and (not ids or ids[-1] != 2):

@@ -21,9 +21,10 @@ from llava_serve.engine.executor.image_encoder import ImageEncoder
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
+from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.scheduler import Schedule, Segment
-from llava_serve.engine.sequence import Sequence
+from llava_serve.engine.sequence import PromptLogprobs, Sequence
 from llava_serve.errors import CheckpointError
 from llava_serve.model.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
@@ -38,12 +39,14 @@ class StepResult:
         checked: what was checked for NaN and infinity: logits or keys and values of a sequence, features of the image
             with a digest.
         finite: bool [checked], on the device: there were none.
+        prompt_logprobs: of sequences whose request asks for them, those that the step's prefill gives.
         failures: of what the step has tried.
     """
 
     logits: torch.Tensor
     checked: list[Sequence | str]
     finite: torch.Tensor
+    prompt_logprobs: list[tuple[Sequence, PromptLogprobs]]
     failures: StepFailures
 
 
@@ -101,15 +104,20 @@ class ModelRunner:
         failures = StepFailures()
         digests, finite = self._encoder.encode(schedule.tile_jobs, failures.images)
         self._memory.copy(schedule.copies)
-        logits = self._forward(schedule, failures) if schedule.segments else torch.empty(0, 0)
+        scored: list[ScoredPrompt] = []
+        logits = self._forward(schedule, scored, failures) if schedule.segments else torch.empty(0, 0)
         sequences, flags = self._check_finite(schedule.segments, logits)
-        flags += finite
+        flags += [*(flag for each in scored for flag in each.finite), *finite]
         return StepResult(
-            logits, [*sequences, *digests], torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool), failures
+            logits,
+            [*sequences, *(each.sequence for each in scored for _ in each.finite), *digests],
+            torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool),
+            [(each.sequence, each.logprobs) for each in scored],
+            failures,
         )
 
-    def _forward(self, schedule: Schedule, failures: StepFailures) -> torch.Tensor:
-        """One packed forward pass. Returns logits [sampled, vocabulary]; adds to the failures."""
+    def _forward(self, schedule: Schedule, scored: list[ScoredPrompt], failures: StepFailures) -> torch.Tensor:
+        """One packed forward pass. Returns logits [sampled, vocabulary]; adds to `scored` and the failures."""
         segments = schedule.segments
         sequences = self._pack(segments)
         if self._graphs is not None and all(_decodes(segment) for segment in segments):
@@ -124,10 +132,22 @@ class ModelRunner:
             for one, segment in zip(sequences, segments, strict=True)
             if segment.needs_sampling
         ]
+        for one, segment in zip(sequences, segments, strict=True):
+            if segment.scored:
+                own = partial(self._logits, hidden[one.offset : one.offset + one.length])
+                result = attempt(partial(score_prompt, segment, own))
+                if isinstance(result, Exception):
+                    failures.requests[segment.sequence.request.request_id] = result
+                else:
+                    scored.append(result)
         if not last and hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the engine times this step
-        indices = [*last, *[0] * (self._padded(len(last)) - len(last))]
-        return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[: len(last)]
+        return self._logits(hidden, last)
+
+    def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """[rows, vocabulary] of some of the hidden states [tokens, hidden]."""
+        indices = [*rows, *[0] * (self._padded(len(rows)) - len(rows))]
+        return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[: len(rows)]
 
     def _check_finite(
         self, segments: tuple[Segment, ...], logits: torch.Tensor

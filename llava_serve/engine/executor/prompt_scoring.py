@@ -1,0 +1,62 @@
+"""Log-probabilities of a prompt's own tokens, from the hidden states of its prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llava_serve.engine.scheduler import Segment
+from llava_serve.engine.sequence import PromptLogprobs, RawLogprob, Sequence
+from llava_serve.model.numerics import are_finite
+from llava_serve.types import IMAGE_TOKEN_ID
+
+ROWS = 64
+"""Positions whose logits are in memory at once."""
+
+LogitsOf = Callable[[list[int]], torch.Tensor]
+"""Logits [rows, vocabulary] of some positions of a segment, counted from its start."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """What a segment tells of its sequence's prompt.
+
+    Attributes:
+        logprobs: of the positions `Segment.scored`.
+        finite: of each piece bool [1], on the device: its logits had no NaN and no infinity.
+    """
+
+    sequence: Sequence
+    logprobs: PromptLogprobs
+    finite: list[torch.Tensor]
+
+
+def score_prompt(segment: Segment, logits_of: LogitsOf) -> ScoredPrompt:
+    """Computes the log-probabilities of a segment's part of the prompt, the model's own, in pieces of `ROWS`."""
+    sequence, scored = segment.sequence, segment.scored
+    asked = sequence.request.sampling.prompt_logprobs or 0
+    texts = [at for at in scored if sequence.token_ids[at] != IMAGE_TOKEN_ID]
+    logprobs: PromptLogprobs = [None] * len(scored)
+    finite = []
+    for first in range(0, len(texts), ROWS):
+        piece = texts[first : first + ROWS]
+        table = logits_of([at - 1 - segment.start for at in piece])
+        finite.append(are_finite(table)[None])
+        for at, entry in zip(piece, _entries(table, [sequence.token_ids[at] for at in piece], asked), strict=True):
+            logprobs[at - scored.start] = entry
+    return ScoredPrompt(sequence, logprobs, finite)
+
+
+def _entries(logits: torch.Tensor, tokens: list[int], asked: int) -> list[RawLogprob]:
+    """Of each token by its row of logits [tokens, vocabulary], with so many alternatives."""
+    table = logits.log_softmax(dim=-1)
+    own = table.gather(1, torch.tensor(tokens, device=table.device)[:, None])
+    ranks = (table >= own).sum(dim=-1)
+    best = table.topk(min(asked, table.shape[-1]), dim=-1)
+    columns = (own[:, 0].tolist(), ranks.tolist(), best.indices.tolist(), best.values.tolist())
+    return [
+        RawLogprob(token, logprob, tuple(zip(ids, values, strict=True)), rank)
+        for token, logprob, rank, ids, values in zip(tokens, *columns, strict=True)
+    ]
