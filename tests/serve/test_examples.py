@@ -73,7 +73,7 @@ def check_lines(out: str, begins: list[str]) -> None:
 @pytest.mark.parametrize("name", DATA_PRINTS)
 def test_a_ray_data_example_prints_the_right_answer(served: Any, name: str) -> None:
     environment = os.environ | {"RAY_ADDRESS": served.ray_address, "OPENAI_BASE_URL": f"{served.url}/v1"}
-    command = [sys.executable, EXAMPLES / name]
+    command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     check_lines(done.stdout, DATA_PRINTS[name])
