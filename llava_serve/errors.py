@@ -1,7 +1,7 @@
 """Every error that a caller can get.
 
 LlavaServeError
-├── RequestError               the caller's fault
+├── RequestError               the caller's fault (also a ValueError)
 │   ├── InvalidImageError      not an image, too large, too many, unreachable, refused address
 │   ├── PromptTooLongError     says got and limit
 │   ├── UnsupportedParameterError
@@ -11,7 +11,7 @@ LlavaServeError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
 │   └── RateLimitError         the client is beyond a limit of its API key
-├── DeadlineExceededError      the request's time was up
+├── DeadlineExceededError      the request's time was up (also a TimeoutError)
 ├── CheckpointError            at load only: names file and tensor
 ├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
 └── EngineDeadError            the engine's loop has ended
@@ -50,7 +50,7 @@ class LlavaServeError(Exception):
         return self.message
 
 
-class RequestError(LlavaServeError):
+class RequestError(LlavaServeError, ValueError):
     """The request cannot be served as it stands."""
 
 
@@ -116,7 +116,7 @@ class RateLimitError(CapacityError):
     """The client has used up what its API key may have at once, or in a minute."""
 
 
-class DeadlineExceededError(LlavaServeError):
+class DeadlineExceededError(LlavaServeError, TimeoutError):
     """The request's time was up before its answer was complete."""
 
 

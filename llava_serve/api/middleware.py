@@ -107,7 +107,7 @@ class APIKeyMiddleware:
 
 class AdmissionMiddleware:
     """Counts each request as in flight, from its arrival to the last byte of its answer, and limits its body. Both
-    happen before any picture is read.
+    happen before any picture is read. `state.place` is the request's place in the limiter.
 
     Args:
         app: the wrapped app.
@@ -127,15 +127,16 @@ class AdmissionMiddleware:
 
         async def receive_counted() -> Message:
             message = await receive()
-            hold(len(message.get("body", b"")))
+            place.hold(len(message.get("body", b"")))
             return message
 
         async def send_own_refusal(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 413:
-                raise _too_large(self._max_body_bytes)  # instead of Starlette's plain text
+                raise too_large(self._max_body_bytes)  # instead of Starlette's plain text
             await send(message)
 
-        with self._limiter.request(works=scope["method"] == "POST") as hold:
+        with self._limiter.request(works=scope["method"] == "POST") as place:
+            scope["state"]["place"] = place
             await self._app(scope, receive_counted, send_own_refusal)
 
 
@@ -147,11 +148,11 @@ def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
         images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
     size = sum(len(image.source) for image in images)
     if size > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     return size
 
 
-def _too_large(limit: int) -> BodyTooLargeError:
+def too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The request is larger than this server's limit of {limit / (1 << 20):.3g} MiB.")
 
 
