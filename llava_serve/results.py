@@ -25,6 +25,7 @@ class GenerationResult:
     Attributes:
         num_prompt_tokens: positions, images merged in.
         num_cached_tokens: those of them that came from a cache.
+        num_image_tokens: those of them that images take.
     """
 
     prompt: str
@@ -32,6 +33,7 @@ class GenerationResult:
     num_prompt_tokens: int
     outputs: tuple[Completion, ...]
     num_cached_tokens: int = 0
+    num_image_tokens: int = 0
 
     @property
     def text(self) -> str:

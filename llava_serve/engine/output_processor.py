@@ -120,6 +120,7 @@ def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult
         num_prompt_tokens=prompt.num_tokens,
         outputs=tuple(_completion(choice) for choice in choices),
         num_cached_tokens=choices[0].num_cached_tokens,
+        num_image_tokens=sum(end - start for start, end in prompt.image_spans),
     )
 
 
