@@ -55,6 +55,8 @@ class InputFile:
         self._is_csv = path.suffix.lower() == ".csv"
         if path.is_dir():
             raise RequestError(f"{path} is a folder; give a file with a row for each question.")
+        if self._is_array():
+            raise RequestError(f"{path} is a JSON array; write one object a line, without brackets around all.")
         first = next((item for item in self if item.fields is not None), None)
         if first is None:
             raise RequestError(f"{path} has no row; {next((item.fault for item in self), 'it is empty')}.")
@@ -70,6 +72,12 @@ class InputFile:
             raise RequestError(f"{self.path} is not UTF-8; save it as UTF-8.") from None
         except csv.Error as error:
             raise RequestError(f"{self.path} cannot be read as CSV: {error}.") from None
+
+    def _is_array(self) -> bool:
+        if self._is_csv or not self.path.exists():
+            return False
+        with self.path.open("rb") as file:
+            return file.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
     def _jsonl(self) -> Iterator[Item]:
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -98,9 +106,7 @@ def _json_item(position: int, number: int, line: str) -> Item:
     except UnicodeEncodeError:
         return Item(position, number, None, "it is not UTF-8")
     except (ValueError, RecursionError):
-        array = position == 0 and line.lstrip().startswith("[")
-        hint = ": write one object a line, without brackets around all" if array else ""
-        return Item(position, number, None, f"it is not valid JSON{hint}")
+        return Item(position, number, None, "it is not valid JSON")
     if not isinstance(fields, dict):
         return Item(position, number, None, f"it is no JSON object, such as {{...}}: {shown(line.strip())}")
     return Item(position, number, fields)

@@ -55,7 +55,11 @@ class Plan:
                 self._known[key] = replace(item, fields=None)
                 self._versions[key] = version_of(job, item)
         self.output = OutputFile(job.output)
-        self.output.recover(self._position_of)
+        try:
+            self.output.recover(self._position_of)
+        except LlavaServeError:
+            self.output.close()
+            raise
         self.done = self.num_written
 
     @property

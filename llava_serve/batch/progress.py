@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TextIO
 
@@ -18,6 +19,7 @@ def progress_bar(total: int, done: int) -> tqdm[None]:
         done: those that were done earlier.
     """
     terminal = sys.stderr.isatty()
+    has_size = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=total,
         initial=done,
@@ -26,7 +28,8 @@ def progress_bar(total: int, done: int) -> tqdm[None]:
         mininterval=0.2 if terminal else _SECONDS_BETWEEN_LINES,
         maxinterval=float("inf"),
         miniters=1,
-        dynamic_ncols=terminal,
+        ncols=None if has_size else 80,
+        dynamic_ncols=has_size,
         bar_format=None if terminal else "{n_fmt} of {total_fmt} rows, {rate_fmt}, {remaining} left{postfix}",
     )
 
