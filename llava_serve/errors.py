@@ -22,7 +22,9 @@ caller: no path of the server, no library's text, no traceback. Every class can 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 SHOWN = 100
 """Characters of a caller's value that a message repeats."""
@@ -39,7 +41,12 @@ class LlavaServeError(Exception):
     Args:
         message: one sentence for the caller.
         param: the request field at fault, where there is one (OpenAI's `error.param`).
+
+    Attributes:
+        index: of the prompt that failed, in the list of the library's call, from 0; None outside of lists.
     """
+
+    index: int | None = None
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
@@ -47,7 +54,14 @@ class LlavaServeError(Exception):
         self.param = param
 
     def __str__(self) -> str:
-        return self.message
+        return self.message if self.index is None else f"Prompt {self.index}: {self.message}"
+
+    def of_prompt(self, index: int) -> Self:
+        """The same for one prompt of a list. A copy: several prompts can fail by one error."""
+        named = copy.copy(self)
+        named.index = index
+        named.__cause__ = self.__cause__
+        return named
 
 
 class RequestError(LlavaServeError, ValueError):

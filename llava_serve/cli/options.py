@@ -8,17 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llava_serve.sampling_params import ORIGINAL_TEMPERATURE, SamplingParams, with_original_temperature
+
 if TYPE_CHECKING:
     from llava_serve.config import ModelOptions
     from llava_serve.llm import LLM
-    from llava_serve.sampling_params import SamplingParams
 
 Commands = Any
 """What `add_subparsers` returns; argparse has no public name for it."""
 
+SAMPLING_FLAGS = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+"""The options of `add_sampling_flags`."""
+
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
-_TEMPERATURE = 0.2
-"""The original's default; beam search has temperature 0."""
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +70,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the sampling flags. The spellings with underscores are the original's."""
     group = parser.add_argument_group("answer")
-    group.add_argument("--temperature", type=float, help=f"0 is greedy; {_TEMPERATURE} by default, 0 with beams")
+    group.add_argument("--temperature", type=float, help=f"0 is greedy; {ORIGINAL_TEMPERATURE} by default, 0 with beams")
     group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1, the default")
     group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1 (the default), greedy")
     group.add_argument(
@@ -139,11 +141,7 @@ def read_images(names: Sequence[str]) -> list[bytes]:
 
 def sampling(options: argparse.Namespace) -> SamplingParams:
     """The library's form of the sampling flags."""
-    from llava_serve.sampling_params import SamplingParams
-
-    values = given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
-    values.setdefault("temperature", _TEMPERATURE if values.get("num_beams", 1) == 1 else 0.0)
-    return SamplingParams(**values)
+    return SamplingParams(**with_original_temperature(given(options, *SAMPLING_FLAGS)))
 
 
 def _device(name: str) -> str:
