@@ -92,21 +92,21 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def table(reports: Mapping[str, Report]) -> str:
     """Figures of runs side by side, by the runs' names; with two, what the second is to the first."""
-    rows = [["", *reports]]
+    lines = [["", *reports]]
     for name, values in _figures(list(reports.values())):
-        rows.append([name, *("-" if value is None else f"{value:,g}" for value in values)])
+        lines.append([name, *("-" if value is None else f"{value:,g}" for value in values)])
         if len(values) == 2:
             first, second = values
-            rows[-1].append(f"{second / first:.2f} x" if first and second is not None else "")
-    widths = [max(len(row[at]) if at < len(row) else 0 for row in rows) for at in range(max(map(len, rows)))]
-    lines = (
+            lines[-1].append(f"{second / first:.2f} x" if first and second is not None else "")
+    widths = [max(len(cells[at]) if at < len(cells) else 0 for cells in lines) for at in range(max(map(len, lines)))]
+    texts = (
         "  ".join(
             cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=False))
+            for at, (cell, width) in enumerate(zip(cells, widths, strict=False))
         )
-        for row in rows
+        for cells in lines
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(text.rstrip() for text in texts)
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from llava_serve import __version__
-from llava_serve.cli import ask, bench, chat, inspect, serve
+from llava_serve.cli import ask, bench, chat, eval, inspect, serve
 from llava_serve.errors import CheckpointError, LlavaServeError, RequestError
 
 USAGE_ERROR = 2
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of llava-serve, torch and ray")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (ask, chat, serve, inspect, bench):
+    for command in (ask, chat, serve, inspect, bench, eval):
         command.add_to(commands)
     options = parser.parse_args(argv)
     try:

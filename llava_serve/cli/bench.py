@@ -45,12 +45,12 @@ def add_to(commands: flags.Commands) -> None:
     )
     load = parser.add_argument_group("load")
     pace = load.add_mutually_exclusive_group()
-    pace.add_argument("--clients", type=_positive, default=8, help="each sends on when it is answered; default 8")
+    pace.add_argument("--clients", type=flags.positive, default=8, help="each sends on when it is answered; default 8")
     pace.add_argument(
         "--rate", type=_rate, metavar="R", help="instead of clients: R requests/s at random times (Poisson)"
     )
-    load.add_argument("--requests", type=_positive, default=64, help="in all; default 64")
-    load.add_argument("--turns", type=_positive, default=1, help="requests of a conversation; default 1")
+    load.add_argument("--requests", type=flags.positive, default=64, help="in all; default 64")
+    load.add_argument("--turns", type=flags.positive, default=1, help="requests of a conversation; default 1")
     load.add_argument("--images", type=_count, default=1, help="in a conversation's first turn; default 1")
     load.add_argument("--image-size", type=_sizes, default="640x480", metavar="WxH,...", help="default 640x480")
     load.add_argument("--repeated-images", type=_share, default=0.0, metavar="SHARE", help="sent before; default 0")
@@ -113,8 +113,8 @@ async def _measure(options: argparse.Namespace) -> Report:
     key, timeout = _api_key(options.api_key_file), options.timeout
     async with Client(options.url, options.model, api_key=key, timeout_s=timeout, extra=extra) as client:
         await client.find_model()
-        before = replace(workload, requests=options.warmup, seed=workload.seed + 1)
-        await closed_loop(Run(options.warmup), client, make_conversations(before), clients=1)
+        warm_up = replace(workload, requests=options.warmup, seed=workload.seed + 1)
+        await closed_loop(Run(warm_up.requests), client, make_conversations(warm_up), clients=1)
         conversations = make_conversations(workload)
         measured = Run(workload.requests)
         async with _progress(measured):
@@ -168,12 +168,6 @@ def _read(path: Path) -> Report:
     except (OSError, ValueError, LookupError, TypeError):
         raise RequestError(f"{path} is no result of 'llava-serve bench --output'.") from None
     return report
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
 
 
 def _count(text: str) -> int:

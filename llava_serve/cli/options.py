@@ -25,6 +25,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", "--model-path", help="builtin (the default), a folder, or a hub id in the local cache"
     )
+    add_loading_flags(group)
+
+
+def add_loading_flags(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of a model that is named already."""
     add_description_flags(group)
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights")
@@ -111,6 +116,13 @@ def sampling(options: argparse.Namespace) -> SamplingParams:
     values = given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
     values.setdefault("temperature", _TEMPERATURE if values.get("num_beams", 1) == 1 else 0.0)
     return SamplingParams(**values)
+
+
+def positive(text: str) -> int:
+    """A number that is at least 1: the type of a flag."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _device(name: str) -> str:

@@ -84,7 +84,10 @@ def test_conversations_send_the_answers_on_and_begin_when_they_are_due(
     with app_over(backend) as web:
         arguments = [web.base_url, "--rate", 30, "--requests", 5, "--turns", 2, *TEXT_ONLY, "--output", output]
         assert bench(*arguments, "--seed", 4)[0] == 0
-    texts = sorted([[part.text for part in message.parts] for message in messages] for messages, _ in backend.asked)
+    texts = sorted(
+        [[getattr(part, "text", None) for part in message.parts] for message in messages]
+        for messages, _ in backend.asked
+    )
     assert [len(each) for each in texts] == [1, 3, 1, 3, 1]
     assert texts[1][1] == ["A red circle."]
     assert texts[1][0] == texts[0][0]
