@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
         image_aspect=options.image_aspect,
     )
     if options.json:
-        print(json.dumps(_as_lists(_describe(spec)), ensure_ascii=False))
+        print(json.dumps(as_lists(describe(spec)), ensure_ascii=False))
         return 0
-    for name, value in _describe(spec):
+    for name, value in describe(spec):
         print(f"{name:<15} {value}")
     return 0
 
 
-def _as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """The lines of each part; a line without a name belongs to the part above it."""
     lists: dict[str, list[str]] = {}
     part = ""
@@ -62,7 +62,8 @@ def _as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return lists
 
 
-def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
+def describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
+    """The parts of a checkpoint with a line on each; one without a name goes on with the part above it."""
     text, vision = _Decoder(spec.text_config), spec.vision_config
     yield "name", spec.name
     yield "folder", str(spec.path)

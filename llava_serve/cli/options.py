@@ -29,6 +29,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", "--model-path", help="builtin (the default), a folder, or a hub id in the local cache"
     )
+    add_loading_flags(group)
+
+
+def add_loading_flags(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of a model that is named already."""
     add_description_flags(group)
     bits = group.add_mutually_exclusive_group()
     bits.add_argument(
@@ -142,6 +147,13 @@ def read_images(names: Sequence[str]) -> list[bytes]:
 def sampling(options: argparse.Namespace) -> SamplingParams:
     """The library's form of the sampling flags."""
     return SamplingParams(**with_original_temperature(given(options, *SAMPLING_FLAGS)))
+
+
+def positive(text: str) -> int:
+    """A number that is at least 1: the type of a flag."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _device(name: str) -> str:
