@@ -1,4 +1,4 @@
-"""The page in a real browser, over a backend whose pace and failures a test sets: what a visitor does and is told."""
+"""The page in a real browser, over a backend whose pace and failures a test sets: what a visitor does and is said."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_answer_comes_word_by_word_and_the_model_is_named(page: Page) -> Non
         expect(page.locator("#status")).to_have_text("A red circle.")
 
 
-@pytest.mark.parametrize("way", ["button", "Escape"])
+@pytest.mark.parametrize("way", ["button", pytest.param("Escape", marks=pytest.mark.extended)])
 def test_stop_ends_the_work_and_keeps_what_came(page: Page, way: str) -> None:
     backend = PacedBackend(words=["x"] * 100, pace_s=0.1)
     with serving(create_app(backend, ApiOptions())) as url:
@@ -102,8 +102,8 @@ def test_a_failure_is_a_sentence_and_the_question_is_in_the_box_again(page: Page
             ask(page, "What is it?")
             expect(page.locator("#problem")).to_contain_text(sentence)
             expect(page.locator("#question")).to_have_value("What is it?")
-            told = page.locator("#problem").inner_text()
-            assert not re.search(r"HTTP|Bearer|header|\b[45]\d\d\b|max_tokens|_", told), told
+            said = page.locator("#problem").inner_text()
+            assert not re.search(r"HTTP|Bearer|header|\b[45]\d\d\b|max_tokens|_", said), said
         backend.fail_at = 1
         backend.failure = EngineDeadError("The engine has stopped.")
         ask(page, "What is it?")
@@ -113,6 +113,7 @@ def test_a_failure_is_a_sentence_and_the_question_is_in_the_box_again(page: Page
     expect(page.locator("#problem")).to_contain_text("cannot be reached")
 
 
+@pytest.mark.extended
 def test_a_busy_server_is_asked_again(page: Page) -> None:
     backend = PacedBackend(fail_at=0, failure=CapacityError("The server is busy.", 1))
     with serving(create_app(backend, ApiOptions())) as url:
@@ -185,9 +186,9 @@ def test_pictures_are_pasted_and_dropped(page: Page, kind: str) -> None:
         give(page, kind, "a.png", content, "image/png")
         give(page, kind, "b.png", content, "image/png")
         expect(page.locator("#pictures img")).to_have_count(2)
-        for name, told in (("notes.txt", "notes.txt cannot be read as a picture"), ("c.png", "c.png cannot be read")):
+        for name, said in (("notes.txt", "notes.txt cannot be read as a picture"), ("c.png", "c.png cannot be read")):
             give(page, kind, name, "bm90ZXM=", "image/png" if name == "c.png" else "text/plain")
-            expect(page.locator("#problem")).to_contain_text(told)
+            expect(page.locator("#problem")).to_contain_text(said)
         expect(page.locator("#pictures img")).to_have_count(2)
 
 
@@ -204,7 +205,7 @@ def test_all_by_keyboard(page: Page) -> None:
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("And the square?")
         page.keyboard.press("Shift+Tab")
-        expect(page.get_by_role("button", name="Remove example.png")).to_be_focused()
+        expect(page.get_by_role("button", name="Remove the example")).to_be_focused()
         page.keyboard.press("Enter")
         expect(page.locator("#pictures img")).to_have_count(0)
         expect(page.locator("#question")).to_be_focused()
@@ -214,7 +215,7 @@ def test_all_by_keyboard(page: Page) -> None:
         expect(page.locator("#question")).to_be_focused()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.extended)])
 def test_on_a_phone_everything_is_in_view_and_axe_finds_nothing(browser: Browser, scheme: str) -> None:
     with (
         serving(create_app(PacedBackend(description=ROOMY), ApiOptions())) as url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from support.paths import BUILTIN
 from support.prefix_proxy import below
 from support.scenes import picture
 
+Sent = list[list[list[Image.Image]]]
+"""Of each request: the pictures of each message."""
 DEMO = BUILTIN / "demo.png"
 RIGHT_OF_CIRCLE = "There is a blue square to the right of the circle."
 LEFT_OF_SQUARE = "There is a red circle to the left of the square."
@@ -30,13 +33,13 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def sent(page: Page) -> list[list[list[Image.Image]]]:
-    """Of each request to the model: the pictures of each of its messages, decoded without turning them."""
-    requests: list[list[list[Image.Image]]] = []
+def sent(page: Page) -> Sent:
+    """What the page sends to the model; the pictures are decoded, and not turned."""
+    requests: Sent = []
 
     def see(request: Request) -> None:
         if request.url.endswith("/chat/completions"):
-            messages = request.post_data_json["messages"]
+            messages = json.loads(request.post_data or "")["messages"]
             requests.append([pictures_of(message["content"]) for message in messages])
 
     page.on("request", see)
@@ -62,7 +65,7 @@ def example(page: Page, number: int) -> None:
     page.locator("#ask").click()
 
 
-def test_a_conversation_goes_on_and_stays_in_the_tab(page: Page, url: str, sent: list[list[list[Image.Image]]]) -> None:
+def test_a_conversation_goes_on_and_stays_in_the_tab(page: Page, url: str, sent: Sent) -> None:
     page.goto(url)
     expect(page.locator("#knows")).to_contain_text("circles, squares, triangles")
     example(page, 0)
@@ -85,15 +88,13 @@ def test_a_conversation_goes_on_and_stays_in_the_tab(page: Page, url: str, sent:
     expect_answers(page, "There are four shapes in the picture.")
 
 
-def test_a_picture_can_be_removed_and_an_answer_copied(
-    page: Page, url: str, sent: list[list[list[Image.Image]]]
-) -> None:
+def test_a_picture_can_be_removed_and_an_answer_copied(page: Page, url: str, sent: Sent) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(url)
     page.locator(".example").nth(2).click()
     expect(page.locator("#pictures img")).to_have_count(1)
     add(page, DEMO)
-    page.get_by_role("button", name="Remove example.png").click()
+    page.get_by_role("button", name="Remove the example").click()
     expect(page.locator("#pictures img")).to_have_count(1)
     ask(page, "What is left of the square?")
     expect_answers(page, LEFT_OF_SQUARE)
@@ -103,9 +104,7 @@ def test_a_picture_can_be_removed_and_an_answer_copied(
     assert page.evaluate("navigator.clipboard.readText()") == LEFT_OF_SQUARE
 
 
-def test_small_pictures_go_as_they_are(
-    page: Page, url: str, sent: list[list[list[Image.Image]]], tmp_path: Path
-) -> None:
+def test_small_pictures_go_as_they_are(page: Page, url: str, sent: Sent, tmp_path: Path) -> None:
     """Their samples and their turn too: the server turns them, and the answer is about the upright picture."""
     lying = tmp_path / "lying.jpg"
     exif = Image.Exif()
@@ -121,18 +120,18 @@ def test_small_pictures_go_as_they_are(
 
 
 def test_a_large_photograph_is_turned_and_scaled_and_the_page_says_so(
-    page: Page, url: str, sent: list[list[list[Image.Image]]], tmp_path: Path
+    page: Page, url: str, sent: Sent, tmp_path: Path
 ) -> None:
     photo = tmp_path / "photo.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.open(DEMO).resize((4000, 3000)).rotate(90, expand=True).save(photo, quality=90, exif=exif)
+    Image.open(DEMO).resize((3200, 2400)).rotate(90, expand=True).save(photo, quality=90, exif=exif)
     page.goto(url)
     add(page, photo)
-    expect(page.locator("#pictures small")).to_have_text("2560 x 1920, scaled from 4000 x 3000 to 2560 x 1920 pixels")
+    expect(page.locator("#pictures small")).to_have_text("2560 x 1920, scaled from 3200 x 2400 to 2560 x 1920 pixels")
     ask(page, "What is left of the square?")
     expect_answers(page, LEFT_OF_SQUARE)
-    expect(page.locator(".asked small")).to_have_text("scaled from 4000 x 3000 to 2560 x 1920 pixels")
+    expect(page.locator(".asked small")).to_have_text("scaled from 3200 x 2400 to 2560 x 1920 pixels")
     (image,) = sent[0][0]
     assert (image.format, image.size, image.getexif().get(0x0112)) == ("JPEG", (2560, 1920), None)
     red, blue = (image.convert("RGB").getpixel((x, 1000)) for x in (800, 1770))
@@ -141,9 +140,7 @@ def test_a_large_photograph_is_turned_and_scaled_and_the_page_says_so(
 
 
 @pytest.mark.extended
-def test_what_is_lost_in_a_picture_is_as_little_as_can_be(
-    page: Page, url: str, sent: list[list[list[Image.Image]]], tmp_path: Path
-) -> None:
+def test_what_is_lost_in_a_picture_is_as_little_as_can_be(page: Page, url: str, sent: Sent, tmp_path: Path) -> None:
     """A narrow picture keeps its shorter side, a clear PNG is scaled without loss, and noise becomes a JPEG."""
     Image.open(DEMO).resize((9000, 1000)).save(tmp_path / "narrow.png")
     clear = Image.open(DEMO).convert("RGBA").resize((5120, 3840))
@@ -182,7 +179,7 @@ def test_what_does_not_fit_the_tabs_memory_is_said(page: Page, url: str, tmp_pat
     page.goto(url)
     add(page, *(tmp_path / name for name in names))
     ask(page, "What is it?")
-    expect(page.locator("#problem")).to_have_text("The conversation is too large to be kept if you load the page anew.")
+    expect(page.locator("#problem")).to_contain_text("too large for the tab to keep")
     expect(page.locator(".facts")).to_contain_text("300 image tokens")
     page.reload()
     expect(page.locator("#welcome")).to_be_visible()

@@ -46,15 +46,15 @@ export class Composer {
   take(files) {
     this.say("");
     this.reading = this.reading.then(async () => {
-      at("pictures").ariaBusy = "true";
       for (const file of files) await this.takeOne(file);
-      at("pictures").ariaBusy = "false";
     });
     return this.reading;
   }
 
   async takeOne(file) {
     const limits = this.limits();
+    const reading = make("li", {className: "waiting", textContent: `Reading ${file.name}`});
+    at("pictures").append(reading);
     try {
       if (this.taken() + this.pictures.length >= limits.max_per_request) {
         throw new PictureProblem(limits.max_per_request
@@ -64,16 +64,21 @@ export class Composer {
       this.put([...this.pictures, await readPicture(file, limits)]);
       at("question").focus();
     } catch (error) {
-      if (!(error instanceof PictureProblem)) throw error;
-      this.say(error.message);
+      this.say(error instanceof PictureProblem ? error.message : `${file.name} is too large for this browser.`);
+    } finally {
+      reading.remove();
     }
   }
 
   // The picture of an example, and its question.
   async takeExample(button) {
-    const blob = await (await fetch(button.querySelector("img").src)).blob();
-    await this.take([new File([blob], "example.png", {type: blob.type})]);
-    this.write(button.dataset.question);
+    try {
+      const blob = await (await fetch(button.querySelector("img").src)).blob();
+      await this.take([new File([blob], "the example", {type: blob.type})]);
+      this.write(button.dataset.question);
+    } catch {
+      this.say("The server cannot be reached. Check your connection, then try again.");
+    }
   }
 
   put(pictures) {

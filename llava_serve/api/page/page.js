@@ -30,8 +30,8 @@ function status(text) {
   at("status").textContent = text;
 }
 
-async function meet() {
-  model = await findModel(key);
+async function meet(signal) {
+  model = await findModel(key, signal);
   at("model").textContent = [
     model.id,
     `context ${model.max_model_len.toLocaleString("en")} tokens`,
@@ -48,7 +48,7 @@ async function meet() {
 function fail(error) {
   if (!(error instanceof Refusal)) {
     console.error(error);
-    return "Something went wrong in this page. Load it anew, then ask again.";
+    return "Something went wrong in this page. Reload it, then ask again.";
   }
   const sentence = sentenceFor(error, {key, model});
   if (error.code === "model_not_found") model = null;
@@ -95,7 +95,7 @@ async function answer(turn, fields, view) {
   const ticking = setInterval(tell, 1000);
   tell();
   try {
-    if (!model) await meet();
+    if (!model) await meet(running.signal);
     const request = {messages: conversation.messages(turn), ...fields};
     for await (const part of patientAnswer(request, view, running.signal)) {
       Object.assign(measured, part);
@@ -120,16 +120,21 @@ async function answer(turn, fields, view) {
 
 async function ask() {
   if (running) return;
+  const fields = optionFields();
+  if (!fields) return;
   running = new AbortController();
   problem("");
-  const fields = optionFields();
-  if (fields) {
-    if (!at("access").hidden) key = at("key").value.trim();
+  if (!at("access").hidden) {
+    key = at("key").value.trim();
+    model = null;  // found again, with this key
+  }
+  try {
     const turn = {...await composer.leave(), answer: "", facts: "", problem: ""};
     if (turn.question) await run(turn, fields);
     else problem("Type a question first.");
+  } finally {
+    running = null;
   }
-  running = null;
 }
 
 async function run(turn, fields) {
@@ -141,7 +146,7 @@ async function run(turn, fields) {
   await answer(turn, fields, view);
   if (turn.answer) {
     follow(() => view.end(turn));
-    if (!conversation.add(turn)) problem("The conversation is too large to be kept if you load the page anew.");
+    if (!conversation.add(turn)) problem("This conversation is too large for the tab to keep: it will be gone when you reload the page.");
     status(`${turn.answer} ${turn.problem}`);
   } else {
     view.element.remove();

@@ -10,8 +10,8 @@ export class Refusal extends Error {
   }
 }
 
-export async function findModel(key) {
-  const response = await call("v1/models", {headers: headersOf(key)});
+export async function findModel(key, signal) {
+  const response = await call("v1/models", {headers: headersOf(key), signal});
   return (await response.json()).data[0];
 }
 
