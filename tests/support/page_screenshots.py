@@ -47,7 +47,9 @@ def main() -> None:
                 page = context.new_page()
                 converse(page, str(web.base_url))
                 picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            picture.quantize(64, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
+            picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                FOLDER / f"{name}.png", optimize=True
+            )
 
 
 if __name__ == "__main__":
