@@ -165,8 +165,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         "messages[0].content[0].type",
-        "'messages[0].content[0].type' must be one of 'text', 'input_text', 'output_text', 'refusal', 'image_url', 'input_image' "
-        "or 'image'.",
+        "'messages[0].content[0].type' must be one of 'text', 'input_text', 'output_text', 'refusal', 'image_url', "
+        "'input_image' or 'image'.",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
