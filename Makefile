@@ -4,6 +4,7 @@ PYTHON ?=
 PIP_ARGS ?=
 CONFIG ?= serve_config.yaml
 
+SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +13,7 @@ LIBRARY := llava_serve deployments
 BESIDE := tests benchmarks examples
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo serve test test-extended test-slow check check-training eval-builtin clean
+.PHONY: help setup demo serve test test-extended test-slow check check-training docs eval-builtin clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
 	@echo "make check         format, lint, types, layers, dependencies, words, serve_config.yaml"
 	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
+	@echo "make docs          builds the documentation strictly into build/site"
 	@echo "make eval-builtin  measures the model that ships"
 	@echo "make clean         removes $(VENV) and caches"
 	@echo "PYTHON= chooses the interpreter (3.11 to 3.13), PIP_ARGS= say, a package index"
@@ -49,8 +51,10 @@ $(STAMP): pyproject.toml constraints.txt
 		exit 1; \
 	fi; \
 	test "$$($(BIN)/python $(PROBE))" = "$$version" || $$each -m venv --clear $(VENV)
-	@echo "Installing the pinned packages into $(VENV); the first time takes some minutes."
-	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]" >$(LOG) 2>&1 || \
+	@echo "Installing the pinned packages into $(VENV), some minutes the first time: 2.0 GB, or 5.9 GB with torch's CUDA build."
+	@set -o pipefail; \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]" 2>&1 | tee $(LOG) | \
+		sed -Eun 's/^ *Downloading ([^ ]+).* (\(([0-9]{2}[0-9.]* MB|[0-9.]+ GB)\))$$/  \1 \2/p' || \
 		{ echo "The packages could not be installed: is the package index reachable? The end of $(LOG):" >&2; tail -n 3 $(LOG) >&2; exit 1; }
 	@touch $@
 
@@ -84,6 +88,9 @@ check-training: setup
 	$(BIN)/ruff check training
 	$(BIN)/mypy training
 	$(BIN)/deptry training --ignore DEP002
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "The documentation is in build/site/index.html."
 
 eval-builtin: setup
 	@$(BIN)/python -m training.evaluate

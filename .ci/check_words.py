@@ -50,8 +50,7 @@ LIBRARY_WORDS = {
 """The same, only in the names of the library and the deployments."""
 
 ALLOWED = {
-    ("llava_serve/checkpoints/weights.py", "first_rows"): "rows of a matrix",
-    ("llava_serve/checkpoints/weights.py", "with_rows"): "rows of a matrix",
+    ("llava_serve/checkpoints/stored_tensor.py", "first_rows"): "rows of a matrix",
     ("llava_serve/images/pixels.py", "rows"): "rows of pixels",
     ("llava_serve/images/tiff.py", "row_bytes"): "row of pixels",
     ("llava_serve/images/tiff.py", "rows"): "rows of pixels",

@@ -26,11 +26,13 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import drive
 from benchmarks.make_checkpoint import given_or_tiny
 from benchmarks.options import make_parser, parse
-from benchmarks.plot import write_bars
-from benchmarks.workload import make_jobs
+from llava_serve.bench.bar_chart import Panel, write_bars
+from llava_serve.bench.client import Client
+from llava_serve.bench.load import Run, closed_loop
+from llava_serve.bench.report import summarise
+from llava_serve.bench.workload import Workload, make_conversations
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
@@ -83,11 +85,25 @@ def measure(
 ) -> dict[str, Any]:
     """One server, one number of clients, after a short warm-up."""
     name = model if server == THEIRS else Path(model).name
-    extra = {} if server == THEIRS else {"ignore_eos": True}
+    workload = Workload(requests=requests_, repeated_images=float(same), seed=seed)
     with running(server, checkout, model, device) as (url, pid):
-        asyncio.run(drive(url, name, make_jobs(2, seed=seed + 1), 1, extra))
-        report = asyncio.run(drive(url, name, make_jobs(requests_, seed=seed, same_picture=same), clients, extra))
-        return {"server": server, "same_picture": same, **report, "peak_memory_mb": peak_memory_mb(pid)}
+        client = Client(url, name, extra={} if server == THEIRS else {"ignore_eos": True})
+        report = asyncio.run(send(client, workload, clients))
+        peak = peak_memory_mb(pid)
+    return {"server": server, "clients": clients, "same_picture": same, **report, "peak_memory_mb": peak}
+
+
+async def send(client: Client, workload: Workload, clients: int) -> dict[str, Any]:
+    """Two requests to warm the server up, then the workload. Raises `RuntimeError` if the server refuses one."""
+    warm_up = Workload(requests=2, seed=workload.seed + 1)
+    async with client:
+        await closed_loop(Run(warm_up.requests), client, make_conversations(warm_up), clients=1)
+        run = Run(workload.requests)
+        await closed_loop(run, client, make_conversations(workload), clients)
+    report = summarise(run)
+    if report["requests"]["failed"]:
+        raise RuntimeError(f"Requests have failed: {report['requests']}")
+    return report
 
 
 def main() -> None:
@@ -142,7 +158,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
         labels = [f"{clients}{' same' * same}" for clients, same in cases]
         series = {server: [speeds[server, clients, same] for clients, same in cases] for server in (OURS, other)}
-        write_bars(args.output.with_suffix(".svg"), "output tokens/s by clients", labels, series)
+        write_bars(args.output.with_suffix(".svg"), [Panel("output tokens/s by clients", labels, series)])
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def steps(plain: LLM, compiled: LLM, sizes: Sequence[int]) -> dict[int, dict[str
             for at in range(size):
                 prompt = llm.processor.prepare_query(f"Question {at}?", [Image.fromarray(pixels)])
                 llm.engine.add(llm.engine.validator.accept(f"{size}-{at}", prompt, sampling))
-            while llm.engine._scheduler.num_decoding < size:
+            while llm.engine._scheduler.load.online_decoding < size:
                 llm.engine.step()
         times: dict[str, list[float]] = {mode: [] for mode in modes}
         for _ in range(10):

@@ -24,21 +24,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import numpy as np
 
 from benchmarks.hostile_inputs import HOSTILE, Hostile, error_code, picture_url, send
 from benchmarks.in_process import in_process_server
-from benchmarks.load import Trace, ask
 from benchmarks.options import make_parser, parse
-from benchmarks.workload import Job
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
 from deployments.tools.serve_env import read_serve_env
+from llava_serve.bench.client import Client, Trace
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "llava_serve" / "builtin" / "demo.png"
-JOB = Job(picture_url(DEMO.read_bytes()), "What colour is the circle?", max_tokens=100)
+QUESTION = {
+    "role": "user",
+    "content": [
+        {"type": "image_url", "image_url": {"url": picture_url(DEMO.read_bytes())}},
+        {"type": "text", "text": "What colour is the circle?"},
+    ],
+}
+MAX_TOKENS = 100
 STREAMS = 8
 SETTLE_S = 0.5
 """After an input was made, which takes a core."""
@@ -91,18 +96,24 @@ async def measure(url: str, inputs: dict[str, Hostile], seconds: float) -> dict[
     quiet: list[Window] = []
     sent: dict[str, tuple[Window, dict[str, Any]]] = {}
 
-    async def client(session: aiohttp.ClientSession) -> None:
+    async def good_answer() -> Trace:
+        trace = await client.ask([QUESTION], MAX_TOKENS)
+        if not trace.ok:
+            raise RuntimeError(f"A good stream has failed: {trace.status} {trace.error}")
+        return trace
+
+    async def stream() -> None:
         while True:
-            traces.append(await ask(session, url, "builtin", JOB, {"ignore_eos": True}))
+            traces.append(await good_answer())
 
     async def rest() -> Window:
         begin = time.perf_counter()
         await asyncio.sleep(seconds)
         return Window(begin, time.perf_counter())
 
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120), read_bufsize=1 << 20) as session:
-        expected = await ask(session, url, "builtin", JOB, {"ignore_eos": True})
-        clients = [asyncio.create_task(client(session)) for _ in range(STREAMS)]
+    async with Client(url, "builtin", timeout_s=120, extra={"ignore_eos": True}) as client:
+        expected = await good_answer()
+        streams = [asyncio.create_task(stream()) for _ in range(STREAMS)]
         await rest()
         quiet.append(await rest())
         for name, hostile in inputs.items():
@@ -112,12 +123,12 @@ async def measure(url: str, inputs: dict[str, Hostile], seconds: float) -> dict[
             outcome = await asyncio.to_thread(send_for, url, hostile, data, seconds)
             sent[name] = Window(begin, time.perf_counter()), {"bytes": len(data)} | outcome
             quiet.append(await rest())
-            for task in clients:
+            for task in streams:
                 if task.done():
                     task.result()  # a stream that has failed ends the run
-        for task in clients:
+        for task in streams:
             task.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        await asyncio.gather(*streams, return_exceptions=True)
     return report_of([expected, *traces], quiet, sent)
 
 
@@ -146,8 +157,6 @@ def report_of(
     traces: Sequence[Trace], quiet: Sequence[Window], sent: dict[str, tuple[Window, dict[str, Any]]]
 ) -> dict[str, Any]:
     """Percentiles by input; `quiet` has one window more than there are inputs."""
-    for trace in traces:
-        trace.read()
     arrivals = [trace.sent + np.asarray(trace.arrivals) for trace in traces]
     ends = np.concatenate([each[1:] for each in arrivals])
     gaps = np.concatenate([np.diff(each) for each in arrivals]) * 1e3

@@ -29,10 +29,10 @@ import psutil
 
 from benchmarks.options import make_parser, parse
 from benchmarks.paced import Order, read_stamps
-from benchmarks.workload import make_picture
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
 from deployments.tools.serve_env import read_serve_env
+from llava_serve.bench.workload import make_image
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 STAGES = {
@@ -101,7 +101,7 @@ def paced_config() -> dict[str, Any]:
 
 async def measure(url: str, requests: int, grouped: int, one_by_one: int) -> dict[str, Any]:
     """One round under one profile."""
-    pictures = [make_picture(seed) for seed in range(16)]
+    pictures = [make_image(seed) for seed in range(16)]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
         ask = Asker(session, url, pictures)

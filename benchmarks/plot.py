@@ -1,4 +1,4 @@
-"""Grouped bars and small line plots as SVG files, with no library."""
+"""Small line plots as an SVG file, with no library."""
 
 from __future__ import annotations
 
@@ -6,32 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_WIDTH, _HEIGHT, _MARGIN = 640, 320, 40
-_COLOURS = ("#2f6f9f", "#c98a2b", "#6a9f58", "#a05195")
-
-
-def write_bars(path: Path, title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
-    """One group of bars per label, one colour per series; each bar shows its value."""
-    highest = max(max(values) for values in series.values())
-    group = (_WIDTH - 2 * _MARGIN) / len(labels)
-    bar = group * 0.8 / len(series)
-    bottom = _HEIGHT - _MARGIN
-    parts = [f'<text x="{_MARGIN}" y="20" font-size="14">{title}</text>']
-    for number, (name, values) in enumerate(series.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        parts.append(f'<text x="{_MARGIN + 160 * number}" y="36" fill="{colour}">{name}</text>')
-        for at, value in enumerate(values):
-            height = (bottom - 60) * value / highest
-            x = _MARGIN + at * group + number * bar
-            parts.append(
-                f'<rect x="{x:.1f}" y="{bottom - height:.1f}" width="{bar:.1f}" height="{height:.1f}" fill="{colour}"/>'
-            )
-            parts.append(f'<text x="{x:.1f}" y="{bottom - height - 4:.1f}">{value:g}</text>')
-    for at, label in enumerate(labels):
-        parts.append(f'<text x="{_MARGIN + at * group:.1f}" y="{bottom + 16}">{label}</text>')
-    frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-    head = f'<svg {frame} font-family="sans-serif" font-size="11">'
-    path.write_text("\n".join([head, *parts, "</svg>", ""]))
+from llava_serve.bench.bar_chart import COLOURS
 
 
 def write_lines(path: Path, title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -52,7 +27,7 @@ def write_lines(path: Path, title: str, series: Mapping[str, Sequence[tuple[floa
             f'<text x="{left}" y="{bottom + 14}">{name}</text>',
             f'<text x="{left}" y="{bottom + 26}" fill="#777">{first[0]:g} to {last[0]:g}: {last[1]:g} ms</text>',
             f'<path d="M{left} {bottom}l{width:.1f} {-width:.1f}" stroke="#ccc"/>',
-            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}" fill="none" stroke="{_COLOURS[0]}"/>',
+            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}" fill="none" stroke="{COLOURS[0]}"/>',
         ]
     frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {20 + columns * cell} {40 + rows * cell}"'
     head = f'<svg {frame} font-family="sans-serif" font-size="10">'

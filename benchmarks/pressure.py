@@ -24,9 +24,9 @@ import numpy as np
 
 from benchmarks.counted import counted_config
 from benchmarks.options import make_parser, parse
-from benchmarks.workload import make_picture
 from deployments.tools.local_cluster import local_cluster
 from deployments.tools.serve_env import read_serve_env
+from llava_serve.bench.workload import make_image
 
 TOKENS = 64
 LONG = 1500
@@ -125,7 +125,7 @@ async def wait_for_engine(session: aiohttp.ClientSession, url: str, *, working: 
 def body(number: int, tokens: int, stream: bool) -> bytes:
     """A question with a picture of its own, and an answer of exactly this many tokens."""
     parts = [
-        {"type": "image_url", "image_url": {"url": make_picture(number)}},
+        {"type": "image_url", "image_url": {"url": make_image(number)}},
         {"type": "text", "text": f"Question {number}: what is this?"},
     ]
     messages = [{"role": "user", "content": parts}]

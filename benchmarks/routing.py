@@ -31,9 +31,9 @@ from ray import serve
 
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
-from benchmarks.workload import make_picture
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
+from llava_serve.bench.workload import make_image
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 TEMPLATE = 64
@@ -203,7 +203,7 @@ async def one_picture(load: Load, count: int) -> None:
 
 def picture() -> str:
     """One that nobody has sent before."""
-    return make_picture(next(numbers), (128, 96))
+    return make_image(next(numbers), (128, 96))
 
 
 def about(image: str, text: str) -> Messages:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
+from llava_serve.api.handle_chat import ChatCalls
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import check_image_bytes
 from llava_serve.api.pipeline import GenerationRequest, generation
+from llava_serve.api.service import Service
 from llava_serve.api.validation import check_priority
 from llava_serve.config import ApiOptions
 from llava_serve.errors import LlavaServeError
@@ -27,7 +33,7 @@ from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
 
 
 class Ingress:
-    """Admission, API keys and the OpenAI API over HTTP; `generate` is for other Ray jobs.
+    """Admission, API keys and the OpenAI API over HTTP; `generate` and `chat` are for other Ray jobs.
 
     Args:
         model_name: the name that requests use for the model.
@@ -44,6 +50,7 @@ class Ingress:
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
         self._aborted = AbortedCalls()
+        self._chats = ChatCalls(Service(self._backend, options, asyncio.to_thread), self._limiter)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
@@ -75,19 +82,15 @@ class Ingress:
         Raises:
             LlavaServeError: its class says what is wrong; the root class itself is an internal error, which is logged.
         """
-        try:
-            with self._limiter.request() as hold:
-                hold(check_image_bytes(asked, self._options.max_body_bytes))
-                check_priority(priority, self._options.priority_range)
-                bounded = min(deadline, time.time() + self._options.max_timeout_s)
-                request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)
-                async with aclosing(self._answer(request)) as items:
-                    async for item in items:
-                        yield item
-        except LlavaServeError:
-            raise
-        except Exception as error:
-            raise LlavaServeError(reported(error, call_id)["error"]["message"]) from None
+        with _internal_errors_reported(call_id), self._limiter.request() as place:
+            place.hold(check_image_bytes(asked, self._options.max_body_bytes))
+            check_priority(priority, self._options.priority_range)
+            place.classify(priority)
+            bounded = min(deadline, time.time() + self._options.max_timeout_s)
+            request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)
+            async with aclosing(self._answer(request)) as items:
+                async for item in items:
+                    yield item
 
     async def _answer(self, request: GenerationRequest) -> AsyncGenerator[PreparedPrompt | list[Chunk]]:
         """Ends at the next group once the call is aborted."""
@@ -102,6 +105,18 @@ class Ingress:
                     return
                 yield group
 
+    async def chat(self, request: Mapping[str, Any] | BaseModel) -> AsyncGenerator[dict[str, Any]]:
+        """Yields one chat completion, as a dict in OpenAI's form. `ray.data.llm`'s Serve processor is its caller.
+
+        Args:
+            request: the body of a chat completion. Without `timeout` it has the longest timeout of the server.
+
+        Raises:
+            LlavaServeError: as `ChatCalls.answer`. It is raised, not sent as a `Failure`: the caller knows of none.
+        """
+        with _internal_errors_reported(uuid.uuid4().hex):
+            yield await self._chats.answer(request)
+
     async def abort(self, call_ids: Sequence[str]) -> None:
         """Ends calls of `generate` whose caller has disconnected, at their next step. Unknown ids are ignored."""
         self._aborted.add(call_ids)
@@ -109,6 +124,17 @@ class Ingress:
     async def drain(self) -> None:
         """Refuses new requests from now on, and returns once no request is in flight."""
         await self._limiter.drain()
+
+
+@contextmanager
+def _internal_errors_reported(call_id: str) -> Iterator[None]:
+    """Logs an unexpected error; the caller gets the root class of the library's errors, with the call's id."""
+    try:
+        yield
+    except LlavaServeError:
+        raise
+    except Exception as error:
+        raise LlavaServeError(reported(error, call_id)["error"]["message"]) from None
 
 
 def _log_with_serve() -> None:

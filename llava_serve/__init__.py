@@ -22,6 +22,7 @@ from llava_serve.errors import (
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
+from llava_serve.inputs import Prompt
 from llava_serve.results import Completion, GenerationResult
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
@@ -54,6 +55,7 @@ __all__ = [
     "ModelOptions",
     "NumericalError",
     "PreparedPrompt",
+    "Prompt",
     "PromptTooLongError",
     "RateLimitError",
     "RequestError",

@@ -19,6 +19,16 @@ Transparency = Literal["white", "drop"]
 CacheScope = Literal["shared", "key"]
 
 
+BATCH_SHARE = 0.5
+"""Batch work waits outside while requests of both classes take so much of a queue: it bounds what batch work adds to a
+queue that online requests may fill alone."""
+
+
+def is_batch(priority: int) -> bool:
+    """A request with a priority above 0 is batch work: it fills what online requests leave idle."""
+    return priority > 0
+
+
 class Options(BaseModel):
     """Base: unknown keys are refused, values are frozen."""
 

@@ -28,6 +28,8 @@ async def deadline_scope(deadline: float | None) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.time()):
             yield
+    except DeadlineExceededError:  # raised in the block: its own sentence is kept
+        raise
     except TimeoutError:
         raise DeadlineExceededError(_SENTENCE, "timeout") from None
 

@@ -1,7 +1,7 @@
 """Every error that a caller can get.
 
 LlavaServeError
-├── RequestError               the caller's fault
+├── RequestError               the caller's fault (also a ValueError)
 │   ├── InvalidImageError      not an image, too large, too many, unreachable, refused address
 │   ├── PromptTooLongError     says got and limit
 │   ├── UnsupportedParameterError
@@ -11,7 +11,7 @@ LlavaServeError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
 │   └── RateLimitError         the client is beyond a limit of its API key
-├── DeadlineExceededError      the request's time was up
+├── DeadlineExceededError      the request's time was up (also a TimeoutError)
 ├── CheckpointError            at load only: names file and tensor
 ├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
 └── EngineDeadError            the engine's loop has ended
@@ -22,7 +22,9 @@ caller: no path of the server, no library's text, no traceback. Every class can 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 SHOWN = 100
 """Characters of a caller's value that a message repeats."""
@@ -39,7 +41,12 @@ class LlavaServeError(Exception):
     Args:
         message: one sentence for the caller.
         param: the request field at fault, where there is one (OpenAI's `error.param`).
+
+    Attributes:
+        index: of the prompt that failed, in the list of the library's call, from 0; None outside of lists.
     """
+
+    index: int | None = None
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
@@ -47,10 +54,17 @@ class LlavaServeError(Exception):
         self.param = param
 
     def __str__(self) -> str:
-        return self.message
+        return self.message if self.index is None else f"Prompt {self.index}: {self.message}"
+
+    def of_prompt(self, index: int) -> Self:
+        """The same for one prompt of a list. A copy: several prompts can fail by one error."""
+        named = copy.copy(self)
+        named.index = index
+        named.__cause__ = self.__cause__
+        return named
 
 
-class RequestError(LlavaServeError):
+class RequestError(LlavaServeError, ValueError):
     """The request cannot be served as it stands."""
 
 
@@ -116,7 +130,7 @@ class RateLimitError(CapacityError):
     """The client has used up what its API key may have at once, or in a minute."""
 
 
-class DeadlineExceededError(LlavaServeError):
+class DeadlineExceededError(LlavaServeError, TimeoutError):
     """The request's time was up before its answer was complete."""
 
 

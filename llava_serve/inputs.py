@@ -3,16 +3,21 @@ its sampling parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
 from llava_serve.errors import RequestError
 from llava_serve.images.fetch import ImageSource
+from llava_serve.openai_messages import ChatMessage
 from llava_serve.sampling_params import SamplingParams
-from llava_serve.types import Message
+from llava_serve.types import Asked, Message, PreparedPrompt
 
 Images = ImageSource | Sequence[ImageSource] | None
 """The images of one prompt: one, several, or none."""
+
+Errors = Literal["raise", "return"]
+"""What a prompt of a list that fails does: it ends the call, or its error stands in the place of its answer."""
 
 
 class CallOptions(TypedDict, total=False):
@@ -27,6 +32,28 @@ class CallOptions(TypedDict, total=False):
     conv_mode: str | None
     timeout: float | None
     priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One of many prompts, with what is its own.
+
+    Attributes:
+        asked: a query, messages in OpenAI's form, a prompt that was prepared, or what returns a query or messages with
+            the images read in it. That is called in another thread, when its turn comes.
+        images: of a query, as in `LLM.generate`.
+        sampling: None takes the defaults.
+        conv_mode: overrides the checkpoint's template.
+        timeout: seconds that the answer may take from the prompt's turn.
+        priority: a smaller number is served earlier.
+    """
+
+    asked: str | Sequence[ChatMessage] | PreparedPrompt | Callable[[], Asked]
+    images: Images = None
+    sampling: SamplingParams | None = None
+    conv_mode: str | None = None
+    timeout: float | None = None
+    priority: int = 0
 
 
 def as_images(images: Any) -> list[Any]:

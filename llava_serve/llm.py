@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
 import warnings
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Unpack, overload
+from contextlib import closing
+from typing import Any, Literal, Unpack, get_args, overload
 
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import (
@@ -19,14 +17,15 @@ from llava_serve.config import (
     resolve_model_options,
 )
 from llava_serve.deadline import check_deadline, deadline_in
+from llava_serve.engine.answers import OpenAnswers
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.build import build_engine
-from llava_serve.engine.output_processor import OutputProcessor, collect
-from llava_serve.engine.sequence import EngineRequest
-from llava_serve.errors import LlavaServeError
+from llava_serve.errors import LlavaServeError, RequestError
 from llava_serve.inputs import (
     CallOptions,
+    Errors,
     Images,
+    Prompt,
     as_images,
     images_and_sampling,
     images_of_each,
@@ -35,6 +34,7 @@ from llava_serve.inputs import (
 )
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
+from llava_serve.prompt_runner import PromptRunner, as_result
 from llava_serve.results import GenerationResult
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Chunk, PreparedPrompt
@@ -63,10 +63,12 @@ class LLM:
         images: ImageOptions | None = None,
         **keywords: Unpack[ModelKeywords],
     ) -> None:
-        self.engine: Engine = build_engine(resolve_model_options(model, **keywords), engine or EngineOptions())
+        options = engine or EngineOptions()
+        self.engine: Engine = build_engine(resolve_model_options(model, **keywords), options)
         self.spec: CheckpointSpec = self.engine.model.spec
         self.processor = Processor(self.spec, resolve_image_options(image_options, images))
-        self._answers: dict[str, _Answer] = {}
+        self._answers = OpenAnswers(self.engine, self.processor.tokenizer)
+        self._runner = PromptRunner(self.engine, self.processor, self._answers, 2 * options.max_num_seqs)
 
     @overload
     def generate(
@@ -83,28 +85,48 @@ class LLM:
         query: list[str] | tuple[str, ...],
         images: Sequence[Images] | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: Literal["raise"] = "raise",
         **options: Unpack[CallOptions],
     ) -> list[GenerationResult]: ...
 
+    @overload
     def generate(
-        self, query: str | Sequence[str], images: Any = None, sampling: Any = None, **options: Unpack[CallOptions]
-    ) -> GenerationResult | list[GenerationResult]:
+        self,
+        query: list[str] | tuple[str, ...],
+        images: Sequence[Images] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: Literal["return"],
+        **options: Unpack[CallOptions],
+    ) -> list[GenerationResult | LlavaServeError]: ...
+
+    def generate(
+        self,
+        query: str | Sequence[str],
+        images: Any = None,
+        sampling: Any = None,
+        *,
+        errors: Errors = "raise",
+        **options: Unpack[CallOptions],
+    ) -> GenerationResult | list[GenerationResult] | list[GenerationResult | LlavaServeError]:
         """Answers one query, or a list of them batched by the engine.
 
         Args:
             query: `<image-placeholder>` marks where an image goes; without it, each image stands before the text.
             images: for one query an image, a list of them, or None; for a list of queries one such entry each.
             sampling: for a list of queries one for all, or one each.
+            errors: of a list: `raise` the first error, which ends the call; or `return` each in the place of its
+                answer. The error's `index` is that in the list.
             options: `conv_mode`, `timeout` in seconds and `priority`.
 
         Raises:
-            RequestError: an input is not valid; nothing has been generated.
+            RequestError: an input is not valid. In a list it is found when its turn comes.
             DeadlineExceededError: the deadline passed before all answers were complete.
         """
-        queries = [query] if isinstance(query, str) else list(query)
-        each = [as_images(images)] if isinstance(query, str) else images_of_each(images, len(queries))
-        results = self._answer_all(list(zip(queries, each, strict=True)), sampling, options)
-        return results[0] if isinstance(query, str) else results
+        if isinstance(query, str):
+            return self._answer_one(query, as_images(images), sampling, errors, options)
+        return self._answer_all(query, images_of_each(images, len(query)), sampling, errors, options)
 
     @overload
     def chat(
@@ -119,27 +141,53 @@ class LLM:
         self,
         messages: Sequence[Sequence[ChatMessage]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: Literal["raise"] = "raise",
         **options: Unpack[CallOptions],
     ) -> list[GenerationResult]: ...
 
+    @overload
     def chat(
-        self, messages: Sequence[Any], sampling: Any = None, **options: Unpack[CallOptions]
-    ) -> GenerationResult | list[GenerationResult]:
+        self,
+        messages: Sequence[Sequence[ChatMessage]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: Literal["return"],
+        **options: Unpack[CallOptions],
+    ) -> list[GenerationResult | LlavaServeError]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling: Any = None,
+        *,
+        errors: Errors = "raise",
+        **options: Unpack[CallOptions],
+    ) -> GenerationResult | list[GenerationResult] | list[GenerationResult | LlavaServeError]:
         """Answers a conversation, or a list of them batched by the engine.
 
         Args:
             messages: OpenAI's form, or `Message`s.
             sampling: for a list of conversations one for all, or one each.
-            options: as `generate`.
+            errors, options: as `generate`.
 
         Raises:
-            RequestError: a message is not valid; nothing has been generated.
+            RequestError: a message is not valid. In a list it is found when its turn comes.
             DeadlineExceededError: as `generate`.
         """
-        single = is_one_conversation(messages)
-        conversations = [messages] if single else messages
-        results = self._answer_all([(each, ()) for each in conversations], sampling, options)
-        return results[0] if single else results
+        if is_one_conversation(messages):
+            return self._answer_one(messages, (), sampling, errors, options)
+        return self._answer_all(messages, [()] * len(messages), sampling, errors, options)
+
+    def generate_iter(self, prompts: Iterable[Prompt]) -> Generator[tuple[int, GenerationResult | LlavaServeError]]:
+        """Answers prompts as they come, batched by the engine, and gives each with its number as it is finished.
+
+        Prompts are taken and prepared as the engine has room, twice `max_num_seqs` at most at once: there may be any
+        number of them. What fails for one of them is its result. Closing the iterator ends the work.
+        """
+        with closing(self._runner.run(prompts, deadline=None)) as finished:
+            for index, outcome in finished:
+                yield index, as_result(index, outcome)
 
     def stream(
         self,
@@ -166,7 +214,10 @@ class LLM:
             return self.generate_prepared(asked, images or sampling)
         images, sampling = images_and_sampling(images, sampling)
         deadline = deadline_in(options.get("timeout"))
-        prepared = self._prepare(asked, images, options.get("conv_mode"), deadline)
+        read = self.processor.read(asked, images)
+        prepared = self.processor.prepare(
+            read, conv_mode=options.get("conv_mode"), check=lambda: check_deadline(deadline)
+        )
         return self.generate_prepared(prepared, sampling, deadline=deadline, priority=options.get("priority", 0))
 
     def generate_prepared(
@@ -182,15 +233,14 @@ class LLM:
         Args:
             deadline: seconds since the epoch.
         """
-        request = self._accept(prepared, sampling or SamplingParams(), deadline, priority)
-        answer = self._open(request)
+        answer = self._answers.open(self._runner.accept(prepared, sampling, deadline, priority))
         try:
             while not answer.ended or answer.has_output:
                 while not answer.has_output:
-                    self._step()
+                    self._answers.step()
                 yield from answer.take()
         finally:
-            self._close(request)
+            self._answers.close(answer)
 
     def run(
         self,
@@ -202,96 +252,43 @@ class LLM:
     ) -> list[GenerationResult]:
         """Answers prepared prompts, batched by the engine, in their order."""
         prompts = list(prepared)
-        requests = [
-            self._accept(prompt, each, deadline, priority)
-            for prompt, each in zip(prompts, sampling_of_each(sampling, len(prompts)), strict=True)
-        ]
-        answers: list[_Answer] = []
-        try:
-            while len(answers) < len(requests) or not all(answer.ended for answer in answers):
-                while len(answers) < len(requests) and self.engine.has_room(requests[len(answers)]):
-                    answers.append(self._open(requests[len(answers)]))
-                self._step()
-        finally:
-            for request in requests:
-                self._close(request)
-        return [collect(request.prompt, answer.take()) for request, answer in zip(requests, answers, strict=True)]
+        samplings = sampling_of_each(sampling, len(prompts))
+        each = [Prompt(prompt, sampling=one, priority=priority) for prompt, one in zip(prompts, samplings, strict=True)]
+        return self._in_order(each, deadline, "raise")
+
+    def _answer_one(
+        self, asked: Any, images: Sequence[Any], sampling: SamplingParams | None, errors: Errors, options: CallOptions
+    ) -> GenerationResult:
+        if errors != "raise":
+            raise RequestError("errors is for a list of prompts; the error of a single one is raised.", "errors")
+        [(_, result)] = self._runner.run(
+            [_prompt(asked, images, sampling, options)], deadline_in(options.get("timeout"))
+        )
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _answer_all(
-        self, asked: list[tuple[Any, Sequence[Any]]], sampling: Any, options: CallOptions
-    ) -> list[GenerationResult]:
+        self, asked: Sequence[Any], images: Sequence[Sequence[Any]], sampling: Any, errors: Errors, options: CallOptions
+    ) -> list[Any]:
         """Answers queries with their images, or conversations, in their order."""
-        samplings = sampling_of_each(sampling, len(asked))
-        deadline = deadline_in(options.get("timeout"))
-        prepared = [self._prepare(each, images, options.get("conv_mode"), deadline) for each, images in asked]
-        return self.run(prepared, samplings, deadline=deadline, priority=options.get("priority", 0))
+        if errors not in get_args(Errors):
+            raise RequestError("errors must be 'raise' or 'return'.", "errors")
+        each = zip(asked, images, sampling_of_each(sampling, len(asked)), strict=True)
+        return self._in_order([_prompt(*one, options) for one in each], deadline_in(options.get("timeout")), errors)
 
-    def _prepare(
-        self,
-        asked: str | Sequence[ChatMessage],
-        images: Sequence[Any],
-        conv_mode: str | None,
-        deadline: float | None,
-    ) -> PreparedPrompt:
-        check = partial(check_deadline, deadline)
-        return self.processor.prepare(self.processor.read(asked, images), conv_mode=conv_mode, check=check)
-
-    def _accept(
-        self, prompt: PreparedPrompt, sampling: SamplingParams, deadline: float | None, priority: int
-    ) -> EngineRequest:
-        return self.engine.validator.accept(uuid.uuid4().hex, prompt, sampling, deadline=deadline, priority=priority)
-
-    def _open(self, request: EngineRequest) -> _Answer:
-        self.engine.add(request)
-        answer = _Answer(OutputProcessor(self.processor.tokenizer, request))
-        self._answers[request.request_id] = answer
-        return answer
-
-    def _close(self, request: EngineRequest) -> None:
-        self.engine.abort(request.request_id)
-        self._answers.pop(request.request_id, None)
-
-    def _step(self) -> None:
-        """Steps the engine, and adds the new chunks to their answers."""
-        for output in self.engine.step():
-            answer = self._answers[output.request_id]
-            if answer.error is not None or output.error is not None:
-                answer.error = answer.error or output.error
-                continue
-            try:
-                chunk = answer.processor.push(output)
-            except LlavaServeError as error:
-                answer.error = error
-                self.engine.abort(output.request_id)
-                continue
-            if chunk is None:
-                continue
-            if chunk.finish_reason is not None and output.finish_reason is None:
-                self.engine.abort(output.request_id, output.index)
-            answer.chunks.append(chunk)
+    def _in_order(self, prompts: Sequence[Prompt], deadline: float | None, errors: Errors) -> list[Any]:
+        results: list[Any] = [None] * len(prompts)
+        with closing(self._runner.run(prompts, deadline)) as finished:
+            for index, result in finished:
+                if isinstance(result, LlavaServeError):
+                    result = result.of_prompt(index)
+                if isinstance(result, Exception) and errors == "raise":
+                    raise result
+                results[index] = as_result(index, result)
+        return results
 
 
-@dataclass(slots=True)
-class _Answer:
-    """The chunks of an answer that have not been taken yet; `error`: why no more will come."""
-
-    processor: OutputProcessor
-    chunks: list[Chunk] = field(default_factory=list)
-    error: LlavaServeError | None = None
-
-    @property
-    def ended(self) -> bool:
-        """No more chunks will come."""
-        return self.processor.done or self.error is not None
-
-    @property
-    def has_output(self) -> bool:
-        """`take` has chunks to return, or an error to raise."""
-        return bool(self.chunks) or self.error is not None
-
-    def take(self) -> list[Chunk]:
-        """Returns the new chunks. Raises the error that ended the answer."""
-        if self.error is not None:
-            raise self.error
-        taken, self.chunks = self.chunks, []
-        return taken
+def _prompt(asked: Any, images: Any, sampling: SamplingParams | None, options: CallOptions) -> Prompt:
+    """A prompt of a call, whose timeout is that of the whole call."""
+    return Prompt(asked, images, sampling, options.get("conv_mode"), priority=options.get("priority", 0))

@@ -27,6 +27,7 @@ class GenerationResult:
         num_cached_tokens: those of them that came from a cache.
         prompt_logprobs: of each position, where asked for; None for the first one, before which nothing comes, and for
             those of images.
+        num_image_tokens: those of them that images take.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class GenerationResult:
     outputs: tuple[Completion, ...]
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_image_tokens: int = 0
 
     @property
     def text(self) -> str:

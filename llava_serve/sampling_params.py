@@ -32,6 +32,9 @@ _RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
 )
 """Of the sampling fields: name, type, least and greatest value, and the same in words. NaN lies in no range."""
 
+ORIGINAL_TEMPERATURE = 0.2
+"""Of the original's command line, and of ours."""
+
 _MOST_BIAS = 100
 """OpenAI's bound of `logit_bias`."""
 
@@ -129,3 +132,8 @@ class SamplingParams:
 
 def _are_ids(given: Any) -> bool:
     return isinstance(given, tuple) and all(isinstance(each, Integral) and int(each) >= 0 for each in given)
+
+
+def with_original_temperature(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingParams` with the command line's temperature where they have none: 0 for beam search."""
+    return {"temperature": ORIGINAL_TEMPERATURE if values.get("num_beams", 1) == 1 else 0.0, **values}

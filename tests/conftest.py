@@ -130,3 +130,23 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return folder
 
     return write
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser for the tests of the page. It ends with its module: its event loop is in the way of others."""
+    from support.browser import CHROMIUM, chromium
+
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium or Chrome, and there is none")
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A tab with a profile of its own, which must stay free of faults."""
+    from support.browser import watched
+
+    with browser.new_context() as context, watched(context.new_page()) as opened:
+        yield opened

@@ -21,7 +21,6 @@ COMMANDS = [
     "engine_costs steps",
     "hostile",
     "linear",
-    "load {url}",
     "overhead",
     "pictures",
     "pressure",
@@ -39,7 +38,6 @@ PARTS = {
     "paced",
     "plot",
     "ray_job",
-    "workload",
 }
 """Modules that the benchmarks share."""
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from deployments.tools.config_reference import GROUPS, attribute_docs, page
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -52,3 +55,22 @@ def test_the_reading_order_is_as_long_as_it_says() -> None:
     assert {path: lines for path, lines in real.items() if abs(stated[path] - lines) > lines / 10} == {}
     assert f"In this order; it is {sum(stated.values())} lines." in text
     assert max(total, sum(stated.values())) < MOST_LINES
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
+    assert all((tmp_path / one).is_file() for one in pages)
+
+
+def test_the_short_list_names_every_page() -> None:
+    listed = re.findall(r"\]\((\S+\.md)\)", (ROOT / "docs" / "llms.txt").read_text("utf-8"))
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_reference_of_the_options_is_as_the_code() -> None:
+    for _, _, options in GROUPS:
+        assert attribute_docs(options).keys() == options.model_fields.keys()
+    assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == page()

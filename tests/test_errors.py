@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from llava_serve.api.errors import WIRE_ERRORS, error_body, error_response, wire_error
+from llava_serve.deadline import deadline_scope
 from llava_serve.errors import (
     AccessError,
     CapacityError,
@@ -50,6 +53,21 @@ def test_every_class_survives_pickling(cls: type[LlavaServeError]) -> None:
     assert type(copy) is cls
     assert vars(copy) == vars(error)
     assert str(copy) == str(error)
+
+
+def test_who_knows_only_pythons_own_classes_can_tell_a_bad_request_and_a_timeout() -> None:
+    assert issubclass(PromptTooLongError, ValueError)
+    assert issubclass(DeadlineExceededError, TimeoutError)
+    assert not issubclass(CapacityError, ValueError | TimeoutError)
+
+
+async def test_a_deadline_keeps_the_sentence_of_an_error_in_its_block() -> None:
+    with pytest.raises(DeadlineExceededError, match=r"^The body is late\.$"):
+        async with deadline_scope(time.time() + 60):
+            raise DeadlineExceededError("The body is late.")
+    with pytest.raises(DeadlineExceededError, match="time was up"):
+        async with deadline_scope(time.time()):
+            await asyncio.sleep(60)
 
 
 def test_a_class_made_elsewhere_is_looked_up_by_its_parent() -> None:

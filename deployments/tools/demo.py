@@ -6,6 +6,7 @@ import argparse
 import base64
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from openai import OpenAI, OpenAIError
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = read_config(options.config, port=free_port(), model=options.model)
         print("Starting Ray and the replicas ...", flush=True)
-        with local_cluster(config) as running:
+        with local_cluster(config, tell=partial(print, flush=True)) as running:
             try:
                 answer = ask(running.url, options.image, options.question)
             except OpenAIError as error:

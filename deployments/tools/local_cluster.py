@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,11 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(
-    config: Mapping[str, Any], *, num_cpus: int | None = None, profile: Mapping[str, str] | None = None
+    config: Mapping[str, Any],
+    *,
+    num_cpus: int | None = None,
+    profile: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[LocalCluster]:
     """Runs an application while the block runs; then it drains and ends.
 
@@ -71,6 +75,7 @@ def local_cluster(
         config: a Serve config with one application; its port must be free.
         num_cpus: logical CPUs of Ray; None takes the machine's cores, two at least.
         profile: variables that choose Serve's proxy and transport (`read_serve_env`); None takes Serve's own defaults.
+        tell: called with each stage of the start.
 
     Raises:
         LocalClusterError: the application cannot start.
@@ -98,7 +103,7 @@ def local_cluster(
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        running = LocalCluster(url, wait_for_ready(process, url, report, log), log, ports, process)
+        running = LocalCluster(url, wait_for_ready(process, url, report, log, tell), log, ports, process)
         ready = True
         yield running
     except Exception:
@@ -137,13 +142,17 @@ def environment(token: str) -> dict[str, str]:
     }
 
 
-def wait_for_ready(process: subprocess.Popen[bytes], url: str, report: Path, log: Path) -> str:
+def wait_for_ready(
+    process: subprocess.Popen[bytes], url: str, report: Path, log: Path, tell: Callable[[str], None] | None
+) -> str:
     """Returns Ray's address once all replicas run and `/health` responds; raises `LocalClusterError` if they cannot."""
     deadline = time.monotonic() + START_TIMEOUT_S
+    last = ""
     while time.monotonic() < deadline:
         ended = process.poll() is not None  # checked before the report, which the process may have written at its end
-        if report.exists():
-            reported = json.loads(report.read_text(encoding="utf-8"))
+        reported = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"stage": ""}
+        stage = reported.get("stage")
+        if stage is None:
             if reported["failure"] is not None:
                 raise cannot_start(reported["failure"], log)
             with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
@@ -152,6 +161,9 @@ def wait_for_ready(process: subprocess.Popen[bytes], url: str, report: Path, log
                 return str(reported["ray_address"]).replace("127.0.0.1:", "0.0.0.0:")
         elif ended:
             raise cannot_start(log.read_text(encoding="utf-8", errors="replace"), log)
+        elif tell and stage and stage != last:
+            tell(f"  {stage}")
+            last = stage
         time.sleep(0.1)
     raise cannot_start(f"no answer within {START_TIMEOUT_S:.0f} s", log)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, DeploymentStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 from ray.serve.scripts import run as serve_run
 
 APPLICATION = "llava"
@@ -29,7 +29,12 @@ def main() -> int:
     parser.add_argument(
         "--ray-dir", type=Path, required=True, help="folder of Ray's files; a short path, since it holds sockets"
     )
-    parser.add_argument("--report", type=Path, required=True, help="file for Ray's address or the failure, as JSON")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        required=True,
+        help="file for the stage, then Ray's address or the failure",
+    )
     parser.add_argument("--num-cpus", type=int, required=True)
     options = parser.parse_args()
 
@@ -42,9 +47,10 @@ def main() -> int:
         include_dashboard=False,
         _temp_dir=str(options.ray_dir),
     )
+    _report(options.report, stage="Ray runs; Serve starts")
     try:
         serve_run.main(["--non-blocking", str(options.config)], standalone_mode=False)
-        failure = _wait_for_running(stop)
+        failure = _wait_for_running(stop, options.report)
         _report(options.report, ray_address=ray.get_runtime_context().gcs_address, failure=failure)
         if failure is None:
             stop.wait()
@@ -62,10 +68,12 @@ def _wait_for_end_of_input(stop: threading.Event) -> None:
     stop.set()
 
 
-def _wait_for_running(stop: threading.Event) -> str | None:
-    """Returns None once all replicas run, or else the failure."""
+def _wait_for_running(stop: threading.Event, report: Path) -> str | None:
+    """Reports the stage of the start. Returns None once all replicas run, or else the failure."""
     while not stop.wait(0.2):
         application = serve.status().applications.get(APPLICATION)
+        if application is not None:
+            _report(report, stage=_stage(application))
         if application is not None and application.status == ApplicationStatus.RUNNING:
             return None
         if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
@@ -73,6 +81,13 @@ def _wait_for_running(stop: threading.Event) -> str | None:
             causes = [each.message for each in application.deployments.values() if each.status in failed]
             return "\n".join([application.message, *causes])
     return "It was stopped before it ran."
+
+
+def _stage(application: ApplicationStatusOverview) -> str:
+    ready = [name for name, each in application.deployments.items() if each.status == DeploymentStatus.HEALTHY]
+    starting = [name for name in application.deployments if name not in ready]
+    parts = {"ready": ready, "starting": starting}
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
 def _report(path: Path, **report: str | None) -> None:

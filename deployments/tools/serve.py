@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from .config import CONFIG, ConfigError, check_address, check_strictly, packaged, parse_config
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         check_address(config)
         check_strictly(config, options.config)  # takes seconds: it imports ray
         print(f"Starting Ray and the replicas of {options.config or 'the packaged config'} ...", flush=True)
-        with local_cluster(config, profile=profile) as running:
+        with local_cluster(config, profile=profile, tell=partial(print, flush=True)) as running:
             try:
                 print(*listening(running.process.pid, running.ports), sep="\n")
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -20,6 +19,7 @@ from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
 from llava_serve.api.model_list import model_routes
 from llava_serve.api.notes import HEADER as NOTES
+from llava_serve.api.page_files import page_routes
 from llava_serve.api.parse_process import Offload
 from llava_serve.api.protocol import Answer
 from llava_serve.api.responses import response_routes
@@ -29,12 +29,6 @@ from llava_serve.api.text_completion import text_routes
 from llava_serve.api.tokenization import tokenization_routes
 from llava_serve.config import ApiOptions
 from llava_serve.errors import shown
-
-_PAGE = Path(__file__).with_name("page.html")
-_PAGE_POLICY = (
-    "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 class Version(Answer):
@@ -77,7 +71,6 @@ def create_app(
         responses=ERROR_RESPONSES,
     )
     service = Service(backend, options, offload)
-    page = _PAGE.read_text(encoding="utf-8")
 
     @app.get("/health", summary="Report whether the model can answer")
     @app.get("/ping", summary="Report whether the model can answer, as /health does")
@@ -89,12 +82,9 @@ def create_app(
     async def version() -> Version:
         return Version(version=__version__)
 
-    @app.get("/", include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
-
     for routes in (chat_routes, response_routes, text_routes, tokenization_routes, model_routes):
         app.include_router(routes(service))
+    app.include_router(page_routes())
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The middleware that is added last runs first.
     app.add_middleware(KeyLimitMiddleware, options=options)

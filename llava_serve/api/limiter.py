@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from llava_serve.config import BATCH_SHARE, is_batch
 from llava_serve.errors import CapacityError
+
+
+@dataclass(slots=True)
+class _Load:
+    """What some requests take together."""
+
+    places: int = 0
+    bytes: int = 0
+
+    def add(self, places: int, size: int) -> None:
+        self.places += places
+        self.bytes += size
 
 
 class ConcurrencyLimiter:
     """Counts the requests in flight, limits them, and waits until they end.
+
+    Batch work takes nothing from online requests: they are admitted as if there were none. Batch work is admitted while
+    requests of both classes take less than `BATCH_SHARE` of the places and of the bytes.
 
     Ray Serve's own shutdown ends its HTTP proxy first, and with it every request in flight: so the drain comes before.
 
@@ -20,54 +37,94 @@ class ConcurrencyLimiter:
     """
 
     def __init__(self, max_in_flight: int, max_in_flight_bytes: int) -> None:
-        self._max_in_flight = max_in_flight
-        self._max_bytes = max_in_flight_bytes
-        self._bytes = 0
-        self._working = 0
+        self._most = _Load(max_in_flight, max_in_flight_bytes)
+        self._online, self._batch = _Load(), _Load()
         self._in_flight = 0
-        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self.draining = False
 
     @contextmanager
-    def request(self, *, works: bool = True) -> Iterator[Callable[[int], None]]:
+    def request(self, *, works: bool = True) -> Iterator[Place]:
         """Counts a request from its arrival to the end of its answer.
 
         Args:
             works: it counts for `max_in_flight`. A drain waits for the others, too.
 
-        Yields:
-            A function that adds bytes to those that the request holds; it raises `CapacityError`, too.
-
         Raises:
             CapacityError: at capacity, or draining.
         """
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            if self._bytes + size > self._max_bytes:
-                raise CapacityError("The server is at capacity; try again later.")
-            self._bytes += size
-            held += size
-
-        if self._draining:
+        if self.draining:
             raise CapacityError("The server is shutting down; try again later.")
-        if works and self._working >= self._max_in_flight:
-            raise CapacityError("The server is at capacity; try again later.")
-        self._working += works
+        place = Place(self, int(works))
         self._in_flight += 1
         self._idle.clear()
         try:
-            yield hold
+            yield place
         finally:
-            self._bytes -= held
-            self._working -= works
+            place.leave()
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
 
+    def add_online(self, places: int, size: int) -> _Load:
+        """Adds to what online requests take. Raises `CapacityError` at capacity."""
+        if (places and self._online.places >= self._most.places) or self._online.bytes + size > self._most.bytes:
+            raise CapacityError("The server is at capacity; try again later.")
+        self._online.add(places, size)
+        return self._online
+
+    def as_batch(self, places: int, size: int) -> _Load:
+        """Moves this from what online requests take to what batch work takes. Raises `CapacityError` at capacity."""
+        others = self._online.places + self._batch.places - places
+        held = self._online.bytes + self._batch.bytes - size
+        if max(others / self._most.places, held / self._most.bytes) >= BATCH_SHARE:
+            raise CapacityError("The server has no room for batch work; try again later.")
+        self._online.add(-places, -size)
+        self._batch.add(places, size)
+        return self._batch
+
     async def drain(self) -> None:
         """Refuses new requests from now on, and returns once none is in flight."""
-        self._draining = True
+        self.draining = True
         await self._idle.wait()
+
+
+class Place:
+    """The place of one request in flight. It counts as online until `classify` says otherwise.
+
+    Args:
+        limiter: counts it.
+        places: that it takes of `max_in_flight`.
+
+    Raises:
+        CapacityError: at capacity.
+    """
+
+    def __init__(self, limiter: ConcurrencyLimiter, places: int) -> None:
+        self._limiter = limiter
+        self._places = places
+        self._bytes = 0
+        self._load = limiter.add_online(places, 0)
+
+    def hold(self, size: int) -> None:
+        """Adds bytes to those that the request holds. All of them come before `classify`.
+
+        Raises:
+            CapacityError: at capacity.
+        """
+        self._limiter.add_online(0, size)
+        self._bytes += size
+
+    def classify(self, priority: int) -> None:
+        """Says of which class the request is, as soon as its priority is known.
+
+        Raises:
+            CapacityError: it is batch work, and there is no room for such.
+        """
+        if is_batch(priority):
+            self._load = self._limiter.as_batch(self._places, self._bytes)
+
+    def leave(self) -> None:
+        """Ends the request."""
+        self._load.add(-self._places, -self._bytes)

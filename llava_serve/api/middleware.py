@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_serve.api.errors import error_response, log_error
@@ -18,6 +18,7 @@ from llava_serve.api.keys import ApiKeys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.notes import header_value
+from llava_serve.api.page_files import PAGE_PATHS
 from llava_serve.errors import AccessError, BodyTooLargeError
 from llava_serve.types import ImagePart, Query
 from llava_serve.types import Message as Turn
@@ -26,8 +27,8 @@ REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499
 """For access logs and metrics: the client is gone."""
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/openapi.json"})
-"""Probes have no key, and the page has the field where users type theirs."""
+OPEN_PATHS = PAGE_PATHS | {"/health", "/ping", "/openapi.json"}
+"""Probes have no key, and the page is where users type theirs."""
 
 _ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
@@ -50,6 +51,10 @@ class RequestContextMiddleware:
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
         notes: list[str] = []
         scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time(), notes=notes)
+        if not _path(scope) and scope["method"] in ("GET", "HEAD"):  # links of the page are relative to its address
+            root = scope["root_path"].rpartition("/")[2]
+            await RedirectResponse(f"{root}/")(scope, receive, send)
+            return
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
         if len(path := _path(scope)) > 1 and path.endswith("/"):  # answered as without: a redirect could lose a body
@@ -107,7 +112,7 @@ class APIKeyMiddleware:
 
 class AdmissionMiddleware:
     """Counts each request as in flight, from its arrival to the last byte of its answer, and limits its body. Both
-    happen before any picture is read.
+    happen before any picture is read. `state.place` is the request's place in the limiter.
 
     Args:
         app: the wrapped app.
@@ -127,15 +132,16 @@ class AdmissionMiddleware:
 
         async def receive_counted() -> Message:
             message = await receive()
-            hold(len(message.get("body", b"")))
+            place.hold(len(message.get("body", b"")))
             return message
 
         async def send_own_refusal(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 413:
-                raise _too_large(self._max_body_bytes)  # instead of Starlette's plain text
+                raise too_large(self._max_body_bytes)  # instead of Starlette's plain text
             await send(message)
 
-        with self._limiter.request(works=scope["method"] == "POST") as hold:
+        with self._limiter.request(works=scope["method"] == "POST") as place:
+            scope["state"]["place"] = place
             await self._app(scope, receive_counted, send_own_refusal)
 
 
@@ -147,11 +153,11 @@ def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
         images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
     size = sum(len(image.source) for image in images)
     if size > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     return size
 
 
-def _too_large(limit: int) -> BodyTooLargeError:
+def too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The request is larger than this server's limit of {limit / (1 << 20):.3g} MiB.")
 
 

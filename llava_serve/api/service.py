@@ -110,17 +110,44 @@ class Service:
 
         Raises:
             RequestError: a field is outside its range, or the model is another one.
+            CapacityError: it is batch work, and there is no room for such.
+        """
+        work = self.work(
+            wire,
+            asked,
+            self.deadline(request, wire.timeout),
+            default_max_tokens=default_max_tokens,
+            conv_mode=conv_mode,
+            client=getattr(request.state, "client", None),
+        )
+        request.state.place.classify(work.priority)
+        return work
+
+    def work(
+        self,
+        wire: GenerationFields,
+        asked: Asked,
+        deadline: float,
+        *,
+        default_max_tokens: int | None = None,
+        conv_mode: str | None = None,
+        client: str | None = None,
+    ) -> GenerationRequest:
+        """As `generation_request`, for a request that does not come over HTTP.
+
+        Args:
+            deadline: seconds since the epoch.
+            client: the name of its API key.
         """
         self.model.check(wire.model)
         priority = wire.priority or 0
         check_priority(priority, self.options.priority_range)
         defaults = [each for each in (default_max_tokens, self.options.default_max_tokens) if each is not None]
-        client = getattr(request.state, "client", None)
         return GenerationRequest(
             asked=asked,
             sampling=sampling_of(wire, min(defaults, default=None)),
             request_id=uuid.uuid4().hex,
-            deadline=self.deadline(request, wire.timeout),
+            deadline=deadline,
             conv_mode=conv_mode,
             priority=priority,
             cache_salt=cache_salt(self.options.cache_scope, client, wire.cache_salt),

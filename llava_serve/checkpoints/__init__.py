@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal, Unpack
 
+from llava_serve.checkpoints.decoders import DECODER_NOTES
 from llava_serve.checkpoints.families import refuse_other_models
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
@@ -72,6 +73,8 @@ def open_checkpoint(
         _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
         spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
     spec = dataclasses.replace(_with_aspect(spec, options.image_aspect), quantization=quantization)
+    if note := DECODER_NOTES.get(spec.text_config["model_type"]):
+        spec = dataclasses.replace(spec, notes=(*spec.notes, note))
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
     return spec
 
@@ -89,17 +92,17 @@ def _base_of_adapter(folder: Path, options: ModelOptions, *, weights: bool) -> P
 
 
 def _with_aspect(spec: CheckpointSpec, aspect: Literal["pad", "square"] | None) -> CheckpointSpec:
-    """The description with the aspect that was asked for; else with a note where images are cropped unlike in training,
-    as transformers' processors do."""
+    """The description with the aspect that was asked for; else with a remark where images are cropped unlike in
+    training, as transformers' processors do."""
     image = spec.image
     if aspect is None:
         if spec.layout == "original" or image.aspect != "square" or not image.do_center_crop:
             return spec
-        note = (
+        remark = (
             "Images are cropped to their centre, as the processor says; LLaVA-1.5 was trained on padded ones. "
             "--image-aspect pad pads them."
         )
-        return dataclasses.replace(spec, notes=(*spec.notes, note))
+        return dataclasses.replace(spec, remarks=(*spec.remarks, remark))
     if image.aspect == "anyres":
         raise CheckpointError(f"{spec.name} takes images as a grid of tiles; leave image_aspect (--image-aspect) out.")
     return dataclasses.replace(spec, image=dataclasses.replace(image, aspect=aspect))

@@ -50,6 +50,12 @@ DECODERS = {
 """`model_type` of the language models whose steps the tests compare with transformers' own forward pass. Another one
 may differ without an error: its attention is bounded or has sinks, or there are states beside the keys and values."""
 
+DECODER_NOTES = {
+    "gemma": "Gemma scales the embeddings of tokens and not the features of images, as transformers has it since 5.4. "
+    "Before, it scaled both: a model that was trained so sees images weakly."
+}
+"""What is to be known of a language model, by its `model_type`."""
+
 ROTARY_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """How rotary positions may be scaled. The tables of `dynamic` and `longrope` depend on the longest sequence of a step,
 which holds those of other requests."""
@@ -70,6 +76,10 @@ def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
         raise CheckpointError(
             f"config.json: the language model of this {where} is {kind}, which is not supported; these are: "
             f"{', '.join(sorted(DECODERS))}."
+        )
+    if text.get("sliding_window") == 0 and kind != "qwen2_moe":  # whose config class writes 0 where there is none
+        raise CheckpointError(
+            "config.json has sliding_window 0, with which no position sees another; compare it with the published one."
         )
     for rotary in rotary_types(text):
         if rotary not in ROTARY_TYPES:

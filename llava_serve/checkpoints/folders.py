@@ -39,6 +39,8 @@ def find_folder(name: str, what: str, *parents: Path, weights: bool = True) -> P
         folder = parent / Path(name).expanduser()
         if folder.is_dir():
             return (_snapshot(folder) or folder).resolve()
+    if Path(name).expanduser().is_file():
+        raise CheckpointError(f"{name} is a file; the {what} is a folder, or a hub id.")
     if not is_hub_id(name):
         raise CheckpointError(f"There is no folder {name!r} for the {what}.")
     return _from_hub(name, what, weights=weights).resolve()

@@ -20,7 +20,8 @@ from llava_serve.errors import CheckpointError
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-_SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save)?(?:\.default)?\.(?P<last>weight|bias)")
+_SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save)?(?:\.default)?(?:\.base_layer)?\.(?P<last>weight|bias)")
+"""A head or embeddings with factors of their own are saved as a whole, too, as `base_layer`."""
 
 _UNSUPPORTED_KEYS = (
     *("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias"),
@@ -100,7 +101,7 @@ def read_adapter(folder: Path, file: Path, stored: Mapping[str, Stored], *, roun
         else:
             raise CheckpointError(
                 f"{file.name} holds {name}, which is no factor of a LoRA on a linear layer and in none of "
-                "modules_to_save of adapter_config.json."
+                "modules_to_save of adapter_config.json. Merge the adapter with PEFT and load the result."
             )
     for whole in config.get("modules_to_save") or ():
         if not any(f".{whole}." in f".{name}" for name in saved):

@@ -155,7 +155,9 @@ class CheckpointSpec:
         chat_template: transformers' one, if the checkpoint has one.
         torch_dtype: the precision that the files declare.
         quantization: of the weights in the files; None where they are plain.
-        notes: what the files say and is not followed, and what is seen otherwise than in training: a sentence each.
+        notes: what the files say and is not followed, and what may make answers wrong: a sentence each, also a warning
+            in the log.
+        remarks: what is otherwise than in training because the files say so: a sentence each, also in the log at INFO.
     """
 
     name: str
@@ -184,6 +186,7 @@ class CheckpointSpec:
     torch_dtype: str
     quantization: StoredQuantization | None = None
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,50 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_serve.checkpoints.experts import join_experts
 from llava_serve.checkpoints.files import first_file, weight_files
-from llava_serve.checkpoints.lora import Delta, read_adapter
+from llava_serve.checkpoints.lora import read_adapter
 from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.stored_tensor import StoredTensor
 from llava_serve.checkpoints.weight_mapping import LAYOUTS, TOWER, Rules, our_name
 from llava_serve.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor in a file, not read yet.
-
-    Attributes:
-        file: that holds it.
-        name: that the file gives it.
-        shape: its shape.
-        read: gives the tensor in its stored precision, backed by the mapped file where the format allows.
-        delta: a LoRA's addition to it.
-    """
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    delta: Delta | None = None
-
-    def value(self) -> Tensor:
-        """The tensor in its stored precision, with a LoRA's addition."""
-        return self.read() if self.delta is None else self.delta.add_to(self.read())
-
-    def first_rows(self, count: int) -> StoredTensor:
-        """The first rows of the tensor."""
-        return replace(self, shape=(count, *self.shape[1:]), read=lambda: self.value()[:count], delta=None)
-
-    def replaced_at(self, ids: tuple[int, ...], values: StoredTensor) -> StoredTensor:
-        """The tensor with other vectors at some places of its first axis."""
-
-        def read() -> Tensor:
-            table = self.value().clone()
-            table[list(ids)] = values.value().to(table.dtype)
-            return table
-
-        return replace(self, read=read, delta=None)
 
 
 def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
@@ -86,7 +51,7 @@ def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
                 "name a folder that does with vision_tower (--vision-tower)."
             )
         tensors |= _renamed(files, TOWER)
-    return tensors
+    return join_experts(tensors)
 
 
 def _over(base: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+import shtab
+
 from llava_serve import __version__
-from llava_serve.cli import ask, chat, inspect, serve
+from llava_serve.cli import ask, batch, bench, chat, eval, inspect, serve
 from llava_serve.errors import CheckpointError, LlavaServeError, RequestError
 
 USAGE_ERROR = 2
@@ -25,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of llava-serve, torch and ray")
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for a shell: bash, zsh or tcsh")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (ask, chat, serve, inspect):
+    for command in (ask, chat, batch, serve, inspect, bench, eval):
         command.add_to(commands)
     options = parser.parse_args(argv)
     try:

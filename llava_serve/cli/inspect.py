@@ -21,7 +21,10 @@ _RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 def add_to(commands: flags.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
-        "inspect", help="describe a checkpoint", description="Describe a checkpoint without loading it."
+        "inspect",
+        help="describe a checkpoint",
+        description="Describe a checkpoint without loading it.",
+        **flags.examples("llava-serve inspect /models/llava-v1.5-13b", "llava-serve inspect org/llava-v1.6-7b --json"),
     )
     parser.add_argument("path", nargs="?", default="builtin", help="builtin (the default), a folder, or a hub id")
     flags.add_description_flags(parser)
@@ -42,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
         image_aspect=options.image_aspect,
     )
     if options.json:
-        print(json.dumps(_as_lists(_describe(spec)), ensure_ascii=False))
+        print(json.dumps(as_lists(describe(spec)), ensure_ascii=False))
         return 0
-    for name, value in _describe(spec):
+    for name, value in describe(spec):
         print(f"{name:<15} {value}")
     return 0
 
 
-def _as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """The lines of each part; a line without a name belongs to the part above it."""
     lists: dict[str, list[str]] = {}
     part = ""
@@ -59,7 +62,8 @@ def _as_lists(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return lists
 
 
-def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
+def describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
+    """The parts of a checkpoint with a line on each; one without a name goes on with the part above it."""
     text, vision = _Decoder(spec.text_config), spec.vision_config
     yield "name", spec.name
     yield "folder", str(spec.path)
@@ -87,7 +91,7 @@ def _describe(spec: CheckpointSpec) -> Iterator[tuple[str, str]]:
     yield from _differences()
     yield "tokens", _tokens(spec.image)
     yield "template", f"{spec.conv_mode}: {spec.conv_reason}"
-    for note in spec.notes:
+    for note in (*spec.notes, *spec.remarks):
         yield "note", note
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from llava_serve.sampling_params import ORIGINAL_TEMPERATURE, SamplingParams, with_original_temperature
 
 if TYPE_CHECKING:
     from llava_serve.config import ModelOptions
     from llava_serve.llm import LLM
-    from llava_serve.sampling_params import SamplingParams
 
 Commands = Any
 """What `add_subparsers` returns; argparse has no public name for it."""
 
+SAMPLING_FLAGS = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+"""The options of `add_sampling_flags`."""
+
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
-_TEMPERATURE = 0.2
-"""The original's default; beam search has temperature 0."""
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +29,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", "--model-path", help="builtin (the default), a folder, or a hub id in the local cache"
     )
+    add_loading_flags(group)
+
+
+def add_loading_flags(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of a model that is named already."""
     add_description_flags(group)
     bits = group.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights")
-    bits.add_argument("--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights")
+    bits.add_argument(
+        "--load-8bit", dest="quantization", action="store_const", const="8bit", help="8-bit weights (bitsandbytes)"
+    )
+    bits.add_argument(
+        "--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights (bitsandbytes)"
+    )
     group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
     group.add_argument(
         "--dtype", choices=_DTYPES, help="auto (the default) is float32 on a CPU, else the checkpoint's own"
@@ -53,7 +66,7 @@ def add_description_flags(group: argparse._ActionsContainer) -> None:
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the pictures."""
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture, as a file or URL; repeatable"
+        "--image", action="append", default=[], metavar="FILE", help="a picture: file, URL, or - to read it; repeatable"
     )
     parser.add_argument("--image-file", metavar="FILES", help="several pictures, separated by --sep")
     parser.add_argument("--sep", default=",", help="separator in --image-file; a comma by default")
@@ -62,11 +75,13 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the sampling flags. The spellings with underscores are the original's."""
     group = parser.add_argument_group("answer")
-    group.add_argument("--temperature", type=float, help=f"0 is greedy; {_TEMPERATURE} by default")
-    group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1")
-    group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1, at temperature 0")
-    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help="longest answer, in tokens")
-    group.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument("--temperature", type=float, help=f"0 is greedy; {ORIGINAL_TEMPERATURE} by default, 0 with beams")
+    group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1, the default")
+    group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1 (the default), greedy")
+    group.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=int, help="longest answer in tokens; 512 by default"
+    )
+    group.add_argument("--seed", type=int, help="makes sampling repeatable; another one each time by default")
 
 
 def model_options(options: argparse.Namespace) -> ModelOptions:
@@ -92,31 +107,65 @@ def load_llm(options: argparse.Namespace) -> LLM:
 
 
 def images(options: argparse.Namespace) -> list[bytes]:
-    """The pictures, in the flags' order. Read them before the model is loaded, so that a wrong name fails at once.
+    """The pictures, in the flags' order. Read and decode them before the model is loaded: a wrong one fails at once.
 
     Raises:
-        InvalidImageError: one cannot be read or fetched.
+        InvalidImageError: one cannot be read, fetched or decoded.
+    """
+    return read_images(image_names(options))
+
+
+def image_names(options: argparse.Namespace) -> list[str]:
+    """Files and URLs of the pictures, in the flags' order."""
+    more = options.image_file.split(options.sep) if options.image_file else []
+    return [name.strip() for name in (*options.image, *more)]
+
+
+def read_images(names: Sequence[str]) -> list[bytes]:
+    """Pictures by file name or URL; `-` is standard input.
+
+    Raises:
+        InvalidImageError: one cannot be read, fetched or decoded; the message names it.
     """
     from llava_serve.config import ImageOptions
+    from llava_serve.errors import InvalidImageError
+    from llava_serve.images.decode import decode_image
     from llava_serve.images.fetch import read_local_source
 
-    more = options.image_file.split(options.sep) if options.image_file else []
-    return [read_local_source(name.strip(), ImageOptions()) for name in (*options.image, *more)]
+    limits = ImageOptions()
+    read = []
+    for name in names:
+        data = sys.stdin.buffer.read() if name == "-" else read_local_source(name, limits)
+        try:
+            decode_image(data, limits)
+        except InvalidImageError as error:
+            raise InvalidImageError(f"{name}: {error}") from None
+        read.append(data)
+    return read
 
 
 def sampling(options: argparse.Namespace) -> SamplingParams:
     """The library's form of the sampling flags."""
-    from llava_serve.sampling_params import SamplingParams
+    return SamplingParams(**with_original_temperature(given(options, *SAMPLING_FLAGS)))
 
-    values = given(options, "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
-    values.setdefault("temperature", _TEMPERATURE if values.get("num_beams", 1) == 1 else 0.0)
-    return SamplingParams(**values)
+
+def positive(text: str) -> int:
+    """A number that is at least 1: the type of a flag."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not auto, cpu, cuda or cuda:N")
     return name
+
+
+def examples(*commands: str) -> dict[str, Any]:
+    """The end of a command's help, for `add_parser`."""
+    lines = "\n".join(f"  {command}" for command in commands)
+    return {"epilog": f"examples:\n{lines}", "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def add_to(commands: flags.Commands) -> None:
         "serve",
         help="serve a model over HTTP",
         description="Start the application of a Serve config on Ray, or with --in-process the web app alone.",
+        **flags.examples(
+            "llava-serve serve /models/llava-v1.5-7b --port 9000",
+            "llava-serve serve mine.yaml --profile production --host 0.0.0.0 --api-key-file keys.txt",
+            "llava-serve serve --in-process --device cuda:1 /models/llava-v1.5-7b",
+        ),
     )
     parser.add_argument(
         "what",

@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from llava_serve.config import EngineOptions
+from llava_serve.config import EngineOptions, is_batch
+from llava_serve.engine.batch_share import BatchShare
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.executor.model import VisionLanguageModel
@@ -42,13 +43,14 @@ class Engine:
         encoder_cache = EncoderCacheManager(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, encoder_cache, options.max_num_seqs)
         self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles)
+        self._batch_share = BatchShare(self._prefill_budget)
         self._runner = ModelRunner(model, self._kv.num_blocks, options)
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
         self.validator = RequestValidator(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[SequenceGroup]] = {}
         self._searches: dict[str, BeamSearch] = {}
-        self._arrivals = self._num_sequences = 0
+        self._arrivals = self._num_sequences = self._num_batch = 0
         self._steps = self._cached = self._computed = self._generated = 0
 
     @property
@@ -97,10 +99,16 @@ class Engine:
             self._searches[request.request_id] = BeamSearch(groups[0])
         self._groups[request.request_id] = groups
         self._num_sequences += _num_sequences(request)
+        self._num_batch += is_batch(request.priority) * _num_sequences(request)
 
     def has_room(self, request: EngineRequest) -> bool:
-        """The queue has room for all sequences of a request. An empty engine takes any request."""
-        return not self._groups or self._num_sequences + _num_sequences(request) <= self.validator.max_sequences
+        """The queue has room for all sequences of a request: an online one is added as if there were no batch work.
+        An empty engine takes any request."""
+        if not self._groups:
+            return True
+        batch, most = is_batch(request.priority), self.validator.max_sequences
+        taken = self._num_sequences if batch else self._num_sequences - self._num_batch
+        return taken + _num_sequences(request) <= (self.validator.max_batch_sequences if batch else most)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one choice of it, without further output. Unknown ones have ended and are ignored."""
@@ -115,14 +123,21 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Advances every decoding sequence by a token, and prompts within the budget."""
-        started, decoding = time.perf_counter(), self._scheduler.num_decoding
+        started = time.perf_counter()
         outputs = self._expire()
-        schedule = self._scheduler.schedule(self._prefill_budget.step_budget(decoding))
+        self._scheduler.make_room()
+        schedule = self._scheduler.schedule(self._batch_share.step_budget(self._scheduler.load))
         result = self._runner.run(schedule)
         outputs += self._postprocess(schedule, result)
-        prefill = max(0, schedule.num_tokens - decoding)  # a decoding sequence may still wait for an image
-        self._prefill_budget.observe(time.perf_counter() - started, decoding, prefill, schedule.num_tiles)
+        self._observe(schedule, time.perf_counter() - started)
         return outputs
+
+    def _observe(self, schedule: Schedule, seconds: float) -> None:
+        """Learns what steps cost."""
+        decoding, batch = schedule.num_decoding, schedule.num_batch_decoding
+        prefill = schedule.num_tokens - decoding
+        self._prefill_budget.observe(seconds, decoding, prefill, schedule.num_tiles)
+        self._batch_share.observe(seconds, decoding - batch, batch, prefill + schedule.num_tiles)
 
     def _expire(self) -> list[Output]:
         """Ends the requests whose deadline has passed."""
@@ -230,6 +245,7 @@ class Engine:
         """Removes a group from the engine and frees what it holds."""
         self._scheduler.remove(group)
         self._num_sequences -= len(group.sequences)
+        self._num_batch -= group.batch * len(group.sequences)
         self._searches.pop(group.request.request_id, None)
         for sequence in group.sequences:
             self._runner.release(sequence)

@@ -133,6 +133,7 @@ def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult
         outputs=tuple(_completion(choice) for choice in choices),
         num_cached_tokens=choices[0].num_cached_tokens,
         prompt_logprobs=None if scored is None else (None, *scored[1:]),
+        num_image_tokens=sum(end - start for start, end in prompt.image_spans),
     )
 
 

@@ -8,7 +8,7 @@ from statistics import median
 
 _MAX_SLOWDOWN = 2.25
 """A step with prefill may take at most this many times as long as a step that only decodes."""
-_MIN_TOKENS = 32
+MIN_TOKENS = 32
 """Prefill that every step may do: every prompt makes progress."""
 _INITIAL_TOKENS = 64
 """Prefill of a step while its cost is unknown."""
@@ -22,12 +22,27 @@ _DECAY = 0.75
 
 @dataclass(slots=True)
 class StepBudget:
-    """What a step may still compute. A tile costs as much time as `tile_cost` positions."""
+    """What a step may still compute. A tile costs as much time as `tile_cost` positions.
+
+    Attributes:
+        batch: batch work takes part.
+        batch_tokens: the most prefill of batch work; None is no limit of its own.
+        batch_tile: batch work may encode one tile, whatever it costs.
+    """
 
     tokens: int
     tiles: int
     tile_cost: int = 0
     decode_only: bool = True
+    batch: bool = True
+    batch_tokens: int | None = None
+    batch_tile: bool = True
+
+    def limit_to_batch(self) -> None:
+        """What is left is for the prefill of batch work."""
+        if self.batch_tokens is not None:
+            self.tokens = min(self.tokens, self.batch_tokens)
+        self.decode_only = self.decode_only and self.batch_tile
 
     def take_tiles(self, wanted: int) -> int:
         """Takes as many tiles as the budget allows; at least one while the step only decodes."""
@@ -68,7 +83,7 @@ class PrefillBudget:
     """
 
     def __init__(self, max_tokens: int, max_tiles: int) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._max_tiles = max_tiles
         self._token, self._tile = _Rate(), _Rate()
         self._steps: deque[float] = deque(maxlen=_WINDOW)
@@ -77,13 +92,19 @@ class PrefillBudget:
     def step_budget(self, decoding: int) -> StepBudget:
         """The budget of the next step, in which `decoding` sequences advance by one position each."""
         if not decoding:
-            return StepBudget(self._max_tokens, self._max_tiles)
+            return StepBudget(self.max_tokens, self._max_tiles)
         if not self._steps or self._since >= _REMEASURE_AFTER:
             return StepBudget(decoding, 0)
-        step, token, tile = self._step, self._token.value, self._tile.value
-        room = max(_MIN_TOKENS, int((_MAX_SLOWDOWN - 1) * step / token)) if step and token else _INITIAL_TOKENS
+        token, tile = self._token.value, self._tile.value
+        room = self.room(_MAX_SLOWDOWN)
+        room = _INITIAL_TOKENS if room is None else max(MIN_TOKENS, room)
         tile_cost = int(tile / token) if tile and token else room
-        return StepBudget(min(self._max_tokens, decoding + room), self._max_tiles, tile_cost)
+        return StepBudget(min(self.max_tokens, decoding + room), self._max_tiles, tile_cost)
+
+    def room(self, slowdown: float) -> int | None:
+        """Positions of prefill with which a step takes `slowdown` times as long; None while that is unknown."""
+        step, token = self._step, self._token.value
+        return int((slowdown - 1) * step / token) if step and token else None
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` prompt positions and `tiles` beside its decoding sequences."""

@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.config import EngineOptions
+from llava_serve.config import BATCH_SHARE, EngineOptions
 from llava_serve.engine.grammar import GrammarCompiler
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError
@@ -30,6 +30,7 @@ class RequestValidator:
         self._num_blocks = num_blocks
         self._grammars = GrammarCompiler(spec, vocabulary)
         self.max_sequences = options.max_num_seqs + options.max_waiting
+        self.max_batch_sequences = max(options.max_num_seqs, int(self.max_sequences * BATCH_SHARE))
 
     def accept(
         self,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_serve.config import is_batch
+from llava_serve.engine.batch_share import Running
 from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.prefill_budget import StepBudget
@@ -57,12 +61,15 @@ class Schedule:
         tile_jobs: one batch for the tower.
         copies: within the KV cache, before anything is written.
         segments: one forward pass over all of them.
+        num_decoding, num_batch_decoding: segments that decode, in all and of batch work.
     """
 
     evicted: tuple[str, ...]
     tile_jobs: tuple[TileJob, ...]
     copies: tuple[Copy, ...]
     segments: tuple[Segment, ...]
+    num_decoding: int
+    num_batch_decoding: int
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +83,8 @@ class Schedule:
 
 
 class Scheduler:
-    """First come, first served within a priority. Decoding sequences advance before any prompt does.
+    """First come, first served within a priority. Decoding sequences advance before any prompt does. Online groups are
+    computed before batch work, and preempt it where they lack room.
 
     Args:
         max_num_seqs: the most sequences in the KV cache.
@@ -90,14 +98,17 @@ class Scheduler:
         self.running: list[SequenceGroup] = []
 
     @property
-    def num_decoding(self) -> int:
-        """Sequences that have one position to compute."""
-        return sum(sequence.num_pending == 1 for group in self.running for sequence in group.active)
+    def load(self) -> Running:
+        """What is in the KV cache."""
+        decoding = Counter(
+            group.batch for group in self.running for sequence in group.active if sequence.num_pending == 1
+        )
+        return Running(any(not group.batch for group in self.running), decoding[False], decoding[True])
 
     @property
     def num_running(self) -> int:
         """Sequences in the KV cache."""
-        return sum(len(group.sequences) for group in self.running)
+        return _num_sequences(self.running)
 
     def add(self, group: SequenceGroup) -> None:
         """Queues a group by its rank."""
@@ -115,12 +126,35 @@ class Scheduler:
         """
         jobs: list[TileJob] = []
         segments, preempted = self._schedule_decode(budget)
-        for group in self.running:
-            if group.pins or any(sequence.num_pending > 1 for sequence in group.active):
-                segments += self._schedule_prefill(group, budget, jobs)
-        if not preempted:
-            segments += self._admit_waiting(budget, jobs)
-        return Schedule(self._encoder_cache.take_evicted(), tuple(jobs), self._kv.take_copies(), tuple(segments))
+        decoding, of_batch = len(segments), sum(is_batch(each.sequence.request.priority) for each in segments)
+        for batch in (False, True) if budget.batch else (False,):
+            if batch:
+                budget.limit_to_batch()
+            for group in self.running:
+                if group.batch == batch and (group.pins or any(each.num_pending > 1 for each in group.active)):
+                    segments += self._schedule_prefill(group, budget, jobs)
+            if not any(group.batch <= batch for group in preempted):
+                segments += self._admit_waiting(budget, jobs, batch)
+        evicted, copies = self._encoder_cache.take_evicted(), self._kv.take_copies()
+        return Schedule(evicted, tuple(jobs), copies, tuple(segments), decoding, of_batch)
+
+    def make_room(self) -> None:
+        """Admits the first online group that waits, if all that it lacks is what batch work holds: that is preempted,
+        the last first. One such group at a time: the next one waits until the prompt of the one before is computed.
+
+        It comes before `schedule`, whose budget depends on what runs.
+        """
+        if not self.waiting or self.waiting[0].batch or not self.running or not self.running[-1].batch:
+            return
+        group, online = self.waiting[0], [each for each in self.running if not each.batch]
+        if any(each.num_pending > 1 for other in online for each in other.active):
+            return
+        if _num_sequences(online) + len(group.sequences) > self._max_num_seqs:
+            return
+        while self.num_running + len(group.sequences) > self._max_num_seqs or not self._admit(group):
+            if not self.running or not self.running[-1].batch:
+                return
+            self._preempt(self.running[-1])
 
     def unpin_images(self, group: SequenceGroup) -> None:
         """Lets the features of a group's images be evicted: its prefill does not need them any more."""
@@ -133,23 +167,23 @@ class Scheduler:
         for digest in group.request.prompt.digests:
             self._encoder_cache.discard(digest)
 
-    def _schedule_decode(self, budget: StepBudget) -> tuple[list[Segment], bool]:
+    def _schedule_decode(self, budget: StepBudget) -> tuple[list[Segment], list[SequenceGroup]]:
         """One position for every decoding sequence. Where blocks run out, the group of the last rank is preempted.
 
         Returns:
-            The segments, and whether a group was preempted.
+            The segments, and the groups that were preempted.
         """
         segments: list[Segment] = []
-        preempted = False
+        preempted: list[SequenceGroup] = []
         for group in list(self.running):
-            if preempted and group not in self.running:
+            if group in preempted or (group.batch and not budget.batch):
                 continue
             if any(sequence.num_pending != 1 for sequence in group.active) or (group.pins and not group.forked):
                 continue
             sequences = group.active
             while sequences and not all(self._kv.grow(sequence) for sequence in sequences):
-                preempted = True
                 victim = self.running[-1]
+                preempted.append(victim)
                 self._preempt(victim)
                 if victim is group:
                     sequences = []
@@ -197,23 +231,24 @@ class Scheduler:
                 return start
         return len(sequence.token_ids)
 
-    def _admit_waiting(self, budget: StepBudget, jobs: list[TileJob]) -> list[Segment]:
-        """Admits waiting groups within `max_num_seqs`, the budget and the free blocks.
+    def _admit_waiting(self, budget: StepBudget, jobs: list[TileJob], batch: bool) -> list[Segment]:
+        """Admits waiting groups of one class within `max_num_seqs`, the budget and the free blocks.
 
-        A prompt whose prefix another sequence is computing waits: it will be a prefix-cache hit.
+        A prompt whose prefix another sequence is computing waits: it will be a prefix-cache hit. An online one does not
+        wait for batch work, which may pause.
         """
         segments: list[Segment] = []
-        if not self.waiting:
+        if not self.waiting or (batch and not self.waiting[0].batch):  # an online group lacks room, and goes first
             return segments
         free = self._max_num_seqs - self.num_running
         computing = {
             key
             for group in self.running
             for sequence in group.active
-            if sequence.num_pending > 1
+            if sequence.num_pending > 1 and group.batch <= batch
             for key in self._kv.pending_keys(sequence)
         }
-        for group in list(self.waiting):
+        for group in [each for each in self.waiting if each.batch == batch]:
             if budget.tokens <= 0 or len(group.sequences) > free:
                 break
             if computing and self._kv.next_missing(group.sequences[0]) in computing:
@@ -256,3 +291,7 @@ class Scheduler:
         for sequence in group.sequences:
             self._kv.release(sequence)
         self.unpin_images(group)
+
+
+def _num_sequences(groups: Iterable[SequenceGroup]) -> int:
+    return sum(len(group.sequences) for group in groups)

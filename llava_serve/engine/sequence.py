@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from llava_serve.config import is_batch
 from llava_serve.engine.grammar import Grammar, Matcher
 from llava_serve.errors import LlavaServeError
 from llava_serve.sampling_params import SamplingParams
@@ -192,6 +193,11 @@ class SequenceGroup:
     def images_end(self) -> int:
         """Positions up to the end of the last image."""
         return max((end for _, end in self.request.prompt.image_spans), default=0)
+
+    @property
+    def batch(self) -> bool:
+        """It is batch work: online groups go before it, and take its place."""
+        return is_batch(self.request.priority)
 
     @property
     def rank(self) -> tuple[int, int]:

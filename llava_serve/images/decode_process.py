@@ -37,6 +37,10 @@ class DecodeProcessEndedError(Exception):
     """The process has ended by itself, or does not start."""
 
 
+class _SilentError(Exception):
+    """No message has come in time. It is no `TimeoutError`: what `check` raises is one."""
+
+
 class DecodeProcess:
     """Decodes one picture at a time. Started by a thread that lives as long: the process dies with that thread.
 
@@ -111,7 +115,7 @@ class DecodeProcess:
     def _await_ready(self, check: Check | None) -> None:
         try:
             self._receive(_START_S, check)
-        except TimeoutError:
+        except _SilentError:
             raise DecodeProcessEndedError from None
         self.ready = True
 
@@ -119,13 +123,13 @@ class DecodeProcess:
         """The reply to a picture; within the limit on time, and while it is wanted."""
         try:
             return self._receive(self._options.decode_timeout_s, check)
-        except TimeoutError:
+        except _SilentError:
             _logger.info("The decoding of a picture was ended at the limit on time.")
             raise InvalidImageError("The picture takes too long to decode.") from None
         except DecodeProcessEndedError:
             raise
         except Exception:  # what `check` raises
-            with suppress(TimeoutError, DecodeProcessEndedError):
+            with suppress(_SilentError, DecodeProcessEndedError):
                 self._receive(_GRACE_S, None)
                 self._busy = False
             raise
@@ -137,7 +141,7 @@ class DecodeProcess:
             raise DecodeProcessEndedError from error
 
     def _receive(self, timeout_s: float, check: Check | None) -> dict[str, Any]:
-        """The next message; `TimeoutError` if it does not come in time."""
+        """The next message; `_SilentError` if it does not come in time."""
         limit = time.monotonic() + timeout_s
         while True:
             try:
@@ -147,7 +151,7 @@ class DecodeProcess:
                 if check is not None:
                     check()
                 if time.monotonic() >= limit:
-                    raise
+                    raise _SilentError from None
             except OSError as error:
                 raise DecodeProcessEndedError from error
         if not message:

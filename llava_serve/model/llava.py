@@ -44,7 +44,9 @@ class Llava(nn.Module):
         vision = AutoConfig.for_model(**{**spec.vision_config, "num_hidden_layers": self.vision_tower_layers})
         self.vision_tower = AutoModel.from_config(vision)
         self.language_model = AutoModelForCausalLM.from_config(text_config)
-        if spec.layout == "original" and hasattr(self.language_model.base_model, "rotary_emb"):
+        if spec.layout == "transformers":
+            self.language_model.get_output_embeddings().bias = None  # Phi's, which transformers' LLaVA leaves out
+        elif hasattr(self.language_model.base_model, "rotary_emb"):
             self.language_model.base_model.rotary_emb = HalfRotary(self.language_model.base_model.rotary_emb)
         hidden = text_config.hidden_size
         norm = spec.projector_norm
@@ -104,11 +106,13 @@ class Llava(nn.Module):
         return model._loaded(device, dtype)
 
     def _loaded(self, device: torch.device, dtype: torch.dtype) -> Llava:
-        """The model for inference, and a line about it in the log."""
+        """The model for inference, and lines about it in the log."""
         spec = self.spec
         self.eval().requires_grad_(False)
         for note in spec.notes:
             _log.warning("%s: %s", spec.name, note)
+        for remark in spec.remarks:
+            _log.info("%s: %s", spec.name, remark)
         _log.info("%s is on %s in %s.", spec.name, device, str(dtype).removeprefix("torch."))
         return self
 

@@ -110,11 +110,7 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
     assert quantization is not None
     absent = [name for name in _PACKAGES[quantization.method] if importlib.util.find_spec(name) is None]
     if absent:
-        packages = " and ".join(name.replace("_", "-") for name in absent)
-        raise CheckpointError(
-            f"The weights of {spec.name} are quantized ({quantization}), which needs {packages}; install it, or use "
-            "the original weights and --load-8bit or --load-4bit."
-        )
+        raise _needs(absent, spec)
     quiet_bitsandbytes()
     try:
         whole, report = AutoModelForImageTextToText.from_pretrained(
@@ -131,6 +127,8 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
         whole(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # the first call unpacks FP8
     except torch.OutOfMemoryError:
         raise
+    except ModuleNotFoundError as error:  # that one of the packages imports: GPTQModel does not declare torchvision
+        raise _needs([str(error.name)], spec) from error
     except _FAILURES as error:
         raise CheckpointError(
             f"transformers cannot load the quantized weights of {spec.path} ({quantization}): a file is damaged or "
@@ -139,6 +137,14 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
     if quantization.method == "compressed-tensors":
         _remove_dispatch(whole)
     return whole
+
+
+def _needs(modules: Iterable[str], spec: CheckpointSpec) -> CheckpointError:
+    packages = " and ".join(name.replace("_", "-") for name in modules)
+    return CheckpointError(
+        f"The weights of {spec.name} are quantized ({spec.quantization}), which needs {packages}; install it, or use "
+        "the original weights and --load-8bit or --load-4bit."
+    )
 
 
 def _refuse_other_tensors(report: Mapping[str, Iterable[Any]], spec: CheckpointSpec) -> None:

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from llava_serve.checkpoints import CheckpointSpec
-from llava_serve.checkpoints.weights import StoredTensor
+from llava_serve.checkpoints.stored_tensor import StoredTensor
 from llava_serve.errors import CheckpointError
 from llava_serve.text.tokenizer import load_tokenizer
 

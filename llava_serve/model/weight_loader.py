@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.stored_tensor import StoredTensor
 from llava_serve.checkpoints.weight_mapping import stored_name
-from llava_serve.checkpoints.weights import StoredTensor
 from llava_serve.errors import CheckpointError
 from llava_serve.model.numerics import are_finite
 
@@ -20,6 +22,8 @@ Quantization = Literal["8bit", "4bit"]
 _log = logging.getLogger(__name__)
 
 _DELTA_NORM = 0.1
+_LARGE = 500_000_000
+"""Bytes of weights whose loading is shown."""
 _LISTED = 8
 """The most names that an error message lists."""
 
@@ -37,17 +41,38 @@ def load_weights(
     """
     tied = tied_names(model)
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
-    check_names(wanted.keys(), stored, tied, spec)
+    check_names(wanted.keys(), stored, tied | _stored_buffers(model), spec)
     _report_other_head(stored, tied)
-    for name, parameter in wanted.items():
-        path, _, last = name.rpartition(".")
-        _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
-    for module in model.modules():  # tables such as rotary frequencies: computed, not stored
+    with _progress_bar(sum(parameter.numel() for parameter in wanted.values()) * dtype.itemsize) as bar:
+        for name, parameter in wanted.items():
+            path, _, last = name.rpartition(".")
+            _place(model.get_submodule(path), last, stored[name], tuple(parameter.shape), device, dtype)
+            bar.update(parameter.numel() * dtype.itemsize)
+    for path, module in model.named_modules():  # tables such as rotary frequencies: few are stored
         for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
+            persistent = name not in module._non_persistent_buffers_set
+            if persistent and (tensor := stored.get(f"{path}.{name}")) is not None:
+                buffer = _read(tensor, tuple(buffer.shape)).to(dtype)
+            module.register_buffer(name, buffer.to(device), persistent=persistent)
     if tied:
         language_model: Any = model.get_submodule("language_model")
         language_model.tie_weights()
+
+
+def _progress_bar(num_bytes: int) -> tqdm[None]:
+    """On a terminal, for weights that take more than a moment."""
+    hidden = num_bytes < _LARGE or not sys.stderr.isatty()
+    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", leave=False, disable=hidden)
+
+
+def _stored_buffers(model: nn.Module) -> set[str]:
+    """Buffers that files may hold, such as the constants of Apertus' activation."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:

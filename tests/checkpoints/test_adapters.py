@@ -11,13 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.checkpoints.weight_mapping import LAYOUTS, our_name
 from llava_serve.model.llava import Llava
 from support.variants import Weights, edit, read, refusal
 
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 BASE = "llava-1.5-llama-hub"
 ATTENTION = ["q_proj", "v_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,67 @@ def test_merged_as_peft_does(kind: str, names: str, folder_of: Any, tmp_path: Pa
     assert (spec.name, spec.adapter, spec.layout, spec.base) == ("adapter", "lora", "transformers", base)
     assert open_checkpoint(str(folder), model_base=str(base), weights=False).image == spec.image
     assert_merged(Llava.load(spec), expected, folder, base)
+
+
+OVER_THE_ORIGINAL: dict[str, dict[str, Any]] = {
+    "rank-stabilized": {"target_modules": "all-linear", "use_rslora": True},
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "whole norms": {"target_modules": ATTENTION, "modules_to_save": ["input_layernorm"]},
+    **{name: KINDS[name] for name in ("whole embeddings and head", "rows of the embeddings", "rows by module")},
+}
+
+
+@pytest.mark.parametrize("kind", OVER_THE_ORIGINAL)
+def test_merged_over_the_originals_layout(kind: str, lora: Path) -> None:
+    base = lora.parent / "vicuna-v1.5-tiny"
+    expected = make_original_adapter(base, lora, **OVER_THE_ORIGINAL[kind])
+    found = Llava.load(open_checkpoint(str(lora), model_base=str(base))).language_model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name].float()), name
+
+
+def make_original_adapter(base: Path, folder: Path, **settings: Any) -> Weights:
+    """Puts a random adapter of PEFT in the place of the one in a folder; returns what PEFT merges it to, in half
+    precision as the original."""
+    for old in folder.glob("adapter_*"):
+        old.unlink()
+    torch.manual_seed(4)
+    adapted = get_peft_model(half_llama(base), LoraConfig(r=4, lora_alpha=6, **settings))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * (0.05 if "lora_" in name else 0.3)
+    adapted.save_pretrained(folder)
+    merged: Any = PeftModel.from_pretrained(half_llama(base), str(folder), autocast_adapter_dtype=False)
+    return dict(merged.merge_and_unload().state_dict())
+
+
+def half_llama(folder: Path) -> Any:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16)
+
+
+OTHER_KINDS: dict[str, dict[str, Any]] = {
+    "use_dora": {"target_modules": ATTENTION, "use_dora": True},
+    "rank_pattern": {"target_modules": ATTENTION, "rank_pattern": {"v_proj": 2}},
+    "alpha_pattern": {"target_modules": ATTENTION, "alpha_pattern": {"v_proj": 2}},
+    "lora_embedding_A": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+@pytest.mark.parametrize("what", OTHER_KINDS)
+def test_other_kinds_are_refused_with_the_way_out(
+    what: str, layout: str, lora: Path, folder_of: Any, tmp_path: Path
+) -> None:
+    if layout == "original":
+        base, folder = lora.parent / "vicuna-v1.5-tiny", lora
+        make_original_adapter(base, folder, **OTHER_KINDS[what])
+    else:
+        base, folder = folder_of(BASE), tmp_path / "adapter"
+        make_adapter(base, folder, **OTHER_KINDS[what])
+    message = refusal(folder, model_base=str(base))
+    assert what in message
+    assert "with PEFT and load the result" in message
 
 
 def test_more_rows_than_the_base(folder_of: Any, tmp_path: Path) -> None:

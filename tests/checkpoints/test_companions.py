@@ -120,15 +120,19 @@ def test_another_head_beside_tied_embeddings_is_reported(llava_15: Path, caplog:
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])
-def test_another_aspect_by_option(layout: str, llava_15: Path, folder_of: Any) -> None:
+def test_another_aspect_by_option(layout: str, llava_15: Path, folder_of: Any, caplog: Any) -> None:
     folder = str(llava_15 if layout == "original" else folder_of("llava-1.5-llama-hub"))
     aspects: tuple[Any, Any] = ("pad", "square") if layout == "original" else ("square", "pad")
     own, other = aspects
     plain = open_checkpoint(folder)
     assert plain.image.aspect == own
-    assert ["cropped to their centre" in note for note in plain.notes] == [True] * (layout == "transformers")
+    assert ["cropped to their centre" in remark for remark in plain.remarks] == [True] * (layout == "transformers")
+    with caplog.at_level("INFO"):
+        Llava.load(plain)
+    said = [record.levelname for record in caplog.records if "cropped to their centre" in record.getMessage()]
+    assert said == ["INFO"] * (layout == "transformers")  # the checkpoint's own processor says so
     changed = open_checkpoint(folder, image_aspect=other)
-    assert (changed.image.aspect, changed.notes) == (other, ())
+    assert (changed.image.aspect, changed.remarks, changed.notes) == (other, (), ())
 
 
 def test_no_other_aspect_for_a_grid_of_tiles(llava_16: Path) -> None:

@@ -229,9 +229,14 @@ def test_what_is_not_supported_is_refused_by_name(what: str, folder_for: Any, tm
         LLM(str(folder), device="cpu", engine=ONE_THREAD, **options)
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes", "compressed_tensors"])
-def test_a_package_that_is_absent_is_named(name: str, folder_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = folder_for(f"llava-1.5-llama-{'fp8' if name == 'compressed_tensors' else '4bit'}")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("bitsandbytes", "4bit"), ("compressed_tensors", "fp8"), ("compressed_tensors.compressors", "fp8")],
+)
+def test_a_package_that_is_absent_is_named(
+    name: str, kind: str, folder_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_for(f"llava-1.5-llama-{kind}")
     monkeypatch.setitem(sys.modules, name, None)  # how Python marks a module that cannot be imported
     with pytest.raises(CheckpointError, match=f"which needs {name.replace('_', '-')}; install it"):
         LLM(str(folder), device="cpu", engine=ONE_THREAD)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from llava_serve import __version__
 from llava_serve.cli import main
+from llava_serve.llm import LLM
+from llava_serve.sampling_params import SamplingParams
 from support.paths import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -21,6 +26,7 @@ CHECKPOINTS = GOLDEN / "checkpoints"
 MODEL = CHECKPOINTS / "llava-v1.5-tiny"
 CASE = json.loads((GOLDEN / "cases.json").read_text())["llava-v1.5-tiny"]["cases"][0]
 PICTURE = GOLDEN / "images" / "landscape.png"
+ANSWER = SamplingParams(temperature=0, max_new_tokens=20)
 GREEDY = ["--temperature", "0", "--max-new-tokens", "20", "--dtype", "float32", "--device", "cpu"]
 
 
@@ -37,9 +43,9 @@ class Done:
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Runs a command in this process, which has torch already."""
 
-    def run(*arguments: object, said: str = "") -> Done:
+    def run(*arguments: object, said: str | TextIO = "") -> Done:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said) if isinstance(said, str) else said)
         status = main([str(argument) for argument in arguments])
         return Done(status, *capfd.readouterr())
 
@@ -109,17 +115,44 @@ def test_chat_keeps_the_history(cli: Callable[..., Done]) -> None:
     assert alone.stdout.split("> ")[1] != second
 
 
+def test_pictures_stand_before_the_question(cli: Callable[..., Done]) -> None:
+    expected = CASE["greedy_text"] + "\n"
+    assert cli("ask", "--model", MODEL, *GREEDY, PICTURE, CASE["query"]).stdout == expected
+    with PICTURE.open() as file:
+        assert cli("ask", "--model", MODEL, *GREEDY, "-", CASE["query"], said=file).stdout == expected
+
+
+def test_chat_takes_commands(cli: Callable[..., Done], tmp_path: Path) -> None:
+    said = ["/image nowhere.png", "/what", "What is this?", "/reset", f"/image {PICTURE}", CASE["query"]]
+    said += [f"/save {tmp_path / 'chat.json'}", f"/save {tmp_path}"]
+    done = cli("chat", "--model", MODEL, *GREEDY, said="\n".join([*said, ""]))
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0].startswith("The picture nowhere.png cannot be read")
+    assert done.stderr.splitlines()[1] == f"{tmp_path} cannot be written: Is a directory."
+    assert "/save FILE" in done.stdout.split("> ")[2]
+    assert done.stdout.split("> ")[6] == CASE["greedy_text"] + "\n"
+    saved = json.loads((tmp_path / "chat.json").read_text())
+    assert [message["role"] for message in saved] == ["user", "assistant"]
+    assert LLM(str(MODEL), dtype="float32", device="cpu").chat(saved[:1], sampling=ANSWER).text == saved[1]["content"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["ask", "--model", MODEL], "Give one question"),
-        (["ask", "--model", MODEL, "--query", "a", "b"], "Give one question"),
+        (["ask", "--model", MODEL], "Give a question"),
+        (["ask", "--model", MODEL, PICTURE], "Give a question"),
+        (["ask", "--model", MODEL, PICTURE, ""], "Give a question"),
+        (["ask", "--model", MODEL, "--query", "a", "b"], "There is no picture 'b'"),
+        (["ask", "--model", MODEL, "What", "is", "this?"], "is put in quotes"),
+        (["ask", "--model", MODEL, "--image", PICTURE, PICTURE, "What?"], "their order matters"),
+        (["ask", "--model", __file__, "What?"], "is a file"),
         (["ask", "--model", MODEL, "--image", "nowhere.png", "What?"], "nowhere.png cannot be read"),
-        (["ask", "--model", MODEL, "--image", __file__, "What?"], "The data is plain text"),
+        (["ask", "--model", MODEL, "--image", __file__, "What?"], f"{__file__}: The data is plain text"),
         (["ask", "--model", "nowhere", "What?"], "nowhere"),
         (["ask", "--model", MODEL, "--temperature", "-1", "What?"], "temperature must be between"),
         (["ask", "--model", MODEL, "--device", "cuda:99", "What?"], "There is no device cuda:99"),
         (["ask", "--model", MODEL, "--num-beams", "2", "--temperature", "1", "What?"], "num_beams"),
+        (["chat", "--image", "-"], "reads questions from standard input"),
         (["chat", "--model", MODEL, "--image", "nowhere.png"], "nowhere.png cannot be read"),
         (["inspect", "nowhere"], "nowhere"),
         (["inspect", CHECKPOINTS / "llava-v1.5-tiny-lora"], "model_base"),
@@ -224,3 +257,22 @@ def test_inspect_describes_a_checkpoint(
         "over white; images.transparency: drop",
     ):
         assert line in done.stdout
+
+
+def test_each_command_has_an_example_and_its_defaults(capfd: pytest.CaptureFixture[str]) -> None:
+    for command in ("ask", "chat", "serve", "inspect"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        printed = capfd.readouterr().out
+        assert f"llava-serve {command} " in printed.split("examples:")[1]
+        assert "default" in printed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completions_are_printed(capfd: pytest.CaptureFixture[str], shell: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", shell])
+    script = capfd.readouterr().out
+    assert "--vision-tower-weights" in script
+    if program := shutil.which(shell):
+        assert subprocess.run([program, "-n"], input=script, text=True, check=False).returncode == 0

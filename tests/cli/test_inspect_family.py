@@ -1,7 +1,8 @@
-"""What `inspect` says of the newer kinds."""
+"""What `inspect` says of the newer kinds, and `ask --json` beside its answer."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -31,3 +32,17 @@ def test_inspect(kind: str, folder_of: Any, capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     for line in LINES[kind]:
         assert line in printed
+
+
+@pytest.mark.parametrize(("kind", "noted"), [("vip-llava-hub", 1), ("llava-gemma", 2), ("joycaption", 0)])
+def test_ask_has_the_template_and_the_notes_of_inspect(
+    kind: str, noted: int, folder_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(folder_of(kind))
+    assert main(["inspect", "--json", folder]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert main(["ask", "--json", "--model", folder, "--device", "cpu", "--max-new-tokens", "1", "What is it?"]) == 0
+    answered = json.loads(capsys.readouterr().out)
+    assert answered["notes"] == inspected.get("note", [])
+    assert len(answered["notes"]) == noted
+    assert [answered["template"]] == inspected["template"]

@@ -41,6 +41,7 @@ def test_a_compiled_decoder_answers_as_the_plain_one_and_is_compiled_once(kind: 
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.extended
 def test_packed_layers_are_custom_operators_and_are_freed_with_their_engine() -> None:
     def packed() -> TinyModel:
         model = TinyModel(dtype=torch.float32)

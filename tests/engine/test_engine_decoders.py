@@ -29,12 +29,17 @@ MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
 """Their experts have no kernel in float64."""
 
 
+EVERYDAY = {"llama", "llama-yarn", "qwen3", "phi3", "gemma2-bounded-head", "mixtral", "cohere"}
+"""One of each sort: rotary scaling, normed heads, merged weights, a bounded head, experts, another norm.
+The others are compared in the extended tests, and by `check_decoder` wherever one is loaded."""
+
+
 def dtype_of(kind: str) -> torch.dtype:
     return torch.float32 if kind in MIXTURES else torch.float64
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])
-@pytest.mark.parametrize("tokens", [16, 2048])
+@pytest.mark.parametrize("tokens", [16, pytest.param(2048, marks=pytest.mark.extended)])
 def test_the_engine_gives_what_transformers_gives(kind: str, tokens: int) -> None:
     expected = [reference_ids(TinyModel(kind), one, 20) for one in PROMPTS]
     subject = engine(TinyModel(kind), max_batch_tokens=tokens)
@@ -44,7 +49,9 @@ def test_the_engine_gives_what_transformers_gives(kind: str, tokens: int) -> Non
     assert subject.stats.cached_tokens > 0
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in EVERYDAY else pytest.mark.extended) for kind in CONFIGS]
+)
 def test_every_decoder_gives_what_transformers_gives(kind: str) -> None:
     expected = [reference_ids(TinyModel(kind, dtype_of(kind)), one, 8) for one in PROMPTS[1:3]]
     subject = engine(TinyModel(kind, dtype_of(kind)), max_batch_tokens=16)
@@ -53,6 +60,7 @@ def test_every_decoder_gives_what_transformers_gives(kind: str) -> None:
 
 
 def test_the_decoders_that_are_supported_are_those_that_are_compared() -> None:
+    assert CONFIGS.keys() >= EVERYDAY
     assert {kind for kind, _ in CONFIGS.values()} - {"gemma2"} == DECODERS.keys()
     rotary = {one for _, settings in CONFIGS.values() for one in rotary_types(settings)}
     assert rotary == ROTARY_TYPES

@@ -48,6 +48,8 @@ def test_the_other_endpoints_answer_over_the_tiers(client: Any, served: Any) -> 
         assert DEMO_QUESTION in web.post("/detokenize", json={"tokens": words}).json()["prompt"]
         refused = web.post("/detokenize", json={"tokens": [10**6]})
         assert refused.status_code == 400
+        assert "page/page.js" in web.get("/").text
+        assert web.get("/page/page.js").headers["content-type"].startswith("text/javascript")
     content = [
         {"type": "input_text", "text": DEMO_QUESTION},
         {"type": "input_image", "image_url": data_url(image), "detail": "auto"},

@@ -29,6 +29,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "What is it?"}]
 BODY: dict[str, Any] = {"model": "paced", "messages": MESSAGES}
 PATH = "/v1/chat/completions"
 
+DESCRIPTION = ModelDescription(max_model_len=64, max_images=3, max_image_bytes=1000, max_image_pixels=2000)
 QUESTION = {"role": "user", "content": "What is it?"}
 PICTURE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
@@ -67,6 +68,7 @@ class PacedBackend:
         prepare_s: how long a prompt takes.
         fail_at: raise `failure` instead of the chunk with this number; -1 raises it while preparing.
         cut_short: end without a finish reason, as an aborted request does.
+        description: of the model.
         working: requests that are being prepared or generated.
         asked: the messages and `conv_mode` of each request that was prepared.
         samplings, deadlines, priorities: of the requests, in order.
@@ -79,6 +81,7 @@ class PacedBackend:
     failure: Exception | None = None
     cut_short: bool = False
     model_name: str = "paced"
+    description: ModelDescription = DESCRIPTION
     working: int = 0
     asked: list[tuple[Sequence[Message], str | None]] = field(default_factory=list)
     samplings: list[SamplingParams] = field(default_factory=list)
@@ -117,7 +120,7 @@ class PacedBackend:
             self.working -= 1
 
     async def describe(self) -> ModelDescription:
-        return ModelDescription(max_model_len=64, max_images=3, max_image_bytes=1000, max_image_pixels=2000)
+        return self.description
 
     async def tokenize(
         self, asked: Asked, *, conv_mode: str | None, deadline: float, texts: bool = False

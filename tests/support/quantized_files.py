@@ -1,10 +1,10 @@
-"""Tiny models whose weights are quantized in the files, as transformers and llm-compressor save them."""
+"""Tiny models whose weights are quantized in the files, as transformers, llm-compressor and GPTQModel save them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -87,6 +87,58 @@ def write_fp8(folder: Path, plain: Path) -> None:
     write_json(folder / "config.json", config | {"quantization_config": _FP8})
 
 
+_GROUP, _NIBBLES, _ZERO = 32, 8, 8
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_NOT_IN_4_BITS = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_FOUR_BITS: dict[str, dict[str, Any]] = {
+    "awq": {"zero_point": True, "version": "gemm", "modules_to_not_convert": _NOT_IN_4_BITS},
+    "gptq": {
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "block_name_to_quantize": "model.language_model.layers",
+    },
+}
+
+
+def write_four_bits(folder: Path, plain: Path, method: str) -> None:
+    """Writes a model in AWQ's or GPTQ's files: of the language model's layers, each group of 32 inputs of a neuron has
+    one scale, and eight numbers lie in one of 32 bits."""
+    shutil.copytree(plain, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if "language_model" in name and name.endswith("_proj.weight"):
+            parts = _four_bits(weight.float(), method)
+            tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": method, "bits": 4, "group_size": _GROUP, **_FOUR_BITS[method]}
+    write_json(folder / "config.json", config | {"quantization_config": settings})
+
+
+def _four_bits(weight: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
+    groups = weight.view(len(weight), -1, _GROUP)
+    scales = (groups.abs().amax(-1) / (_ZERO - 1)).clamp(min=1e-6).half()
+    numbers = ((groups / scales[..., None].float()).round().clamp(-_ZERO, _ZERO - 1) + _ZERO).flatten(1).T
+    zeros = torch.full(scales.T.shape, _ZERO)
+    scales = scales.T.contiguous()
+    if method == "awq":
+        return {"qweight": _packed(numbers, 1, _AWQ_ORDER), "qzeros": _packed(zeros, 1, _AWQ_ORDER), "scales": scales}
+    groups_of_inputs = torch.arange(len(numbers), dtype=torch.int32) // _GROUP
+    packed = {"qweight": _packed(numbers, 0), "qzeros": _packed(zeros - 1, 1)}  # GPTQ's files hold one less
+    return packed | {"scales": scales, "g_idx": groups_of_inputs}
+
+
+def _packed(numbers: torch.Tensor, axis: int, order: Iterable[int] = range(_NIBBLES)) -> torch.Tensor:
+    """Eight numbers of 4 bits in each int32, along an axis."""
+    lines = numbers.to(torch.int64).movedim(axis, -1)
+    eights = lines.reshape(len(lines), -1, _NIBBLES)[..., list(order)]
+    packed: torch.Tensor = (eights << torch.arange(0, 32, 4)).sum(-1)
+    return packed.to(torch.int32).movedim(-1, axis).contiguous()  # wraps around
+
+
 def quantized_folders(root: Path) -> Callable[..., Path]:
     """Writes a quantized model once, when it is first asked for by its name: of a model, and how it is quantized."""
 
@@ -101,6 +153,8 @@ def quantized_folders(root: Path) -> Callable[..., Path]:
         folder = root / str(dtype) / name
         if kind == "fp8":
             write_fp8(folder, plain(model))
+        elif kind in _FOUR_BITS:
+            write_four_bits(folder, plain(model), kind)
         else:
             skipped = ["vision_tower", "multi_modal_projector", "lm_head"] if name.endswith("-skip") else None
             write_bitsandbytes(folder, plain(model), int(kind[0]), dtype, skipped=skipped)

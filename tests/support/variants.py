@@ -79,7 +79,7 @@ def tower_weights(folder: Path) -> Weights:
 
 def decoder(config: dict[str, Any], weights: Weights) -> Any:
     """transformers' language model with these weights, in float32."""
-    kind = "mistral" if "Mistral" in config["architectures"][0] else "llama"
+    kind = config["model_type"].removeprefix("llava_")
     settings = {k: v for k, v in config.items() if not k.startswith(("mm_", "image_")) and k != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     model.load_state_dict(weights)
@@ -151,7 +151,7 @@ def expected_logits(
     pixels = ((torch.from_numpy(prepared.tiles[0]) / 255 - mean) / std).permute(0, 3, 1, 2)
     hidden = clip.eval()(pixels, output_hidden_states=True).hidden_states[config["mm_vision_select_layer"]]
     features = project(weights, hidden[:, config.get("mm_vision_select_feature", "patch") == "patch" :])
-    embeddings = weights["model.embed_tokens.weight"].float()[torch.from_numpy(prepared.token_ids).clamp(min=0).long()]
+    embeddings = model.get_input_embeddings()(torch.from_numpy(prepared.token_ids).clamp(min=0).long())
     (start, end) = prepared.image_spans[0]
     embeddings[start:end] = join(features)
     found: Tensor = model(inputs_embeds=embeddings[None]).logits[0]
