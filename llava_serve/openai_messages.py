@@ -56,14 +56,16 @@ class Part(Wire):
     Attributes:
         type: which of the other fields is set; `input_text`, `output_text` and `input_image` are names of the Responses
             API.
+        refusal: the text of a `refusal`, in an answer of the assistant.
         image_url: an object, or its `url` alone.
         image: a picture; over HTTP as `image_url`, in the library any source of one.
     """
 
     NEUTRAL = HINT | {"detail": anything}
 
-    type: Literal["text", "input_text", "output_text", "image_url", "input_image", "image"]
+    type: Literal["text", "input_text", "output_text", "refusal", "image_url", "input_image", "image"]
     text: str | None = None
+    refusal: str | None = None
     image_url: Annotated[
         ImageUrl | None, BeforeValidator(_as_image_url, json_schema_input_type=ImageUrl | str | None)
     ] = None
@@ -71,13 +73,15 @@ class Part(Wire):
 
 
 def _as_parts(content: Any) -> Any:
-    """Plain text becomes one part, and nothing no part, so that later code handles lists only. A library's user may
-    pass a tuple."""
+    """Plain text becomes one part, and nothing no part, so that later code handles lists only. In a list a text may
+    stand as it is, as in vLLM. A library's user may pass a tuple."""
     if content is None:
         return []
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return list(content) if isinstance(content, tuple) else content
+        content = [content]
+    if not isinstance(content, list | tuple):
+        return content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
 
 
 class Call(Wire):
@@ -244,12 +248,12 @@ def _message(message: WireMessage, path: str, read_source: ReadSource) -> Messag
 
 
 def _part(part: Part, path: str, read_source: ReadSource) -> TextPart | ImagePart:
-    given = {"text": part.text, "image_url": part.image_url, "image": part.image}
+    given = {"text": part.text, "refusal": part.refusal, "image_url": part.image_url, "image": part.image}
     wanted = {**dict.fromkeys(_TEXTS, "text"), "input_image": "image_url"}.get(part.type, part.type)
     if [name for name, value in given.items() if value is not None] != [wanted]:
         raise RequestError(f"{path} must hold '{wanted}', as its type says, and nothing else.", path)
-    if part.text is not None:
-        return TextPart(part.text)
+    if (text := part.text if part.refusal is None else part.refusal) is not None:
+        return TextPart(text)
     return _read_image(part.image if part.image_url is None else part.image_url.url, path, read_source)
 
 

@@ -144,7 +144,7 @@ class PromptRenderer:
 def check_ids(token_ids: Sequence[int], vocabulary: int, param: str) -> None:
     """Raises `RequestError` for an id outside the vocabulary; `param` names the field."""
     if not all(0 <= each < vocabulary for each in token_ids):
-        raise RequestError(f"{param} has a token id that is not below {vocabulary}.", param)
+        raise RequestError(f"{param} has a token id outside 0 to {vocabulary - 1}.", param)
 
 
 def _paths_of_images(asked: Query | Sequence[Message]) -> list[str]:

@@ -110,7 +110,7 @@ class SamplingParams:
         check(self.max_new_tokens > 0 or self.prompt_logprobs is not None, "max_new_tokens", _LENGTHS)
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a tuple of strings that are not empty")
-        check(_are_ids(self.stop_token_ids), "stop_token_ids", "a tuple of token ids")
+        check(_are_ids(self.stop_token_ids), "stop_token_ids", "token ids, whole numbers from 0 on")
         bias = self.logit_bias or {}
         in_range = all(isinstance(value, int | float) and abs(value) <= _MOST_BIAS for value in bias.values())
         check(_are_ids(tuple(bias)) and in_range, "logit_bias", f"numbers within {_MOST_BIAS} by token id")

@@ -22,6 +22,7 @@ _RULES = {
     "bool_type": "must be true or false",
     "list_type": "must be a list",
     "model_type": "must be an object",
+    "dict_type": "must be an object",
     "literal_error": "must be one of {expected}",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be {ge} or more",

@@ -65,8 +65,8 @@ class ServedModel:
         self._names = {*self._listed, short_name(self.name)}
 
     def check(self, name: str | None) -> None:
-        """Raises `UnknownModelError` for a name that is not the model's; a request may leave it out."""
-        if name is not None and name not in self._names:
+        """Raises `UnknownModelError` for a name that is not the model's; a request may leave it out, or empty."""
+        if name and name not in self._names:
             raise UnknownModelError(
                 f"The model '{shown(name)}' does not exist here; this server has '{self.name}'.", "model"
             )

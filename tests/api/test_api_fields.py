@@ -139,7 +139,8 @@ def test_the_smallest_top_p_is_greedy(web: httpx.Client, backend: PacedBackend) 
 
 
 def test_the_model_may_be_left_out(web: httpx.Client) -> None:
-    assert web.post("/v1/chat/completions", json={"messages": [QUESTION]}).json()["model"] == "paced"
+    for absent in ({}, {"model": None}, {"model": ""}):
+        assert web.post("/v1/chat/completions", json={"messages": [QUESTION]} | absent).json()["model"] == "paced"
 
 
 def test_sampling_reaches_the_library(web: httpx.Client, backend: PacedBackend) -> None:

@@ -126,13 +126,18 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": -0.1}, "top_p", "top_p must be above 0 and at most 1; got -0.1."),
     ({"min_p": 2}, "min_p", "min_p must be between 0 and 1; got 2.0."),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "min_tokens must be at most the longest answer; got 9."),
+    ({"logit_bias": [1]}, "logit_bias", "'logit_bias' must be an object."),
     ({"logit_bias": {"a": 1}}, "logit_bias", "The keys of logit_bias must be token ids."),
     (
         {"logit_bias": {"1": 101}},
         "logit_bias",
         "logit_bias must be numbers within 100 by token id; got {1: 101.0}.",
     ),
-    ({"stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids must be a tuple of token ids; got (-1,)."),
+    (
+        {"stop_token_ids": [-1]},
+        "stop_token_ids",
+        "stop_token_ids must be token ids, whole numbers from 0 on; got (-1,).",
+    ),
     (
         {"request_id": "a b"},
         "request_id",
@@ -160,8 +165,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         "messages[0].content[0].type",
-        "'messages[0].content[0].type' must be one of 'text', 'input_text', 'output_text', 'image_url', 'input_image' "
-        "or 'image'.",
+        "'messages[0].content[0].type' must be one of 'text', 'input_text', 'output_text', 'refusal', 'image_url', "
+        "'input_image' or 'image'.",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},

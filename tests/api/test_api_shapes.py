@@ -71,6 +71,11 @@ SHAPES: dict[str, tuple[list[Any], str]] = {
         ],
         BLUE,
     ),
+    "an answer that is a refusal": (
+        [ASKED, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I will not say."}]}, SQUARE],
+        BLUE,
+    ),
+    "a text as it is in a list": (about(PICTURE, WORDS["text"]), RED),
     "the text first": (about(WORDS, PICTURE), RED),
     "image_url as a text": (about({"type": "image_url", "image_url": URL}, WORDS), RED),
     "input_image": (

@@ -69,7 +69,6 @@ def test_a_text_and_a_message_are_kept() -> None:
         ({"content": "x"}, RequestError),
         ({"role": "user", "content": 5}, RequestError),
         (user({"type": "audio"}), RequestError),
-        (user("plain text"), RequestError),
         (user({"type": "image", "image": Path("nowhere.png")}), InvalidImageError),
     ],
 )

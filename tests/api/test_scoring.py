@@ -101,15 +101,15 @@ def test_an_answer_follows_the_echo(web: httpx.Client, client: OpenAI, stream: b
     values = [value for choice in choices if choice.logprobs for value in choice.logprobs.token_logprobs or ()]
     assert "".join(tokens) == text
     assert all(text[at : at + len(token)] == token for token, at in zip(tokens, offsets, strict=True))
-    told = [value for token, value in zip(tokens, values, strict=True) if token]
-    assert told[-len(alone["logprobs"]["tokens"]) :] == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-3)
+    answered = [value for token, value in zip(tokens, values, strict=True) if token]
+    assert answered[-len(alone["logprobs"]["tokens"]) :] == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-3)
 
 
 def test_who_counts_tokens_gets_one_entry_for_each(web: httpx.Client, llm: LLM) -> None:
     """lm-eval cuts the context off by its number of tokens, and the one token of the answer, whatever it is."""
     chat = llm.processor.prepare(llm.processor.read("Hello"))
-    told = complete(web, prompt=chat.token_ids.tolist(), max_tokens=64, return_token_ids=True)["choices"][0]
-    ids = [*chat.token_ids.tolist(), *told["token_ids"]]  # the answer ends: the next token is its end, without a text
+    ended = complete(web, prompt=chat.token_ids.tolist(), max_tokens=64, return_token_ids=True)["choices"][0]
+    ids = [*chat.token_ids.tolist(), *ended["token_ids"]]  # the answer ends: the next token is its end, without a text
     for prompt in (ids[:-1], ids):
         (choice,) = complete(web, prompt=[prompt], echo=True, logprobs=1, max_tokens=1)["choices"]
         assert [len(each) for each in choice["logprobs"].values()] == [len(prompt) + 1] * 4

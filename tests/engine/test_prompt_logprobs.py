@@ -64,9 +64,9 @@ def test_scores_are_those_of_transformers(kind: str, one: PreparedPrompt, tokens
     check(found, TinyModel(kind), one)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_scores_do_not_depend_on_the_pieces_of_the_logits(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(prompt_scoring, "ROWS", rows)
+@pytest.mark.parametrize("size", [1, 7])
+def test_scores_do_not_depend_on_the_pieces_of_the_logits(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(prompt_scoring, "PIECE", size)
     model = TinyModel()
     largest = 0
     head = model.language_model.lm_head.forward
@@ -81,7 +81,7 @@ def test_scores_do_not_depend_on_the_pieces_of_the_logits(monkeypatch: pytest.Mo
     (found,) = scores(subject, (PROMPTS["text"], SCORED))
     model.language_model.lm_head.forward = head
     check(found, model, PROMPTS["text"])
-    assert largest == rows, "never the logits of the whole prompt"
+    assert largest == size, "never the logits of the whole prompt"
 
 
 def test_the_prefix_cache_is_not_read_but_filled() -> None:

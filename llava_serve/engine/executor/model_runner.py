@@ -144,10 +144,11 @@ class ModelRunner:
             torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the engine times this step
         return self._logits(hidden, last)
 
-    def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """[rows, vocabulary] of some of the hidden states [tokens, hidden]."""
-        indices = [*rows, *[0] * (self._padded(len(rows)) - len(rows))]
-        return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[: len(rows)]
+    def _logits(self, hidden: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+        """[chosen, vocabulary] of some of the hidden states [tokens, hidden]."""
+        count = len(chosen)
+        indices = [*chosen, *[0] * (self._padded(count) - count)]
+        return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[:count]
 
     def _check_finite(
         self, segments: tuple[Segment, ...], logits: torch.Tensor

@@ -12,11 +12,11 @@ from llava_serve.engine.sequence import PromptLogprobs, RawLogprob, Sequence
 from llava_serve.model.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
 
-ROWS = 64
+PIECE = 64
 """Positions whose logits are in memory at once."""
 
 LogitsOf = Callable[[list[int]], torch.Tensor]
-"""Logits [rows, vocabulary] of some positions of a segment, counted from its start."""
+"""Logits [positions, vocabulary] of some positions of a segment, counted from its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class ScoredPrompt:
 
 
 def score_prompt(segment: Segment, logits_of: LogitsOf) -> ScoredPrompt:
-    """Computes the log-probabilities of a segment's part of the prompt, the model's own, in pieces of `ROWS`."""
+    """Computes the log-probabilities of a segment's part of the prompt, the model's own, in pieces of `PIECE`."""
     sequence, scored = segment.sequence, segment.scored
     asked = sequence.request.sampling.prompt_logprobs or 0
     texts = [at for at in scored if sequence.token_ids[at] != IMAGE_TOKEN_ID]
     logprobs: PromptLogprobs = [None] * len(scored)
     finite = []
-    for first in range(0, len(texts), ROWS):
-        piece = texts[first : first + ROWS]
+    for first in range(0, len(texts), PIECE):
+        piece = texts[first : first + PIECE]
         table = logits_of([at - 1 - segment.start for at in piece])
         finite.append(are_finite(table)[None])
         for at, entry in zip(piece, _entries(table, [sequence.token_ids[at] for at in piece], asked), strict=True):
@@ -50,7 +50,7 @@ def score_prompt(segment: Segment, logits_of: LogitsOf) -> ScoredPrompt:
 
 
 def _entries(logits: torch.Tensor, tokens: list[int], asked: int) -> list[RawLogprob]:
-    """Of each token by its row of logits [tokens, vocabulary], with so many alternatives."""
+    """Of each token by its logits, of [tokens, vocabulary], with so many alternatives."""
     table = logits.log_softmax(dim=-1)
     own = table.gather(1, torch.tensor(tokens, device=table.device)[:, None])
     ranks = (table >= own).sum(dim=-1)
