@@ -20,7 +20,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
-from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
+from llava_serve.types import PreparedPrompt
 from support.hf_reference import Reference, Talk, said
 from support.hub_spelling import write_json
 from support.scenes import picture
@@ -32,7 +32,6 @@ SOME = ("30x30", "120x80", "200x40", "three-images", "two-turns")
 
 torch.set_num_threads(1)
 
-TOLERANCE = 2e-3
 ONE_THREAD = EngineOptions(num_threads=1)  # tiny models gain nothing from more, and wait for each other
 SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40), (33, 310), (1, 1), (392, 147)]
 """(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; the
@@ -89,8 +88,7 @@ def test_ids_and_pixels(name: str, talk: str, reference_of: Any, processor_of: A
     reference, processor = reference_of(name), processor_of(name)
     prepared = prepare(processor, TALKS[talk])
     inputs = reference.inputs(TALKS[talk])
-    ids = np.where(prepared.token_ids == IMAGE_TOKEN_ID, reference.model.config.image_token_id, prepared.token_ids)
-    assert ids.tolist() == inputs["input_ids"][0].tolist()
+    reference.assert_same_ids(TALKS[talk], prepared)
     rendered = reference.processor.apply_chat_template(TALKS[talk], add_generation_prompt=True)
     assert prepared.prompt == rendered.replace(KINDS[name].image_token, "<image>")
     if "pixel_values" not in inputs:
@@ -110,23 +108,7 @@ def test_logits(name: str, folder_of: Any, reference_of: Any, processor_of: Any)
     model = Llava.load(processor_of(name).spec)
     for key in TALKS if name in MODELS else SOME:
         talk = TALKS[key]
-        prepared = prepare(processor_of(name), talk)
-        with torch.inference_mode():
-            expected = reference_of(name).model(**reference_of(name).inputs(talk)).logits
-            # transformers' LLaVA leaves out what some language models do behind their linear layer
-            expected = expected / getattr(model.language_model.config, "logits_scaling", 1)
-            got = model.language_model(inputs_embeds=embeddings(model, prepared)[None]).logits
-        assert got.shape == expected.shape
-        torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
-
-
-def embeddings(model: Llava, prepared: PreparedPrompt) -> torch.Tensor:
-    """[positions, hidden] of a prompt with its pictures merged in."""
-    merged = model.embed(torch.from_numpy(prepared.token_ids.astype(np.int64)).clamp(min=0)).clone()
-    pictures = zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True)
-    for (start, end), tiles, size in pictures:
-        merged[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
-    return merged
+        reference_of(name).assert_same_logits(talk, prepare(processor_of(name), talk), model)
 
 
 @pytest.mark.parametrize("name", KINDS)

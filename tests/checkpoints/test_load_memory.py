@@ -21,8 +21,8 @@ from support.tiny_hf import Tiny, write_model
 
 pytestmark = pytest.mark.extended
 ALLOWANCE = 1.3
-_WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6}
-_EXPERTS = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4, "num_local_experts": 8}
+_WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+_EXPERTS = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_local_experts": 8}
 _SIGLIP: dict[str, Any] = {"tower": "siglip", "strategy": "full"}
 FAMILY = {
     "onevision": Tiny("llava_onevision", "qwen2", "hub", text={**_WIDE, "tie_word_embeddings": True}, **_SIGLIP),
@@ -38,7 +38,7 @@ FAMILY = {
 
 @pytest.fixture(scope="module", params=["safetensors", "bin", *FAMILY])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """About 620 MB in float16, in several shards in the original's layout and in the hub's spelling; an adapter, and
+    """About 620 MB in float16 in the original's layout, in three shards, and 200 MB of each newer kind; an adapter, and
     its base."""
     to: Path = tmp_path_factory.mktemp("large") / request.param
     kind = FAMILY.get(request.param)
@@ -46,7 +46,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return (write_llava(to, hidden=2048, intermediate=5632, layers=6, files=request.param, shards=3),)
     plain = to.parent / "plain"
     write_model(plain, kind)
-    assert sum(file.stat().st_size for file in plain.glob("*model*")) > 500e6
+    assert sum(file.stat().st_size for file in plain.glob("*model*")) > 150e6
     after: dict[str, Callable[[Path, Path], tuple[Path, ...]]] = {"4bit": four_bits, "fp8": fp8, "adapter": adapter}
     return after[request.param](to, plain) if request.param in after else (plain,)
 
@@ -80,11 +80,11 @@ def _factors(base: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{module}.weight", tensor.clone()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_little_more_than_the_model(folders: tuple[Path, ...], dtype: str) -> None:
     program = TESTS / "support" / "load_memory.py"
     folder, *base = folders
-    command = [sys.executable, program, folder, dtype, *base]
+    command: list[str | Path] = [sys.executable, program, folder, dtype, *base]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     figures = json.loads(done.stdout)
     taken = figures["peak"] - figures["before"]

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from llava_serve.model.llava import Llava
+from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 from support.tiny_hf import Tiny, processor_classes
+from support.variants import all_logits
 
 Talk = list[dict[str, Any]]
+TOLERANCE = 2e-3
 
 
 def said(role: str, text: str, *images: Image.Image) -> dict[str, Any]:
@@ -46,3 +51,17 @@ class Reference:
         if len(pictures) > 1 and self.model.config.model_type == "llava_onevision":
             return [1] * len(pictures)
         return [len(self.processor.image_processor(one)["pixel_values"][0]) for one in pictures]
+
+    def assert_same_ids(self, talk: Talk, prepared: PreparedPrompt) -> None:
+        """The prompt's ids are transformers' own."""
+        image = self.model.config.image_token_id
+        ids = np.where(prepared.token_ids == IMAGE_TOKEN_ID, image, prepared.token_ids)
+        assert ids.tolist() == self.inputs(talk)["input_ids"][0].tolist()
+
+    @torch.inference_mode()
+    def assert_same_logits(self, talk: Talk, prepared: PreparedPrompt, model: Llava) -> None:
+        """The logits of all positions are transformers' own."""
+        expected = self.model(**self.inputs(talk)).logits[0]
+        # transformers' LLaVA leaves out what some language models do behind their linear layer
+        expected = expected / getattr(model.language_model.config, "logits_scaling", 1)
+        torch.testing.assert_close(all_logits(model, prepared), expected, atol=TOLERANCE, rtol=0)
