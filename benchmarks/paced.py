@@ -76,10 +76,12 @@ class StampedBackend(HandleBackend):
     timeout_s: float
 
     async def prepare(
-        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
         called = time.time()
-        prepared = await super().prepare(asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt)
+        prepared = await super().prepare(
+            asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt, priority=priority
+        )
         return stamped(prepared, arrived=deadline - self.timeout_s, parsed=called, prepared=time.time())
 
     async def generate(
@@ -102,10 +104,10 @@ class StampedPreprocessor(ImagePreprocessor):
         self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
 
     async def prepare(
-        self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt | Failure:
         reached = time.time()
-        prepared = await super().prepare(asked, conv_mode, deadline, cache_salt)
+        prepared = await super().prepare(asked, conv_mode, deadline, cache_salt, priority)
         return prepared if isinstance(prepared, Failure) else stamped(prepared, reached=reached)
 
 

@@ -34,7 +34,7 @@ class Busy:
         self.entered = asyncio.Event()
 
     async def prepare(
-        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
         self.entered.set()
         await asyncio.Event().wait()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from llava_serve.config import is_batch
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
 from llava_serve.sampling_params import SamplingParams
@@ -19,6 +21,10 @@ from .handle_calls import AbortSender, result, stream
 
 PROBE_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a probe must not wait for long."""
+
+MAX_BATCH_CALLS = 8
+"""Of batch work to the picture tier, at once from this process: half of what one replica there takes. More wait here,
+so that online requests find no queue of them."""
 
 
 class HandleBackend:
@@ -33,6 +39,7 @@ class HandleBackend:
     def __init__(self, model_name: str, preprocessor: DeploymentHandle, model: DeploymentHandle) -> None:
         self._model_name = model_name
         self._prepare = preprocessor.options(method_name="prepare")
+        self._batch_calls = asyncio.Semaphore(MAX_BATCH_CALLS)
         self._tokenize = preprocessor.options(method_name="tokenize")
         self._detokenize = preprocessor.options(method_name="detokenize")
         self._describe = preprocessor.options(method_name="describe")
@@ -47,11 +54,12 @@ class HandleBackend:
         return self._model_name
 
     async def prepare(
-        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes, in the picture tier."""
         async with deadline_scope(deadline):
-            prepared: PreparedPrompt = await result(self._prepare, asked, conv_mode, deadline, cache_salt)
+            async with self._batch_calls if is_batch(priority) else nullcontext():
+                prepared: PreparedPrompt = await result(self._prepare, asked, conv_mode, deadline, cache_salt, priority)
             return prepared
 
     def generate(

@@ -37,16 +37,17 @@ class ImagePreprocessor:
 
     @returns_failure
     async def prepare(
-        self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
-        """One prompt as model input. Prompts of different salts share nothing that is cached.
+        """One prompt as model input. Prompts of different salts share nothing that is cached. Of those that wait, the
+        one of the smallest priority number is next.
 
         Raises:
             RequestError: the input is invalid; the class says how.
             DeadlineExceededError: the deadline passed before the work was done.
         """
         return await self._processor.prepare(
-            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt
+            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt, priority=priority
         )
 
     @returns_failure

@@ -185,13 +185,13 @@ class AsyncLLM:
     ) -> tuple[PreparedPrompt, AsyncGenerator[Chunk]]:
         """The prepared prompt, and the stream of its answer."""
         images, sampling = images_and_sampling(images, sampling)
-        deadline = deadline_in(options.get("timeout"))
+        deadline, priority = deadline_in(options.get("timeout")), options.get("priority", 0)
         prepared = await self.processor.prepare(
             partial(self.processor.processor.read, asked, images),
             conv_mode=options.get("conv_mode"),
             deadline=deadline,
+            priority=priority,
         )
-        priority = options.get("priority", 0)
         return prepared, self.generate_prepared(prepared, sampling, deadline=deadline, priority=priority)
 
     async def generate_prepared(

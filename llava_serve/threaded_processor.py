@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.images.links import RequestLinks
 from llava_serve.images.transport import Check
+from llava_serve.priority_executor import PriorityExecutor
 from llava_serve.processor import Processor
 from llava_serve.tokenization import TokenizedPrompt
 from llava_serve.types import Asked, PreparedPrompt
@@ -35,7 +35,7 @@ class ThreadedProcessor:
         self.processor = processor
         self._observe = observe
         self._links = None if processor.options.links in ("off", ()) else RequestLinks(processor.options)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
+        self._threads = PriorityExecutor(num_threads, "prepare")
 
     async def prepare(
         self,
@@ -44,6 +44,7 @@ class ThreadedProcessor:
         conv_mode: str | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> PreparedPrompt:
         """One prompt as model input. If its caller is cancelled, the work ends at its next image or read of a link.
 
@@ -52,6 +53,7 @@ class ThreadedProcessor:
             conv_mode: overrides the checkpoint's template.
             deadline: seconds since the epoch; checked before each image, and in each step of a link.
             cache_salt: as `Processor.prepare` has it.
+            priority: of those that wait for a thread, the smallest number is next.
 
         Raises:
             RequestError: the input is invalid; the class says how.
@@ -66,7 +68,7 @@ class ThreadedProcessor:
                 self._observe(prepared, time.perf_counter() - began)
             return prepared
 
-        return await self._in_thread(read, prepare, deadline)
+        return await self._in_thread(read, prepare, deadline, priority)
 
     async def tokenize(
         self, asked: Asked, *, conv_mode: str | None = None, deadline: float | None = None, texts: bool = False
@@ -80,10 +82,14 @@ class ThreadedProcessor:
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of ids, as `Processor.detokenize` has it."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.processor.detokenize, token_ids)
+        return await self._threads.run(0, partial(self.processor.detokenize, token_ids))
 
     async def _in_thread(
-        self, read: Callable[[], Asked], process: Callable[[Asked, Check], Result], deadline: float | None
+        self,
+        read: Callable[[], Asked],
+        process: Callable[[Asked, Check], Result],
+        deadline: float | None,
+        priority: int = 0,
     ) -> Result:
         disconnected = False
 
@@ -97,10 +103,10 @@ class ThreadedProcessor:
             return process(read(), check)
 
         try:
-            run = asyncio.get_running_loop().run_in_executor
+            run = partial(self._threads.run, priority)
             if self._links is None:
-                return await run(self._threads, work, read)
-            async with self._links.fetched(await run(self._threads, read), check) as fetched:
-                return await run(self._threads, work, lambda: fetched)
+                return await run(partial(work, read))
+            async with self._links.fetched(await run(read), check) as fetched:
+                return await run(partial(work, lambda: fetched))
         finally:
             disconnected = True

@@ -12,6 +12,7 @@ import pytest
 from support.paths import ROOT
 
 COMMANDS = [
+    "batch_class",
     "client_hop",
     "compare",
     "decode_hop",

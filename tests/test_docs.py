@@ -43,6 +43,15 @@ def test_there_are_documents_and_links() -> None:
     assert len(LINK.findall(ARCHITECTURE.read_text("utf-8"))) > 50
 
 
+def test_the_blocks_about_ray_stand_in_the_examples_that_are_run() -> None:
+    blocks = re.findall(
+        r"^```python\n# of (\S+)\n(.+?)^```", (ROOT / "docs" / "ray.md").read_text("utf-8"), re.S | re.M
+    )
+    assert blocks
+    for example, block in blocks:
+        assert block in (ROOT / example).read_text("utf-8")
+
+
 def test_the_reading_order_is_as_long_as_it_says() -> None:
     text = ARCHITECTURE.read_text("utf-8")
     rows = re.findall(r"^\| \d+ \| \[(.+?)\]\(\.\./\1\) \| (\d+) \|", text, re.MULTILINE)

@@ -22,9 +22,10 @@ class Backend(Protocol):
         ...
 
     async def prepare(
-        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
-        """Decodes, tiles, renders and tokenizes. Requests of different salts share nothing that is cached.
+        """Decodes, tiles, renders and tokenizes, the smallest priority number first. Requests of different salts share
+        nothing that is cached.
 
         Raises:
             RequestError: the input is invalid; the class says how.

@@ -31,11 +31,11 @@ class InProcessBackend:
         return self._model_name
 
     async def prepare(
-        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
         """Decodes, tiles, renders and tokenizes in a thread."""
         return await self._processor.prepare(
-            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt
+            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt, priority=priority
         )
 
     async def generate(

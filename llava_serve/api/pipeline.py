@@ -62,7 +62,11 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
             `EngineDeadError` if the answer ends before it is complete.
     """
     prepared = await backend.prepare(
-        request.asked, conv_mode=request.conv_mode, deadline=request.deadline, cache_salt=request.cache_salt
+        request.asked,
+        conv_mode=request.conv_mode,
+        deadline=request.deadline,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
     )
     groups = backend.generate(
         prepared,

@@ -61,7 +61,8 @@ class GenerationFields(Wire):
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. Ours.
         ignore_eos: go on to `max_tokens` even after an end token. Ours.
         timeout: seconds that the answer may take from the request's arrival. Ours.
-        priority: a smaller number is served earlier, as in vLLM; 0 by default. Ours.
+        priority: a smaller number is served earlier, as in vLLM; 0 by default. Above 0 is batch work, which takes
+            nothing from the others. Ours.
         cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.
         return_token_ids: return the ids of the prompt and the answer; an image's positions have the id -200. vLLM's.
         request_id: names the completion: its id ends with this. vLLM's.

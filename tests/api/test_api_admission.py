@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from openai import RateLimitError
 
+from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.errors import CapacityError
 from support.api_server import BODY, MESSAGES, PATH, PacedBackend, app_over, official, wait_until
 
 
@@ -61,3 +64,35 @@ def test_every_end_makes_room_for_the_next_request() -> None:
             assert web.post(PATH, json=BODY).status_code == 500
             assert "internal_error" in web.post(PATH, json=BODY | {"stream": True}).text
             backend.failure = None
+
+
+def test_batch_work_takes_at_most_half_of_the_places_and_none_from_online_requests() -> None:
+    backend = PacedBackend(pace_s=1)
+    with app_over(backend, max_in_flight=4) as web, ThreadPoolExecutor(6) as threads:
+        batch = [threads.submit(web.post, PATH, json=BODY | {"priority": 1}) for _ in range(2)]
+        wait_until(lambda: backend.working == 2)
+        refused = web.post(PATH, json=BODY | {"priority": 1})
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        online = [threads.submit(web.post, PATH, json=BODY) for _ in range(4)]
+        wait_until(lambda: backend.working == 6)
+        assert web.post(PATH, json=BODY).status_code == 429
+        assert {answer.result().status_code for answer in batch + online} == {200}
+        assert web.post(PATH, json=BODY | {"priority": 1}).status_code == 200
+
+
+def test_batch_work_takes_at_most_half_of_the_bytes_and_none_from_online_requests() -> None:
+    limiter = ConcurrencyLimiter(100, 1000)
+    with limiter.request() as first, limiter.request() as second, limiter.request() as online:
+        first.hold(600)
+        first.classify(1)
+        second.hold(100)
+        with pytest.raises(CapacityError, match="no room for batch work"):
+            second.classify(1)
+        online.hold(900)
+        online.classify(0)
+        with pytest.raises(CapacityError):
+            online.hold(1)
+    with limiter.request() as last:
+        last.hold(1000)
+        last.classify(1)

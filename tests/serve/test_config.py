@@ -15,6 +15,7 @@ from ray.serve import Application
 
 from deployments.app import DEPLOYMENTS, AppArgs, build_app
 from deployments.tools.check_config import check
+from llava_serve.config import BATCH_SHARE
 from support.paths import CONFIG
 
 Config = dict[str, Any]
@@ -54,9 +55,11 @@ def test_serve_sees_the_type_of_the_arguments() -> None:
 
 def test_the_bounds_let_the_application_refuse_itself(config: Config) -> None:
     args = AppArgs.model_validate(application(config)["args"])
-    assert deployment(config, "Ingress")["max_ongoing_requests"] > args.api.max_in_flight
+    # Batch work comes on top of what online requests may take; at the ingress, as much of it again may wait.
+    assert deployment(config, "Ingress")["max_ongoing_requests"] >= args.api.max_in_flight * (1 + 2 * BATCH_SHARE)
     engine = deployment(config, "LlavaModel")
-    assert engine["max_ongoing_requests"] > args.engine.max_num_seqs + args.engine.max_waiting
+    queue = args.engine.max_num_seqs + args.engine.max_waiting
+    assert engine["max_ongoing_requests"] > queue * (1 + BATCH_SHARE)
     assert config["http_options"]["request_timeout_s"] > args.api.max_timeout_s
     for name in ("Ingress", "LlavaModel"):
         assert deployment(config, name)["graceful_shutdown_timeout_s"] > args.api.max_timeout_s

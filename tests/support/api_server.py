@@ -89,7 +89,7 @@ class PacedBackend:
     priorities: list[int] = field(default_factory=list)
 
     async def prepare(
-        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = ""
+        self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0
     ) -> PreparedPrompt:
         self.working += 1
         try:
