@@ -39,7 +39,7 @@ def converse(page: Page, url: str) -> None:
 
 
 def main() -> None:
-    """Writes `page-wide.png` and `page-phone.png`."""
+    """Writes `page-wide.webp` and `page-phone.webp`."""
     screens: dict[str, Any] = {"page-wide": WIDE, "page-phone": PHONE}
     with builtin_over_http() as web, chromium() as browser:
         for name, screen in screens.items():
@@ -47,9 +47,7 @@ def main() -> None:
                 page = context.new_page()
                 converse(page, str(web.base_url))
                 picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                FOLDER / f"{name}.png", optimize=True
-            )
+            picture.save(FOLDER / f"{name}.webp", lossless=True, quality=100, method=6)
 
 
 if __name__ == "__main__":

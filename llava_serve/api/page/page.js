@@ -2,7 +2,7 @@
 
 import {Composer} from "./composer.js";
 import {Conversation, keep, kept} from "./conversation.js";
-import {at} from "./elements.js";
+import {at, line} from "./elements.js";
 import {closeOptions, limitOptions, optionFields, startOptions} from "./options.js";
 import {sentenceFor} from "./sentences.js";
 import {answerTo, findModel, Refusal} from "./server.js";
@@ -32,11 +32,11 @@ function status(text) {
 
 async function meet(signal) {
   model = await findModel(key, signal);
-  at("model").textContent = [
+  at("model").textContent = line([
     model.id,
     `context ${model.max_model_len.toLocaleString("en")} tokens`,
     `up to ${model.images.max_per_request} pictures`,
-  ].join(" · ");
+  ]);
   at("knows").hidden = model.root !== "builtin";
   at("access").hidden = true;
   at("forget").hidden = !key;

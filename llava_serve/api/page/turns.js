@@ -1,6 +1,6 @@
 // Shows the turns of a conversation.
 
-import {make} from "./elements.js";
+import {line, make} from "./elements.js";
 
 const number = new Intl.NumberFormat("en");
 
@@ -60,7 +60,7 @@ export function factsOf({usage, finish, first, total}) {
   const images = usage?.prompt_tokens_details.image_tokens;
   if (images) parts.push(`${number.format(images)} image tokens`);
   if (finish === "length") parts.push("ended at the longest answer");
-  return parts.map(part => part.replaceAll(" ", "\u00a0")).join(" · ");  // lines break between them
+  return line(parts);
 }
 
 function pictureList(pictures) {
