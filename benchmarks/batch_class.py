@@ -10,21 +10,20 @@ and the ratios are those of the percentiles over all turns. Times are the online
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
-import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-from benchmarks.load import Trace, ask, summarise
 from benchmarks.options import make_parser, parse
-from benchmarks.workload import Job, make_jobs
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
+from llava_serve.bench.client import Client
+from llava_serve.bench.load import Run, closed_loop
+from llava_serve.bench.report import summarise
+from llava_serve.bench.workload import Workload, make_conversations
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 CASES: dict[str, dict[str, Any] | None] = {"alone": None, "beside_batch": {"priority": 1}, "beside_online": {}}
@@ -47,29 +46,29 @@ def main() -> None:
 
 
 async def measure(url: str, options: Any) -> dict[str, Any]:
-    traces: dict[str, list[Trace]] = {case: [] for case in CASES}
-    seconds = dict.fromkeys(CASES, 0.0)
-    batch_tokens = dict.fromkeys(CASES, 0)
-    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:
-        await online(session, url, make_jobs(2, seed=1000), 1)  # warms up
+    runs = {case: Run(0) for case in CASES}
+    job_tokens = dict.fromkeys(CASES, 0)
+    async with Client(url, "builtin", extra={"ignore_eos": True}) as client:
+        await closed_loop(Run(2), client, make_conversations(Workload(2, seed=1000)), 1)  # warms up
         for turn in range(options.turns):
             for number, (case, fields) in enumerate(CASES.items()):
                 seed = 2 * (turn * len(CASES) + number)
-                job = asyncio.create_task(batch(session, url, fields, options.batch_clients, seed + 1))
+                job = asyncio.create_task(run_job(url, fields, options.batch_clients, seed + 1))
                 if fields is not None:
                     await asyncio.sleep(3)  # the job has filled the engine
-                began = time.perf_counter()
-                traces[case] += await online(session, url, make_jobs(options.requests, seed=seed), options.clients)
-                seconds[case] += time.perf_counter() - began
+                run = Run(options.requests)
+                await closed_loop(
+                    run, client, make_conversations(Workload(options.requests, seed=seed)), options.clients
+                )
                 job.cancel()
-                (tokens,) = await asyncio.gather(job)
-                batch_tokens[case] += tokens
+                job_tokens[case] += await job
+                runs[case].total += run.total
+                runs[case].traces += run.traces
+                runs[case].seconds += run.seconds
                 await asyncio.sleep(2)  # the engine is empty
     cases = {
-        case: summarise(traces[case], seconds[case], options.clients)
-        | {"job_tokens_per_s": round(batch_tokens[case] / seconds[case], 2)}
-        for case in CASES
+        case: summarise(run) | {"job_tokens_per_s": round(job_tokens[case] / run.seconds, 2)}
+        for case, run in runs.items()
     }
     ratios = {
         f"{case}_{figure}_p95_ratio": round(cases[case][figure]["p95"] / cases["alone"][figure]["p95"], 2)
@@ -79,46 +78,23 @@ async def measure(url: str, options: Any) -> dict[str, Any]:
     return {"cpu_cores": os.cpu_count(), "batch_clients": options.batch_clients, **ratios, **cases}
 
 
-async def online(session: aiohttp.ClientSession, url: str, jobs: list[Job], clients: int) -> list[Trace]:
-    """The answers to all jobs, from this many clients."""
-    queue: Iterator[Job] = iter(jobs)
-    traces: list[Trace] = []
+async def run_job(url: str, fields: dict[str, Any] | None, clients: int, seed: int) -> int:
+    """Sends requests until it is cancelled; tokens of the answers that were complete. A refused one is sent again."""
+    run = Run(0)
+    if fields is None:
+        return 0
+    conversations = itertools.cycle(make_conversations(Workload(16, seed=seed)))
+    async with Client(url, "builtin", extra={"ignore_eos": True, **fields}) as client:
 
-    async def client() -> None:
-        for job in queue:
-            traces.append(await ask(session, url, "builtin", job, {}))
+        async def one() -> None:
+            while True:
+                await run.converse(client, next(conversations))
+                if run.traces[-1].status == "429":
+                    await asyncio.sleep(1)
 
-    await asyncio.gather(*(client() for _ in range(clients)))
-    for trace in traces:
-        trace.read()
-    return traces
-
-
-async def batch(
-    session: aiohttp.ClientSession, url: str, fields: dict[str, Any] | None, clients: int, seed: int
-) -> int:
-    """Sends jobs until it is cancelled; tokens of the answers that were complete. A refused one is sent again."""
-    traces: list[Trace] = []
-    jobs = make_jobs(16, seed=seed)
-
-    async def client(at: int) -> None:
-        while True:
-            try:
-                traces.append(
-                    await ask(session, url, "builtin", jobs[at % len(jobs)], {"ignore_eos": True, **(fields or {})})
-                )
-            except RuntimeError as refused:
-                if not str(refused).startswith("429"):
-                    raise
-                await asyncio.sleep(1)
-            at += clients
-
-    if fields is not None:
         with suppress(asyncio.CancelledError):  # the end of the turn
-            await asyncio.gather(*(client(at) for at in range(clients)))
-    for trace in traces:
-        trace.read()
-    return sum(trace.tokens for trace in traces)
+            await asyncio.gather(*(one() for _ in range(clients)))
+    return sum(trace.output_tokens for trace in run.traces if trace.ok)
 
 
 if __name__ == "__main__":

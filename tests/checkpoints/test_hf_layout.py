@@ -21,7 +21,7 @@ from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
 from llava_serve.types import PreparedPrompt
-from support.hf_reference import Reference, Talk, said
+from support.hf_reference import TOLERANCE, Reference, Talk, said
 from support.hub_spelling import write_json
 from support.scenes import picture
 from support.tiny_hf import FAMILY, MODELS
