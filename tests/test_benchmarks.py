@@ -14,6 +14,7 @@ from support.paths import ROOT
 COMMANDS = [
     "client_hop",
     "compare",
+    "compare --without-max-tokens",
     "decode_hop",
     "engine_costs bookkeeping",
     "engine_costs gaps",

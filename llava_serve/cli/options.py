@@ -75,7 +75,9 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the sampling flags. The spellings with underscores are the original's."""
     group = parser.add_argument_group("answer")
-    group.add_argument("--temperature", type=float, help=f"0 is greedy; {ORIGINAL_TEMPERATURE} by default, 0 with beams")
+    group.add_argument(
+        "--temperature", type=float, help=f"0 is greedy; {ORIGINAL_TEMPERATURE} by default, 0 with beams"
+    )
     group.add_argument("--top-p", "--top_p", type=float, help="nucleus sampling: above 0 and at most 1, the default")
     group.add_argument("--num-beams", "--num_beams", type=int, help="beam search above 1 (the default), greedy")
     group.add_argument(
