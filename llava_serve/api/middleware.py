@@ -51,14 +51,12 @@ class RequestContextMiddleware:
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
         notes: list[str] = []
         scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time(), notes=notes)
-        if not _path(scope) and scope["method"] in ("GET", "HEAD"):  # links of the page are relative to its address
-            root = scope["root_path"].rpartition("/")[2]
-            await RedirectResponse(f"{root}/")(scope, receive, send)
-            return
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
         if len(path := _path(scope)) > 1 and path.endswith("/"):  # answered as without: a redirect could lose a body
             scope = {**scope, "path": scope["path"].rstrip("/")}
+        # Below a route prefix the page's links need the slash at its end: they are relative.
+        app = _add_slash if not _path(scope) and scope["method"] == "GET" else self._app
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -72,7 +70,7 @@ class RequestContextMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         except ClientDisconnect:
             if not started:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_id)
@@ -165,6 +163,11 @@ def _path(scope: Scope) -> str:
     """The path without the prefix that the app is mounted at."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
+
+
+async def _add_slash(scope: Scope, receive: Receive, send: Send) -> None:
+    """Redirects to the same address with a slash at its end, by its last segment: a proxy may have cut off others."""
+    await RedirectResponse(f"{scope['path'].rpartition('/')[2]}/")(scope, receive, send)
 
 
 def is_request_id(given: str) -> bool:
