@@ -21,11 +21,11 @@ from llava_serve.batch.plan import Plan
 from llava_serve.batch.run import Answerer, Line, run_plan
 from llava_serve.errors import LlavaServeError, RequestError
 
-_ROWS_PER_TASK = 256
+_QUESTIONS_PER_TASK = 256
 """Some times what an engine works on at once, since it runs empty at the end of each task."""
 
 
-class AnswerRows:
+class AnswerQuestions:
     """A model on the cluster, as `map_batches` runs it."""
 
     def __init__(self, job: str, is_openai: bool) -> None:
@@ -94,17 +94,17 @@ def _answers(plan: Plan, items: Iterator[Item], *, size: int, num_gpus: int, num
     questions = [{"item": json.dumps(asdict(item))} for item in items]
     if not questions:
         return
-    rows = min(_ROWS_PER_TASK, math.ceil(len(questions) / (2 * size)))
-    answered = ray.data.from_items(questions, override_num_blocks=math.ceil(len(questions) / rows)).map_batches(
-        AnswerRows,
+    per_task = min(_QUESTIONS_PER_TASK, math.ceil(len(questions) / (2 * size)))
+    answered = ray.data.from_items(questions, override_num_blocks=math.ceil(len(questions) / per_task)).map_batches(
+        AnswerQuestions,
         batch_size=None,  # a block is a task
         compute=ray.data.ActorPoolStrategy(size=size),
         num_gpus=num_gpus,
         num_cpus=num_cpus,
         fn_constructor_args=(plan.job.model_dump_json(), plan.is_openai),
     )
-    for row in answered.iter_rows():
-        position, failed, line = json.loads(row["line"])
+    for answer in answered.iter_rows():
+        position, failed, line = json.loads(answer["line"])
         yield position, failed, line
 
 
