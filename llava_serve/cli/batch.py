@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     )
     plan = Plan(job)
     print(_summary(plan), file=sys.stderr)
-    if command is not None:
+    if command is not None and plan.done < plan.total:
         plan.output.close()
         _run_on_cluster(command, job, options)
     from llava_serve.batch.run import run_here
