@@ -14,7 +14,6 @@ from .listening import listening
 from .local_cluster import LocalClusterError, free_port, local_cluster
 from .serve_env import ServeEnvError, read_serve_env
 
-
 _IN_CLONE = " with PYTHONPATH=." if __package__.startswith("deployments.") else ""
 """Ray's commands import the application's router."""
 
