@@ -44,8 +44,11 @@ def test_it_is_answered_as_it_asks(web: httpx.Client, case: dict[str, Any]) -> N
     if not body.get("stream"):
         assert response.headers["content-type"] == "application/json"
         answer = response.json()
-        assert answer["object"] == OBJECTS[path]
-        assert answer["usage"]
+        if path == "/tokenize":
+            assert answer["count"] == len(answer["tokens"]) > 0
+        else:
+            assert answer["object"] == OBJECTS[path]
+            assert answer["usage"]
         return
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, last = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
