@@ -146,21 +146,29 @@ def installed(client: Client, cache: Path) -> Path:
     if not stamp.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        if client.driver.endswith(".mjs"):
-            if shutil.which("npm") is None:
-                raise NotInstalledError("there is no npm")
-            _install("npm", "install", "--no-fund", "--no-audit", "--prefix", str(folder), *client.packages)
-        else:
-            _install(sys.executable, "-m", "venv", str(folder))
-            pip = (str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check")
-            packages = client.packages
-            if client.without:
-                own, *others = packages
-                _install(*pip, "--no-deps", own)
-                packages = (*others, *_requirements(folder, own.partition("==")[0], client.without))
-            _install(*pip, *packages)
+        try:
+            _fill(client, folder)
+        except NotInstalledError:
+            shutil.rmtree(folder)
+            raise
         stamp.touch()
     return folder
+
+
+def _fill(client: Client, folder: Path) -> None:
+    if client.driver.endswith(".mjs"):
+        if shutil.which("npm") is None:
+            raise NotInstalledError("there is no npm")
+        _install("npm", "install", "--no-fund", "--no-audit", "--prefix", str(folder), *client.packages)
+        return
+    _install(sys.executable, "-m", "venv", str(folder))
+    pip = (str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check")
+    packages = client.packages
+    if client.without:
+        own, *others = packages
+        _install(*pip, "--no-deps", own)
+        packages = (*others, *_requirements(folder, own.partition("==")[0], client.without))
+    _install(*pip, *packages)
 
 
 def _install(*command: str) -> None:
