@@ -23,7 +23,7 @@ from deployments.tools.check_config import check
 from deployments.tools.kubernetes import CHANGES, FOLDERS, PATCH, WHEEL, changed, main
 from deployments.tools.serve_env import read_serve_env
 from llava_serve import __version__
-from support.kubernetes import COMPONENTS, K8S, WHOLE, Object, pod_templates, ray_groups, ray_service, rendered
+from support.kubernetes import COMPONENTS, K8S, WHOLE, Object, overlay, pod_templates, ray_groups, ray_service, rendered
 from support.kubernetes import serve_config as serve_config_of
 from support.paths import CONFIG, ROOT
 
@@ -107,13 +107,23 @@ def test_every_process_has_the_production_profile(name: str, tmp_path: Path) -> 
     assert re.fullmatch(r"llava-environment-\w{10}", settings["metadata"]["name"])
 
 
-@pytest.mark.parametrize("name", APPLICATIONS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_images_are_targets_of_the_dockerfile_in_this_version(name: str) -> None:
     targets = set(re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
-    [image] = {group["template"]["spec"]["containers"][0]["image"] for group in ray_groups(name)}
-    target = "cpu" if name == "base" else "cuda"
-    assert image == f"llava-serve:{__version__}-{target}"
+    images = {each["image"] for template in pod_templates(name) for each in template["spec"]["containers"]}
+    target = "cuda" if name.startswith("overlays/") else "cpu"
+    assert images - {"redis:7.2.5"} == {f"llava-serve:{__version__}-{target}"}
     assert target in targets
+
+
+def test_the_readmes_overlay_takes_the_image_from_its_registry() -> None:
+    [text] = re.findall(r"^```yaml\n(.+?)^```", (K8S / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    objects = overlay(yaml.safe_load(text))
+    for each in objects:
+        validate(each)
+    [service] = [each for each in objects if each["kind"] == "RayService"]
+    images = set(re.findall(r"'image': '([^']+)'", str(service)))
+    assert images == {f"registry.example/llava-serve:{__version__}-cuda"}
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)

@@ -27,11 +27,18 @@ Object = dict[str, Any]
 @cache
 def rendered(name: str) -> list[Object]:
     """The objects of a folder of `k8s/`; a component on the base alone. They are for all tests: none changes them."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed: nothing can render k8s/")
     if name in COMPONENTS:
-        return _build(component=name)
+        return overlay({"resources": ["../../base"], "components": [f"../../{name}"]})
     return list(yaml.safe_load_all(_kustomize(K8S / name)))
+
+
+def overlay(kustomization: Object) -> list[Object]:
+    """The objects of an overlay beside those that are there: kustomize reads no absolute paths."""
+    with tempfile.TemporaryDirectory() as folder:
+        added = shutil.copytree(K8S, Path(folder) / "k8s") / "overlays" / "added"
+        added.mkdir()
+        (added / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return list(yaml.safe_load_all(_kustomize(added)))
 
 
 def ray_service(name: str) -> Object:
@@ -61,18 +68,9 @@ def pod_templates(name: str) -> Iterator[Object]:
             yield each["spec"]["template"]
 
 
-def _build(component: str) -> list[Object]:
-    """In a folder beside the components: kustomize reads no absolute paths."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(K8S, Path(folder) / "k8s")
-        alone = Path(folder) / "k8s" / "overlays" / "alone"
-        alone.mkdir()
-        kustomization = {"resources": ["../../base"], "components": [f"../../{component}"]}
-        (alone / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return list(yaml.safe_load_all(_kustomize(alone)))
-
-
 def _kustomize(folder: Path) -> str:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed: nothing can render k8s/")
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr  # warnings of what is deprecated
