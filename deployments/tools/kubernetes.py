@@ -53,18 +53,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("k8s"))
     parser.add_argument("--check", action="store_true", help="write nothing; the status says whether files agree")
     options = parser.parse_args(argv)
-    old = [path for path, text in generated(options.folder).items() if not path.is_file() or path.read_text() != text]
+    texts = generated(options.folder)
+    old = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in old:
         if options.check:
             print(f"{path} is not as serve_config.yaml and production.env have it.", file=sys.stderr)
         else:
-            path.write_text(generated(options.folder)[path], encoding="utf-8")
+            path.write_text(texts[path], encoding="utf-8")
             print(f"Wrote {path}.")
     return 1 if old and options.check else 0
 
 
 def generated(folder: Path) -> dict[Path, str]:
-    """The texts of all files that are written, by their paths below `k8s/`, which is `folder`."""
+    """The texts of all files that are written, by their paths; `folder` is `k8s/`."""
     texts = {folder / "base" / PROFILE: _PROFILE_HEADER + packaged(PROFILE, WHEEL)}
     config = yaml.safe_load(packaged(CONFIG, WHEEL))
     for name in FOLDERS:

@@ -40,7 +40,7 @@ OF_PODS = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "HF_HUB_OFFLINE", "HOME"}
 APPLICATIONS = ("base", "overlays/gpu", "overlays/production")
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *COMPONENTS])
+@pytest.mark.parametrize("name", [*WHOLE, *(pytest.param(name, marks=pytest.mark.extended) for name in COMPONENTS)])
 def test_all_that_is_rendered_is_valid(name: str) -> None:
     for each in rendered(name):
         validate(each)
@@ -192,7 +192,7 @@ def test_a_gpu_is_kept_longer_than_a_cpu() -> None:
     assert idle["model"] > idle["http"] > idle["images"] > 0
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *COMPONENTS])
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_pod_may_do_little(name: str) -> None:
     """As the `restricted` standard of Kubernetes demands, and a read-only root beside."""
     for template in pod_templates(name):
@@ -237,7 +237,7 @@ def test_selectors_and_ports_find_the_pods() -> None:
 
 
 def test_a_gateway_moves_no_more_requests_than_there_is_capacity() -> None:
-    upgrade = ray_service("components/gateway")["spec"]["upgradeStrategy"]
+    upgrade = ray_service("overlays/production")["spec"]["upgradeStrategy"]
     assert upgrade["type"] == "NewClusterWithIncrementalUpgrade"
     options = upgrade["clusterUpgradeOptions"]
     assert 0 < options["stepSizePercent"] <= options["maxSurgePercent"] <= 100  # KubeRay refuses others
