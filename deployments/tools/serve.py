@@ -16,6 +16,8 @@ from .serve_env import ServeEnvError, read_serve_env
 
 _IN_CLONE = " with PYTHONPATH=." if __package__.startswith("deployments.") else ""
 """Ray's commands import the application's router."""
+MODEL_VARIABLE, KEYS_FILE_VARIABLE = "LLAVA_MODEL", "LLAVA_API_KEYS_FILE"
+"""Environment variables for two of the flags: containers are configured by them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="the packaged one by default")
     parser.add_argument("--host", help="address, instead of the config's; beyond this machine it needs a key")
     parser.add_argument("--port", type=int, help="port, instead of the config's; 0 takes a free one")
-    parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
-    parser.add_argument("--api-key-file", metavar="FILE", help="accept the keys in it, one a line")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get(MODEL_VARIABLE),
+        help=f"model, instead of the config's: a folder, or a hub id in the local cache; or {MODEL_VARIABLE}",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        default=os.environ.get(KEYS_FILE_VARIABLE),
+        help=f"accept the keys in it, one a line; or {KEYS_FILE_VARIABLE}",
+    )
     parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: a file, or: production")
     parser.add_argument(
         "--dashboard",
