@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import time
@@ -20,6 +19,7 @@ from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import check_image_bytes
+from llava_serve.api.parse_process import in_thread
 from llava_serve.api.pipeline import GenerationRequest, generation
 from llava_serve.api.service import Service
 from llava_serve.api.validation import check_priority
@@ -50,7 +50,7 @@ class Ingress:
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
         self._aborted = AbortedCalls()
-        self._chats = ChatCalls(Service(self._backend, options, asyncio.to_thread), self._limiter)
+        self._chats = ChatCalls(Service(self._backend, options, in_thread), self._limiter)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
