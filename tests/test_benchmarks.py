@@ -33,6 +33,7 @@ COMMANDS = [
 PARTS = {
     "__init__",
     "counted",
+    "docs_plots",
     "hostile_inputs",
     "in_process",
     "make_checkpoint",
@@ -41,7 +42,7 @@ PARTS = {
     "plot",
     "ray_job",
 }
-"""Modules that the benchmarks share."""
+"""Modules that the benchmarks share, and the one that draws their results."""
 
 
 @pytest.mark.extended
