@@ -8,8 +8,11 @@ from ray import serve
 from ray.serve import Application
 
 from llava_serve.api.keys import KEYS_VARIABLE
+from llava_serve.app_options import AppOptions
+from llava_serve.checkpoints import open_checkpoint
 from llava_serve.checkpoints.model_name import model_name
-from llava_serve.config import ApiOptions, AppOptions
+from llava_serve.config import ApiOptions
+from llava_serve.processor import Processor
 
 from .ingress import Ingress
 from .model import LlavaModel
@@ -39,8 +42,16 @@ class AppArgs(AppOptions):
 
 
 def build_app(args: AppArgs) -> Application:
-    """Chains the deployments: the ingress has a handle to each of the other two."""
+    """Chains the deployments: the ingress has a handle to each of the other two.
+
+    Serve calls it before it touches what runs: an error here fails the deployment, and the old replicas stay.
+
+    Raises:
+        CheckpointError: the checkpoint's description cannot be used. It is read here, too, without the weights.
+    """
+    spec = open_checkpoint(args.model_options, weights=False)
+    Processor(spec.limited_to(args.engine.max_model_len), args.images)
     preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images, args.engine.max_model_len)
-    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine)
+    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine, args.images, args.probe)
     ingress = serve.deployment(serve.ingress()(Ingress))
     return ingress.bind(args.model_name, args.api, preprocessor, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,9 @@ from .handle_calls import AbortSender, result, stream
 
 PROBE_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a probe must not wait for long."""
+
+DESCRIPTION_S = 10.0
+"""A description is asked for again after this time: the limits of images may have changed."""
 
 MAX_BATCH_CALLS = 8
 """Of batch work to the picture tier, at once from this process: half of what one replica there takes. More wait here,
@@ -44,6 +48,7 @@ class HandleBackend:
         self._detokenize = preprocessor.options(method_name="detokenize")
         self._describe = preprocessor.options(method_name="describe")
         self._description: ModelDescription | None = None
+        self._described = 0.0
         self._generate = model.options(method_name="generate", stream=True)
         self._aborts = AbortSender(model)
         self._health = model.options(method_name="health")
@@ -70,13 +75,14 @@ class HandleBackend:
         return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling, priority)
 
     async def describe(self) -> ModelDescription:
-        """What the model takes. The picture tier says so, once: the ingress needs no files of the model.
+        """What the model takes. The picture tier says so: the ingress needs no files of the model.
 
         Raises:
             EngineDeadError: no replica responds.
         """
-        if self._description is None:
+        if self._description is None or time.monotonic() - self._described > DESCRIPTION_S:
             self._description = await _within(PROBE_TIMEOUT_S, result(self._describe), "of the picture tier")
+            self._described = time.monotonic()
         return self._description
 
     async def tokenize(

@@ -10,13 +10,14 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
+from starlette.types import Receive, Scope, Send
 
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
+from llava_serve.api.key_limits import KeyLimits
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import check_image_bytes
 from llava_serve.api.parse_process import in_thread
@@ -30,6 +31,7 @@ from llava_serve.types import Chunk, Message, PreparedPrompt, Query
 
 from .backend import HandleBackend
 from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
+from .live_config import LiveConfig
 
 
 class Ingress:
@@ -37,7 +39,7 @@ class Ingress:
 
     Args:
         model_name: the name that requests use for the model.
-        options: access and limits.
+        options: access and limits; `reconfigure` changes them.
         preprocessor: handle to `ImagePreprocessor`.
         model: handle to `LlavaModel`.
     """
@@ -46,15 +48,27 @@ class Ingress:
         self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
     ) -> None:
         _log_with_serve()
-        self._options = options
+        self._live = LiveConfig("Ingress", options, self._apply)
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
+        self._key_limits = KeyLimits(options.max_in_flight_per_key, options.requests_per_minute_per_key)
         self._aborted = AbortedCalls()
-        self._chats = ChatCalls(Service(self._backend, options, in_thread), self._limiter)
+        self._apply(options)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> CurrentApp:
         """Called by Serve in the replica, after the constructor."""
-        return create_app(self._backend, self._options, self._limiter)
+        return CurrentApp(self)
+
+    async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
+        """Called by Serve with the deployment's `user_config`. Requests in flight keep the options of their arrival."""
+        await self._live.change(user_config)
+
+    def _apply(self, options: ApiOptions) -> None:
+        app = create_app(self._backend, options, self._limiter, key_limits=self._key_limits)
+        self._limiter.change(options.max_in_flight, options.max_in_flight_bytes)
+        self._key_limits.change(options.max_in_flight_per_key, options.requests_per_minute_per_key)
+        self._chats = ChatCalls(Service(self._backend, options, in_thread), self._limiter)
+        self.web_app = app
 
     @yields_failure
     async def generate(
@@ -83,10 +97,10 @@ class Ingress:
             LlavaServeError: its class says what is wrong; the root class itself is an internal error, which is logged.
         """
         with _internal_errors_reported(call_id), self._limiter.request() as place:
-            place.hold(check_image_bytes(asked, self._options.max_body_bytes))
-            check_priority(priority, self._options.priority_range)
+            place.hold(check_image_bytes(asked, self._live.options.max_body_bytes))
+            check_priority(priority, self._live.options.priority_range)
             place.classify(priority)
-            bounded = min(deadline, time.time() + self._options.max_timeout_s)
+            bounded = min(deadline, time.time() + self._live.options.max_timeout_s)
             request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)
             async with aclosing(self._answer(request)) as items:
                 async for item in items:
@@ -124,6 +138,16 @@ class Ingress:
     async def drain(self) -> None:
         """Refuses new requests from now on, and returns once no request is in flight."""
         await self._limiter.drain()
+
+
+class CurrentApp:
+    """The web app of an ingress that replaces it when its options change."""
+
+    def __init__(self, ingress: Ingress) -> None:
+        self._ingress = ingress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._ingress.web_app(scope, receive, send)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
-from llava_serve.config import EngineOptions, ModelOptions
+from llava_serve.app_options import Probe
+from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.deadline import check_deadline
 from llava_serve.errors import EngineDeadError
 from llava_serve.sampling_params import SamplingParams
@@ -15,6 +16,7 @@ from llava_serve.types import Chunk, PreparedPrompt
 
 from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure
+from .live_config import LiveConfig
 from .metrics import ModelMetrics
 
 
@@ -23,16 +25,34 @@ class LlavaModel:
 
     Args:
         model: which checkpoint, where and in which precision.
-        engine: limits of this replica.
+        engine: limits of this replica; `reconfigure` changes `max_waiting`.
+        images: as the picture tier has them; for the probes.
+        probes: asked before Serve sends requests here.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, or the answer to a probe is wrong.
     """
 
-    def __init__(self, model: ModelOptions, engine: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: ModelOptions,
+        engine: EngineOptions,
+        images: ImageOptions | None = None,
+        probes: Sequence[Probe] = (),
+    ) -> None:
         # Not at the top: the process that builds the application does not need torch, which takes seconds to import.
         from llava_serve.async_llm import AsyncLLM
+        from llava_serve.probe import check_probes
 
-        self._llm = AsyncLLM(model, engine)
+        self._llm = AsyncLLM(model, engine, image_options=images)
+        check_probes(self._llm, probes)
         self._aborted = AbortedCalls()
         self._metrics = ModelMetrics()
+        self._live = LiveConfig("LlavaModel", engine, lambda options: self._llm.set_max_waiting(options.max_waiting))
+
+    async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
+        """Called by Serve with the deployment's `user_config`. Requests in the queue stay in it."""
+        await self._live.change(user_config)
 
     @yields_failure
     async def generate(

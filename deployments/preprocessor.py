@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 
@@ -15,6 +15,7 @@ from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, PreparedPrompt
 
 from .handle_calls import returns_failure
+from .live_config import LiveConfig
 from .metrics import PreprocessorMetrics
 
 
@@ -23,17 +24,28 @@ class ImagePreprocessor:
 
     Args:
         model: which checkpoint's description to follow; its weights are not read.
-        images: limits of the images. They are decoded in child processes, which can be ended.
+        images: limits of the images; `reconfigure` changes them. Images are decoded in child processes, which can be
+            ended.
         max_model_len: as in `EngineOptions`.
     """
 
     def __init__(self, model: ModelOptions, images: ImageOptions, max_model_len: int | None = None) -> None:
         spec = open_checkpoint(model, weights=False)
-        spec = spec.limited_to(max_model_len)
+        self._spec = spec.limited_to(max_model_len)
+        self._metrics = PreprocessorMetrics()
+        self._live = LiveConfig("ImagePreprocessor", images, self._apply)
+        self._apply(images)
+
+    async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
+        """Called by Serve with the deployment's `user_config`. Requests in flight keep the limits of their arrival."""
+        await self._live.change(user_config)
+
+    def _apply(self, images: ImageOptions) -> None:
+        """Replaces the processor. The one before it ends its processes when its last request has ended, and with it
+        the last reference to it."""
+        processor = Processor(self._spec, images.isolated, self._metrics.decoding_ended)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
-        metrics = PreprocessorMetrics()
-        processor = Processor(spec, images.isolated, metrics.decoding_ended)
-        self._processor = ThreadedProcessor(processor, _num_cpus(), metrics.prepared)
+        self._processor = ThreadedProcessor(processor, _num_cpus(), self._metrics.prepared)
 
     @returns_failure
     async def prepare(

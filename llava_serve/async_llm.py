@@ -75,7 +75,7 @@ class AsyncLLM:
 
     @property
     def healthy(self) -> bool:
-        """The engine's loop is alive, and has not been in the same turn for minutes."""
+        """The engine's loop is alive, and has not been in the same turn for longer than a step can take."""
         return self._loop.healthy
 
     def stats(self) -> EngineStats:
@@ -244,6 +244,10 @@ class AsyncLLM:
         finally:
             if not output_processor.done:
                 self._loop.abort(request.request_id, consumer=consumer)
+
+    def set_max_waiting(self, max_waiting: int) -> None:
+        """Changes the `max_waiting` of the engine's options. Sequences that wait stay in the queue."""
+        self._loop.engine.validator.set_max_waiting(max_waiting)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at the engine's next turn. Its stream ends without a finish reason."""

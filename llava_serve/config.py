@@ -265,24 +265,3 @@ class ApiOptions(Options):
         if isinstance(given, dict) and "max_queue" in given:
             _log.warning("api.max_queue is deprecated; use api.max_in_flight. The next version removes the old name.")
         return given
-
-
-class AppOptions(ModelOptions):
-    """The application's `args` in a Serve config: the model's options, and those of the other parts by name.
-
-    Attributes:
-        engine: limits of an engine.
-        images: what pictures are accepted.
-        api: access and limits of the web app.
-    """
-
-    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a key
-
-    engine: EngineOptions = EngineOptions()
-    images: ImageOptions = ImageOptions()
-    api: ApiOptions = ApiOptions()
-
-    @property
-    def model_options(self) -> ModelOptions:
-        """The options of the model alone."""
-        return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})

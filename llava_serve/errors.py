@@ -10,7 +10,8 @@ LlavaServeError
 │   └── UnknownModelError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
-│   └── RateLimitError         the client is beyond a limit of its API key
+│   ├── RateLimitError         the client is beyond a limit of its API key
+│   └── DrainingError          the server is shutting down: another one may answer
 ├── DeadlineExceededError      the request's time was up (also a TimeoutError)
 ├── CheckpointError            at load only: names file and tensor
 ├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
@@ -128,6 +129,10 @@ class CapacityError(LlavaServeError):
 
 class RateLimitError(CapacityError):
     """The client has used up what its API key may have at once, or in a minute."""
+
+
+class DrainingError(CapacityError):
+    """The server finishes the requests in flight, and takes no more."""
 
 
 class DeadlineExceededError(LlavaServeError, TimeoutError):

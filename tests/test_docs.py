@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.docs_plots import draw
 from deployments.tools import command_reference, config_reference, request_reference
-from llava_serve.config import AppOptions
+from llava_serve.app_options import AppOptions
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

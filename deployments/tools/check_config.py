@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from llava_serve.cli.serve_config import faults_of, models_of, unknown, wrong_values
+from llava_serve.app_options import LIVE_OPTIONS, changed_options
+from llava_serve.cli.serve_config import faults_of, models_of, unknown, unknown_keys, wrong_values
 from llava_serve.config import RoutingOptions
+from llava_serve.errors import RequestError
 from llava_serve.ray_application import NAMES
 
 from ..app import DEPLOYMENTS, AppArgs
@@ -69,11 +71,16 @@ def check(config: object, *, cpus: float | None = None) -> list[str]:
 def check_application(application: Mapping[str, Any], path: str) -> Iterator[str]:
     """Checks what Ray cannot: the application's arguments and the names of its deployments."""
     arguments = application.get("args", {})
-    yield from faults_of(arguments, AppArgs, f"{path}args.")
+    faults = faults_of(arguments, AppArgs, f"{path}args.")
+    yield from faults
     named = [deployment["name"] for deployment in deployments_of(application)]
     for number, name in enumerate(named):
         if name not in DEPLOYMENTS:
             yield unknown(f"{path}deployments[{number}].name: {name}", name, DEPLOYMENTS)
+        elif not faults:
+            yield from check_user_config(
+                deployments_of(application)[number], AppArgs(**arguments), f"{path}deployments[{number}].user_config"
+            )
         yield from check_routing(deployments_of(application)[number], f"{path}deployments[{number}].")
         yield from check_gpus(deployments_of(application)[number], f"{path}deployments[{number}].")
     for name in DEPLOYMENTS:
@@ -87,6 +94,19 @@ def check_values(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
         if isinstance(value, Mapping):
             for model in models_of(DeploymentSchema.model_fields[name].annotation):
                 yield from wrong_values(value, model, f"{path}{name}.")
+
+
+def check_user_config(deployment: Mapping[str, Any], arguments: AppArgs, path: str) -> Iterator[str]:
+    """Checks what a running replica would refuse, with no more than a line in its log."""
+    options = getattr(arguments, LIVE_OPTIONS[deployment["name"]].section)
+    given = deployment.get("user_config")
+    if faults := list(unknown_keys(given, type(options), f"{path}.")):
+        yield from faults
+        return
+    try:
+        changed_options(deployment["name"], options, given)
+    except RequestError as error:
+        yield f"{path}: {error}"
 
 
 def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:

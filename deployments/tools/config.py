@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from llava_serve.api.keys import accepted_keys
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.cli.ports import bound_socket, check_open
-from llava_serve.cli.serve_config import address_of, parse_serve_config, read_serve_config
+from llava_serve.cli.serve_config import address_of, effective_arguments, parse_serve_config, read_serve_config
 from llava_serve.config import ApiOptions, EngineOptions, ModelOptions
 from llava_serve.errors import CheckpointError, RequestError
 from llava_serve.ray_application import NAMES, is_application
@@ -81,9 +81,12 @@ def parse_config(path: Path | None = None, **changes: Unpack[Changes]) -> dict[s
     config.setdefault("http_options", {}).update(_given(changes, "host", "port"))
     arguments = config["applications"][0].setdefault("args", {})
     if model := changes.get("model"):
+        arguments.pop("probe", None)  # of the config's own model
         arguments["model"] = str(Path(model).absolute()) if model != "builtin" and Path(model).is_dir() else model
     if keys := changes.get("api_keys_file"):
         arguments.setdefault("api", {})["api_keys_file"] = str(Path(keys).absolute())
+        for deployment in config["applications"][0].get("deployments") or ():
+            (deployment.get("user_config") or {}).pop("api_keys_file", None)
     for application in config["applications"]:
         _check_application(application, path)
     return config
@@ -98,7 +101,7 @@ def check_address(config: Mapping[str, Any]) -> None:
         bound_socket(host, port).close()
         for application in config["applications"]:
             if application.get("import_path") in IMPORT_PATHS:
-                keys = accepted_keys(ApiOptions(**application.get("args", {}).get("api", {})))
+                keys = accepted_keys(ApiOptions(**effective_arguments(application).get("api", {})))
                 check_open(host, has_keys=keys is not None)
     except ValidationError:
         return  # the same
@@ -122,7 +125,7 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
         raise ConfigError(f"{path}: {import_path}: this installation has the application as {PACKAGE}.app:build_app.")
     if import_path not in IMPORT_PATHS:
         return
-    arguments = application.get("args", {})
+    arguments = effective_arguments(application)
     try:
         model = ModelOptions(**{name: arguments[name] for name in ModelOptions.model_fields if name in arguments})
         api = ApiOptions(**arguments.get("api", {}))

@@ -11,7 +11,7 @@ from llava_serve import __version__
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import chat_routes
 from llava_serve.api.errors import WireError, log_refusal, openai_error
-from llava_serve.api.key_limits import KeyLimitMiddleware
+from llava_serve.api.key_limits import KeyLimitMiddleware, KeyLimits
 from llava_serve.api.keys import accepted_keys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
@@ -47,6 +47,7 @@ def create_app(
     options: ApiOptions,
     limiter: ConcurrencyLimiter | None = None,
     offload: Offload = in_thread,
+    key_limits: KeyLimits | None = None,
 ) -> FastAPI:
     """Makes the web app; it runs under uvicorn and as a Ray Serve ingress.
 
@@ -56,6 +57,7 @@ def create_app(
         limiter: shared with requests that arrive another way; None makes one for this app.
         offload: parses large bodies. A thread shares the interpreter with the streams: it suits a process that does
             little else.
+        key_limits: shared with the app that this one replaces; None makes those of the options.
 
     Raises:
         RequestError: as `accepted_keys`.
@@ -85,7 +87,8 @@ def create_app(
     app.include_router(page_routes())
     app.add_exception_handler(HTTPException, _answer_http_exception)
     # The middleware that is added last runs first.
-    app.add_middleware(KeyLimitMiddleware, options=options)
+    limits = key_limits or KeyLimits(options.max_in_flight_per_key, options.requests_per_minute_per_key)
+    app.add_middleware(KeyLimitMiddleware, limits=limits)
     app.add_middleware(
         AdmissionMiddleware,
         limiter=limiter or ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes),

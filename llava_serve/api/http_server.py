@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from types import FrameType
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llava_serve.api.limiter import ConcurrencyLimiter
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, with the empty line at their end."""
@@ -70,13 +73,39 @@ class BoundedH11Protocol(H11Protocol):
             self._head_timer = None
 
 
-def server_of(app: ASGIApp, *, graceful_timeout_s: int | None = None) -> uvicorn.Server:
-    """A server that has not started; `graceful_timeout_s` bounds the wait for requests in flight at its end."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=BoundedH11Protocol,
-            log_level="warning",
-            timeout_graceful_shutdown=graceful_timeout_s,
-        )
+class DrainingServer(uvicorn.Server):
+    """At the first signal it drains: it still accepts connections, so that `/health` answers 503 and a balancer sends
+    new requests elsewhere. It ends when no request is in flight; at a second signal, at once.
+
+    Args:
+        config: of uvicorn.
+        limiter: of the app.
+    """
+
+    def __init__(self, config: uvicorn.Config, limiter: ConcurrencyLimiter) -> None:
+        super().__init__(config)
+        self._limiter = limiter
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._limiter.draining:
+            self.should_exit = self.force_exit = True
+        self._limiter.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to end."""
+        return await super().on_tick(counter) or self._limiter.drained
+
+
+def server_of(
+    app: ASGIApp, *, graceful_timeout_s: int | None = None, limiter: ConcurrencyLimiter | None = None
+) -> uvicorn.Server:
+    """A server that has not started.
+
+    Args:
+        graceful_timeout_s: bounds the wait for requests in flight at its end.
+        limiter: of the app; with it the server is a `DrainingServer`.
+    """
+    config = uvicorn.Config(
+        app, http=BoundedH11Protocol, log_level="warning", timeout_graceful_shutdown=graceful_timeout_s
     )
+    return uvicorn.Server(config) if limiter is None else DrainingServer(config, limiter)

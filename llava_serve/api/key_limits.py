@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llava_serve.config import ApiOptions
 from llava_serve.errors import RateLimitError
 
 MINUTE_S = 60.0
@@ -33,11 +32,15 @@ class KeyLimits:
         requests_per_minute: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_in_flight = max_in_flight
-        self._per_minute = requests_per_minute
+        self.change(max_in_flight, requests_per_minute)
         self._clock = clock
         self._in_flight: Counter[str] = Counter()
         self._buckets: dict[str, tuple[float, float]] = {}
+
+    def change(self, max_in_flight: int | None, requests_per_minute: int | None) -> None:
+        """Sets other limits. What was counted stays."""
+        self._max_in_flight = max_in_flight
+        self._per_minute = requests_per_minute
 
     @contextmanager
     def request(self, client: str) -> Iterator[None]:
@@ -74,12 +77,12 @@ class KeyLimitMiddleware:
 
     Args:
         app: the wrapped app.
-        options: the limits.
+        limits: count the requests.
     """
 
-    def __init__(self, app: ASGIApp, options: ApiOptions) -> None:
+    def __init__(self, app: ASGIApp, limits: KeyLimits) -> None:
         self._app = app
-        self._limits = KeyLimits(options.max_in_flight_per_key, options.requests_per_minute_per_key)
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("state", {}).get("client")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llava_serve.config import BATCH_SHARE, is_batch
-from llava_serve.errors import CapacityError
+from llava_serve.errors import CapacityError, DrainingError
 
 
 @dataclass(slots=True)
@@ -37,12 +37,21 @@ class ConcurrencyLimiter:
     """
 
     def __init__(self, max_in_flight: int, max_in_flight_bytes: int) -> None:
-        self._most = _Load(max_in_flight, max_in_flight_bytes)
+        self.change(max_in_flight, max_in_flight_bytes)
         self._online, self._batch = _Load(), _Load()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+
+    def change(self, max_in_flight: int, max_in_flight_bytes: int) -> None:
+        """Sets other limits. Requests in flight stay, even where they are more."""
+        self._most = _Load(max_in_flight, max_in_flight_bytes)
+
+    @property
+    def drained(self) -> bool:
+        """New requests are refused, and none is in flight."""
+        return self.draining and not self._in_flight
 
     @contextmanager
     def request(self, *, works: bool = True) -> Iterator[Place]:
@@ -52,10 +61,11 @@ class ConcurrencyLimiter:
             works: it counts for `max_in_flight`. A drain waits for the others, too.
 
         Raises:
-            CapacityError: at capacity, or draining.
+            CapacityError: at capacity.
+            DrainingError: draining.
         """
         if self.draining:
-            raise CapacityError("The server is shutting down; try again later.")
+            raise DrainingError("The server is shutting down; try again later.")
         place = Place(self, int(works))
         self._in_flight += 1
         self._idle.clear()

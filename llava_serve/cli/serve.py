@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +14,7 @@ from llava_serve.errors import RequestError
 from llava_serve.ray_application import application_package
 
 if TYPE_CHECKING:
-    from llava_serve.config import AppOptions
+    from llava_serve.app_options import AppOptions
 
 _PASSED_ON = ("model", "host", "port", "api_key_file", "profile", "dashboard", "log")
 """To the process that serves on Ray."""
@@ -121,19 +120,20 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
         from llava_serve.api.app import create_app
         from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend
+        from llava_serve.api.limiter import ConcurrencyLimiter
         from llava_serve.api.parse_process import ParseProcess
         from llava_serve.async_llm import AsyncLLM
+        from llava_serve.probe import check_probes
 
         llm = AsyncLLM(model, app_options.engine, image_options=app_options.images.isolated)
+        check_probes(llm, app_options.probe)
         backend = InProcessBackend(llm, api.model_name)
         with ParseProcess() as parse:
-            server = server_of(create_app(backend, api, offload=parse))
+            limiter = ConcurrencyLimiter(api.max_in_flight, api.max_in_flight_bytes)
+            server = server_of(create_app(backend, api, limiter, offload=parse), limiter=limiter)
             host, port = listener.getsockname()[:2]
             listener.listen()  # whoever reads the next line can connect
             print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
-            # uvicorn drains on a signal and then raises it again, when there is nothing left to end.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: None)
             server.run(sockets=[listener])
         llm.close()
     return 0
@@ -141,8 +141,9 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
 
 def _in_process_options(options: argparse.Namespace, config: str | None) -> tuple[AppOptions, str, int]:
     """The options, the host and the port of a config, or the defaults; with those of flags instead."""
+    from llava_serve.app_options import AppOptions
     from llava_serve.cli.serve_config import address_of, app_options, read_serve_config
-    from llava_serve.config import AppOptions, ModelOptions
+    from llava_serve.config import ModelOptions
 
     changes: dict[str, Any] = flags.given(options, *ModelOptions.model_fields)
     if options.compile:

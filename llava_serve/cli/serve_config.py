@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_serve.config import AppOptions
+from llava_serve.app_options import LIVE_OPTIONS, AppOptions
 from llava_serve.errors import RequestError
 
 
@@ -49,20 +49,34 @@ def app_options(config: Mapping[str, Any], path: str, changes: Mapping[str, Any]
 
     Args:
         path: of the config.
-        changes: options that replace the config's; those of `engine` and `api` each by itself.
+        changes: options that replace the config's; those of `engine` and `api` each by itself. Another model has no
+            probe.
 
     Raises:
         RequestError: there are several applications; an option is unknown or has a wrong value.
     """
     if len(config["applications"]) > 1:
         raise RequestError(f"{path} has several applications; --in-process serves one.")
-    arguments = config["applications"][0].get("args", {})
+    arguments = effective_arguments(config["applications"][0])
+    if "model" in changes:
+        arguments.pop("probe", None)  # of the config's own model
     for name, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
         arguments = arguments | {name: {**arguments[name], **value} if both else value}
     if faults := faults_of(arguments, AppOptions, "applications[0].args."):
         raise RequestError("\n".join(f"{path}: {fault}" for fault in faults))
     return AppOptions(**arguments)
+
+
+def effective_arguments(application: Mapping[str, Any]) -> dict[str, Any]:
+    """The `args` of an application, with the `user_config` of each deployment in the section that it changes."""
+    arguments = dict(application.get("args", {}))
+    for deployment in application.get("deployments") or ():
+        live = LIVE_OPTIONS.get(deployment.get("name"))
+        given = deployment.get("user_config")
+        if live is not None and isinstance(given, Mapping):
+            arguments[live.section] = {**arguments.get(live.section, {}), **given}
+    return arguments
 
 
 def faults_of(value: object, model: type[BaseModel], path: str) -> list[str]:

@@ -29,8 +29,13 @@ class RequestValidator:
         self._vocabulary = vocabulary
         self._num_blocks = num_blocks
         self._grammars = GrammarCompiler(spec, vocabulary)
-        self.max_sequences = options.max_num_seqs + options.max_waiting
-        self.max_batch_sequences = max(options.max_num_seqs, int(self.max_sequences * BATCH_SHARE))
+        self.set_max_waiting(options.max_waiting)
+
+    def set_max_waiting(self, max_waiting: int) -> None:
+        """Sets how many sequences may wait."""
+        most = self._options.max_num_seqs
+        self.max_sequences = most + max_waiting
+        self.max_batch_sequences = max(most, int(self.max_sequences * BATCH_SHARE))
 
     def accept(
         self,

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
         body = {
             "model": "llava-v1.5-tiny",
             "messages": [{"role": "user", "content": "Hello"}],
-            "max_tokens": 300,
+            "max_tokens": 900,
             "ignore_eos": True,
             "stream": True,
         }
@@ -104,10 +105,14 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             process.send_signal(stop)
+            while (probed := httpx.get(f"{url}/health")).status_code == 200:
+                time.sleep(0.01)
+            assert (probed.status_code, probed.headers["retry-after"]) == (503, "1")
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
-        assert process.stderr.read() == ""
+        logged = process.stderr.read().splitlines()
+        assert [line for line in logged if not line.endswith(": 503 service_unavailable.")] == []
         assert psutil.wait_procs(children, timeout=10)[1] == []
 
 

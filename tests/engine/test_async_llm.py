@@ -169,8 +169,8 @@ async def test_a_dead_engine_fails_all_requests_at_once(subject: AsyncLLM) -> No
 
 
 async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_serve.engine.engine_loop._STALLED_S", 0.2)
-    monkeypatch.setattr("llava_serve.engine.engine_loop._HEARTBEAT_S", 0.05)
+    for name, seconds in {"_HEARTBEAT_S": 0.05, "_MIN_STALLED_S": 0.2, "_STALLED_STEPS": 0}.items():
+        monkeypatch.setattr(f"llava_serve.engine.engine_loop.{name}", seconds)
     hangs = threading.Event()
     step = Engine.step
 
@@ -185,6 +185,33 @@ async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatc
     hangs.set()
     await task
     await until(lambda: subject.healthy)
+
+
+async def test_how_long_a_step_may_take_follows_the_steps_before_it(
+    subject: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+
+    def healthy_after(seconds: float) -> bool:
+        with monkeypatch.context() as later:
+            later.setattr("llava_serve.engine.engine_loop.time.monotonic", lambda: now + seconds)
+            return subject.healthy
+
+    assert (healthy_after(280), healthy_after(310)) == (True, False)  # nothing is measured
+    await collect(subject, prepare(subject), SamplingParams(temperature=0, max_new_tokens=900, ignore_eos=True))
+    now = subject._loop._heartbeat
+    assert (healthy_after(25), healthy_after(35)) == (True, False)
+    step = Engine.step
+
+    def slow(engine: Engine) -> list[Output]:
+        time.sleep(0.5)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    await collect(subject, prepare(subject), SamplingParams(temperature=0, max_new_tokens=1))
+    monkeypatch.setattr(Engine, "step", step)
+    now = subject._loop._heartbeat
+    assert (healthy_after(45), healthy_after(310)) == (True, False)
 
 
 async def test_the_queue_counts_sequences(subject: AsyncLLM) -> None:

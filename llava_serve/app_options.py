@@ -1,0 +1,91 @@
+"""The options of a served application: its `args` in a Serve config, and those of them that change while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions, Options
+from llava_serve.errors import RequestError
+
+
+class Probe(Options):
+    """A question that a model must answer before it gets requests.
+
+    Attributes:
+        image: a file, `demo.png` for the one that ships, or a `data:` URL.
+        question: about the image.
+        expect: the answer contains this text, in upper or lower case.
+    """
+
+    image: str
+    question: str
+    expect: str = Field(min_length=1)
+
+
+class AppOptions(ModelOptions):
+    """The application's `args` in a Serve config: the model's options, and those of the other parts by name.
+
+    Attributes:
+        engine: limits of an engine.
+        images: what pictures are accepted.
+        api: access and limits of the web app.
+        probe: asked of each new model replica; a wrong answer fails it before it gets a request.
+    """
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a key
+
+    engine: EngineOptions = EngineOptions()
+    images: ImageOptions = ImageOptions()
+    api: ApiOptions = ApiOptions()
+    probe: tuple[Probe, ...] = ()
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The options of the model alone."""
+        return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})
+
+
+@dataclass(frozen=True, slots=True)
+class LiveOptions:
+    """What a deployment's `user_config` may hold.
+
+    Attributes:
+        section: of `args`; the names are those of its options.
+        names: the options that change without a restart.
+    """
+
+    section: str
+    names: frozenset[str]
+
+
+LIVE_OPTIONS: Mapping[str, LiveOptions] = {
+    "Ingress": LiveOptions("api", frozenset(ApiOptions.model_fields) - {"model_name", "api_keys"}),
+    "ImagePreprocessor": LiveOptions("images", frozenset(ImageOptions.model_fields) - {"isolate"}),
+    "LlavaModel": LiveOptions("engine", frozenset({"max_waiting"})),
+}
+"""By deployment. Keys never stand in a `user_config`, which Ray logs."""
+
+SomeOptions = TypeVar("SomeOptions", bound=Options)
+
+
+def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[str, object] | None) -> SomeOptions:
+    """The options of `args`, with those of a deployment's `user_config` instead; None changes nothing.
+
+    Raises:
+        RequestError: the `user_config` cannot be used; the message says why, without its values.
+    """
+    if user_config is None:
+        return options
+    live = LIVE_OPTIONS[deployment]
+    if fixed := sorted(map(str, user_config.keys() - live.names)):
+        able = ", ".join(sorted(live.names))
+        raise RequestError(f"{fixed[0]} cannot change while the application runs; these can: {able}.")
+    try:
+        return type(options).model_validate(options.model_dump() | dict(user_config))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise RequestError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
