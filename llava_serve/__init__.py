@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
@@ -22,7 +23,6 @@ from llava_serve.errors import (
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
-from llava_serve.inputs import Prompt
 from llava_serve.results import Completion, GenerationResult
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
@@ -30,6 +30,7 @@ from llava_serve.types import Chunk, Conversation, Message, PreparedPrompt
 
 if TYPE_CHECKING:
     from llava_serve.async_llm import AsyncLLM
+    from llava_serve.inputs import Prompt
     from llava_serve.llm import LLM
 
 __version__ = "0.1.0"
@@ -67,14 +68,11 @@ __all__ = [
 ]
 
 
+_LAZY = {"LLM": "llava_serve.llm", "AsyncLLM": "llava_serve.async_llm", "Prompt": "llava_serve.inputs"}
+"""The engines import torch, which takes seconds, and prompts Pillow: the command line and the CPU tier do without."""
+
+
 def __getattr__(name: str) -> Any:
-    # The two engines import torch, which takes seconds: the command line and the CPU tier do without.
-    if name == "LLM":
-        from llava_serve.llm import LLM
-
-        return LLM
-    if name == "AsyncLLM":
-        from llava_serve.async_llm import AsyncLLM
-
-        return AsyncLLM
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,7 @@ def answer_questions(
         suffix: of each question that has none.
 
     Raises:
-        RequestError: a picture cannot be used, or a question is too long; the message says among which.
+        RequestError: a picture cannot be used, or a question is too long; the message says which.
     """
     for start in range(0, len(questions), CHUNK):
         chunk = questions[start : start + CHUNK]
@@ -49,7 +49,6 @@ def answer_questions(
         try:
             results = llm.generate(prompts, images=sources, sampling=sampling, conv_mode=conv_mode)
         except RequestError as error:
-            first, last = chunk[0].question_id, chunk[-1].question_id
-            raise RequestError(f"Among the questions {first} to {last}: {error}") from None
+            raise RequestError(f"Question {chunk[error.index or 0].question_id}: {error.message}") from None
         for question, prompt, result in zip(chunk, prompts, results, strict=True):
             yield Answer(question.question_id, prompt, result.text.strip(), model_id=llm.spec.name)

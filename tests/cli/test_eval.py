@@ -110,7 +110,7 @@ def test_a_picture_that_cannot_be_used_ends_the_run(evaluate: Eval, questions: P
     arguments = ["vqav2", TINY, "--questions", questions, "--images", tmp_path, "--answers", tmp_path / "a.jsonl"]
     status, _, said = evaluate(*arguments)
     assert status == 2
-    assert "Among the questions 1 to 2: The data is plain text" in said
+    assert "Question 1: The data is plain text" in said
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_detokenizer_error_fails_its_answer_only(caplog: pytest.LogCaptureFixt
     )
     others = [one for one in GOOD if one != text]
     expected = [one.text for one in llm.generate(others, sampling=LONG)]
-    llm.processor.tokenizer = FailingTokenizer(llm.processor.tokenizer, token)  # type: ignore[assignment]
+    llm._answers._tokenizer = FailingTokenizer(llm.processor.tokenizer, token)  # type: ignore[assignment]
     good, bad, last = (llm.processor.prepare_query(one) for one in (others[0], text, others[1]))
     streams = [llm.generate_prepared(one, LONG) for one in (good, bad, last)]
     texts = [next(streams[0]).text, next(streams[2]).text]
