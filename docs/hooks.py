@@ -15,4 +15,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _named(link: re.Match[str]) -> str:
     text, path = link.groups()
-    return text if path in text else f"{text} (`{path}`)"
+    return text if path in text or path == f"{text}.md" else f"{text} (`{path}`)"

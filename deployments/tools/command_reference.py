@@ -39,10 +39,10 @@ def page() -> str:
     of: dict[str, list[str]] = {}
     for name, parser in commands.items():
         for action in _arguments(parser):
-            of.setdefault(_row(action), []).append(name)
-    shared = {row: names for row, names in of.items() if len(names) > 1}
+            of.setdefault(_line(action), []).append(name)
+    shared = {line: names for line, names in of.items() if len(names) > 1}
     sections = [line for name, parser in commands.items() for line in _section(name, parser, shared)]
-    table = [f"{row} {', '.join(names)} |" for row, names in shared.items()]
+    table = [f"{line} {', '.join(names)} |" for line, names in shared.items()]
     return "\n".join(
         [INTRODUCTION, *sections, "## Flags of several commands\n", "| flag | | of |\n|---|---|---|", *table, ""]
     )
@@ -58,14 +58,14 @@ def _section(name: str, parser: argparse.ArgumentParser, shared: Collection[str]
     if details:
         yield f"```text\n{details}\n```\n"
     yield f"```text\n{_EXAMPLES.sub('', parser.epilog or '').rstrip()}\n```\n"
-    rows = [_row(action) for action in _arguments(parser)]
-    if own := [row for row in rows if row not in shared]:
+    lines = [_line(action) for action in _arguments(parser)]
+    if own := [line for line in lines if line not in shared]:
         yield "\n".join(["| argument | |\n|---|---|", *own, ""])
-    if len(own) < len(rows):
+    if len(own) < len(lines):
         yield "And the [flags of several commands](#flags-of-several-commands) that name it.\n"
 
 
-def _row(action: argparse.Action) -> str:
+def _line(action: argparse.Action) -> str:
     meaning = (action.help or "").replace("|", "\\|").replace("<", "&lt;")
     return f"| {_spelling(action)} | {meaning} |"
 

@@ -77,12 +77,12 @@ def _part(title: str, kind: type[BaseModel], base: type[BaseModel] | None) -> It
     meanings = {**attribute_docs(GenerationFields), **attribute_docs(ChatRequest), **own}
     values = _values_of(kind)
     inherited = [name for name in kind.model_fields if base and name in base.model_fields and name not in own]
-    rows = [
+    lines = [
         (field.alias or name, f"{values[name]} | {_default(name, field)} | {meanings[name]} |")
         for name, field in kind.model_fields.items()
         if name not in inherited
     ]
-    for rest, same in groupby(rows, lambda row: row[1]):  # neighbours with one meaning
+    for rest, same in groupby(lines, lambda line: line[1]):  # neighbours with one meaning
         yield f"| {_list([name for name, _ in same])} | {rest}"
     yield ""
     if base is not None:
