@@ -20,7 +20,7 @@ from llava_serve.prompts.conversation import (
     query_message,
     render,
 )
-from llava_serve.prompts.templates import TEMPLATES
+from llava_serve.prompts.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_serve.text.tokenizer import Tokenizer
 from llava_serve.types import Asked, Conversation, ImagePart, Message, Query, RawPrompt, TextPart
 
@@ -127,7 +127,7 @@ class PromptRenderer:
 
     def _own_template(self, key: str) -> ChatTemplate | None:
         """The checkpoint's own template, if it renders the prompt."""
-        return self.spec.chat_template if key == "chat_template" else None
+        return self.spec.chat_template if key == CHAT_TEMPLATE else None
 
     def _ends(self, key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """How an answer ends in this template: by one token where the vocabulary has it, else by a stop string."""

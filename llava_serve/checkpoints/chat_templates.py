@@ -11,18 +11,28 @@ from llava_serve.checkpoints.tokenizer_files import control_tokens, tokenizer_te
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.chat_probe import Judgement, judge
 from llava_serve.prompts.chat_template import ChatTemplate
+from llava_serve.prompts.templates import TEMPLATES
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The tokens that transformers gives a template by name."""
 
 
-def read_chat_template(folder: Path, tokenizer: TokenizerSpec) -> Judgement | None:
+def read_chat_template(folder: Path, tokenizer: TokenizerSpec, conv_mode: str | None) -> Judgement | None:
     """The chat template of a folder, None if it has none.
 
     Raises:
-        CheckpointError: it cannot be called; or there are several, and none is named `default`.
+        CheckpointError: it cannot be called; or there are several, and none is named `default`. Beside a `conv_mode` of
+            another template that does no harm.
     """
-    text = _find(folder)
+    try:
+        return _judged(find_template(folder), tokenizer)
+    except CheckpointError:
+        if conv_mode in TEMPLATES:
+            return None
+        raise
+
+
+def _judged(text: str, tokenizer: TokenizerSpec) -> Judgement | None:
     if not text.strip():
         return None
     template = ChatTemplate(
@@ -34,8 +44,13 @@ def read_chat_template(folder: Path, tokenizer: TokenizerSpec) -> Judgement | No
     return judge(template)
 
 
-def _find(folder: Path) -> str:
-    """The text of the template named `default`, or of the only one, in transformers' order of the files."""
+def find_template(folder: Path) -> str:
+    """The text of the template named `default`, or of the only one, in transformers' order of the files; empty if there
+    is none.
+
+    Raises:
+        CheckpointError: there are several, and none is named `default`.
+    """
     for name in ("processor_config.json", "chat_template.json"):
         if (template := read_json(folder, name, optional=True).get("chat_template")) is not None:
             return _default(template, folder)
@@ -43,6 +58,12 @@ def _find(folder: Path) -> str:
     if (folder / "chat_template.jinja").is_file():
         named["default"] = (folder / "chat_template.jinja").read_text("utf-8-sig")
     return _default(named, folder) if named else tokenizer_template(folder)
+
+
+def writes_chat_tokens(template: str, tokenizer: TokenizerSpec) -> bool:
+    """Whether a template writes tokens that are in the vocabulary for it: not only those that begin or end a text."""
+    tokens = {*control_tokens(tokenizer)} - {*_special_tokens(tokenizer.folder).values()}
+    return any(token in template for token in tokens)
 
 
 def _default(template: Any, folder: Path) -> str:

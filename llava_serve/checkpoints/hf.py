@@ -18,8 +18,7 @@ from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, read_t
 from llava_serve.checkpoints.towers import TOWERS, image_processing, tower_config
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.chat_probe import Judgement
-from llava_serve.prompts.templates import TEMPLATES, Choice, Content, choose_template
+from llava_serve.prompts.templates import CHAT_TEMPLATE, Choice, Content, choose_template
 
 
 def read_hf(
@@ -39,7 +38,7 @@ def read_hf(
             f"{no_weights(folder)}, neither model.safetensors nor pytorch_model.bin; copy them there."
         )
     tokenizer = _tokenizer(folder, config, family)
-    judged = _chat_template(folder, tokenizer, options.conv_mode)
+    judged = read_chat_template(folder, tokenizer, options.conv_mode)
     content = Content(
         text["model_type"],
         has_chatml=has_token(tokenizer, "<|im_start|>"),
@@ -47,7 +46,7 @@ def read_hf(
     )
     choice = choose_template(name_for_templates(name), content)
     if judged is not None:
-        choice = Choice("chat_template", "the checkpoint has a chat template")
+        choice = Choice(CHAT_TEMPLATE, "the checkpoint has a chat template")
     generation = read_json(folder, "generation_config.json", optional=True)
     keeps_all = config.get("vision_feature_select_strategy", family.select_strategy) == "full"
     defaults = DECODERS[text["model_type"]]
@@ -100,8 +99,8 @@ def read_hf_adapter(
     if (folder / "tokenizer.json").is_file():
         tokenizer = _tokenizer(folder, config, family_of(config, base))
         spec = replace(spec, tokenizer=tokenizer)
-        if (judged := _chat_template(folder, tokenizer, options.conv_mode)) is not None:
-            spec = replace(spec, chat_template=judged.template, conv_mode="chat_template")
+        if (judged := read_chat_template(folder, tokenizer, options.conv_mode)) is not None:
+            spec = replace(spec, chat_template=judged.template, conv_mode=CHAT_TEMPLATE)
     return replace(spec, path=folder, base=base, adapter="lora")
 
 
@@ -198,15 +197,6 @@ def _tokenizer(folder: Path, config: dict[str, Any], family: Family) -> Tokenize
             f"config.json as {wanted} (image_token_index): use the tokenizer that belongs to the model."
         )
     return read_tokenizer(folder, [], image_token)
-
-
-def _chat_template(folder: Path, tokenizer: TokenizerSpec, conv_mode: str | None) -> Judgement | None:
-    try:
-        return read_chat_template(folder, tokenizer)
-    except CheckpointError:
-        if conv_mode in TEMPLATES:  # then one that cannot be called does no harm
-            return None
-        raise
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_serve.checkpoints.files import read_json
@@ -29,7 +30,25 @@ _UNSUPPORTED_KEYS = (
 )
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
+_ROWS = 256
+"""Of a weight, whose sum is made at once."""
+
 Stored = tuple[tuple[int, ...], Callable[[], Tensor]]
+
+
+class Scratch:
+    """Memory for the product of two factors, which is used again for the next two: other memory for each, between the
+    tensors of the model, would leave gaps there."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.empty(0)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """`left @ right` of float32. It holds until the next call."""
+        shape = len(left), right.shape[1]
+        if math.prod(shape) > len(self._numbers):
+            self._numbers = torch.empty(math.prod(shape))
+        return torch.mm(left, right, out=self._numbers[: math.prod(shape)].view(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,7 @@ class Delta:
         scale: alpha / rank, or alpha / sqrt(rank).
         rounded: factors and product are rounded to the precision of the weight before they are added, as PEFT does in
             the original, whose adapter is in half precision as its model; else only the sum is rounded.
+        scratch: of all of an adapter.
     """
 
     shape: tuple[int, int]
@@ -49,14 +69,19 @@ class Delta:
     b: Callable[[], Tensor]
     scale: float
     rounded: bool
+    scratch: Scratch
 
     def add_to(self, weight: Tensor) -> Tensor:
         """The merged weight, in the precision of the stored one. Rounding otherwise than PEFT gives other logits."""
-        # In place: large temporary tensors between those of the model leave gaps in memory.
-        if not self.rounded:
-            return (self.b().float() @ self.a().float()).mul_(self.scale).add_(weight).to(weight.dtype)
-        a, b = (factor().to(weight.dtype).float() for factor in (self.a, self.b))
-        return (b @ a).mul_(self.scale).to(weight.dtype).add_(weight)
+        a, b = (factor().to(weight.dtype) if self.rounded else factor() for factor in (self.a, self.b))
+        product = self.scratch.product(b.float(), a.float()).mul_(self.scale)
+        merged = torch.empty_like(weight)
+        # By rows: torch converts what it adds to another precision, and would do so with the whole tensor.
+        for start in range(0, len(weight), _ROWS):
+            rows = slice(start, start + _ROWS)
+            added = product[rows].to(weight.dtype) if self.rounded else product[rows]
+            merged[rows] = added.add_(weight[rows])
+        return merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +135,8 @@ def read_adapter(folder: Path, file: Path, stored: Mapping[str, Stored], *, roun
                 f"adapter_config.json names {whole} in modules_to_save, but {file.name} does not hold it: use the "
                 "files of one adapter."
             )
-    deltas = {module: _delta(module, sides, config, file, rounded) for module, sides in factors.items()}
+    scratch = Scratch()
+    deltas = {module: _delta(module, sides, config, file, rounded, scratch) for module, sides in factors.items()}
     return Adapter(deltas, saved, tokens)
 
 
@@ -133,7 +159,9 @@ def _token_ids(config: dict[str, Any], module: str, tensor: Stored, file: Path) 
     return ids
 
 
-def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: Path, rounded: bool) -> Delta:
+def _delta(
+    module: str, sides: dict[str, Stored], config: dict[str, Any], file: Path, rounded: bool, scratch: Scratch
+) -> Delta:
     if sides.keys() != {"A", "B"}:
         raise CheckpointError(f"{file.name} holds only one of the two factors of {module}.")
     (shape_a, a), (shape_b, b) = sides["A"], sides["B"]
@@ -141,7 +169,7 @@ def _delta(module: str, sides: dict[str, Stored], config: dict[str, Any], file: 
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
         raise CheckpointError(f"{file.name}: the factors of {module} are {shape_a} and {shape_b}; the rank is {rank}.")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Delta((shape_b[0], shape_a[1]), a, b, float(config["lora_alpha"]) / divisor, rounded)
+    return Delta((shape_b[0], shape_a[1]), a, b, float(config["lora_alpha"]) / divisor, rounded, scratch)
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from llava_serve.checkpoints.chat_templates import find_template, read_chat_template, writes_chat_tokens
 from llava_serve.checkpoints.companions import find_tower, unused_adapter
 from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
 from llava_serve.checkpoints.families import ORIGINAL_CLASSES, original_decoder
@@ -23,11 +24,11 @@ from llava_serve.checkpoints.spec import (
     Merge,
     TokenizerSpec,
 )
-from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer, tokenizer_template
+from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
 from llava_serve.checkpoints.towers import TOWERS, image_processing, read_vision_config
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import Content, choose_template
+from llava_serve.prompts.templates import CHAT_TEMPLATE, Content, choose_template
 
 _OWN_KEYS = {"mm_vision_tower", "mm_projector_type"}
 _PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
@@ -75,15 +76,20 @@ def read_original(
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
     defaults = DECODERS[decoder]
+    own = find_template(tokenizer.folder)
     content = Content(
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
         has_headers=has_token(tokenizer, "<|start_header_id|>"),
         mlp="mlp" in config.get("mm_projector_type", "linear"),
         start_end=bool(config.get("mm_use_im_start_end", False)),
-        tokenizer_template=tokenizer_template(tokenizer.folder),
+        tokenizer_template=own,
+        has_chat_tokens=writes_chat_tokens(own, tokenizer),
+        grid=image.aspect == "anyres",
     )
     choice = choose_template(name_for_templates(name), content)
+    judged = read_chat_template(tokenizer.folder, tokenizer, options.conv_mode) if choice.key == CHAT_TEMPLATE else None
+    guess = None if judged is None else f"The template is a guess: {choice.reason}. --conv-mode chooses another."
     return CheckpointSpec(
         name=name,
         path=folder,
@@ -109,9 +115,18 @@ def read_original(
         eos_token_ids=token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
         conv_mode=choice.key,
         conv_reason=choice.reason,
-        chat_template=None,
+        chat_template=judged.template if judged else None,
         torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16"),
-        notes=tuple(note for note in (choice.contradiction, *notes, unused_adapter(folder, adapter)) if note),
+        notes=tuple(
+            note
+            for note in (
+                choice.contradiction or guess,
+                *(judged.notes if judged else ()),
+                *notes,
+                unused_adapter(folder, adapter),
+            )
+            if note
+        ),
     )
 
 

@@ -43,6 +43,7 @@ def load_weights(
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
     check_names(wanted.keys(), stored, tied | _stored_buffers(model), spec)
     _report_other_head(stored, tied)
+    _make_room(model, wanted, device, dtype)
     with _progress_bar(sum(parameter.numel() for parameter in wanted.values()) * dtype.itemsize) as bar:
         for name, parameter in wanted.items():
             path, _, last = name.rpartition(".")
@@ -195,12 +196,30 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
+def _make_room(model: nn.Module, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Replaces parameters on the meta device by empty ones, but for those that quantize themselves. All before the
+    first tensor is read: what reading takes for a moment, between those that stay, would leave gaps in memory."""
+    for name in names:
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, last)
+        if type(old) is nn.Parameter:
+            empty = torch.empty(old.shape, dtype=dtype, device=device)
+            setattr(module, last, nn.Parameter(empty, requires_grad=False))
+
+
 def _place(
     module: nn.Module, name: str, stored: StoredTensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> None:
     value = _read(stored, shape)
-    placed = _set(module, name, value, device, dtype)
-    _check_finite(stored, value, placed)
+    old = getattr(module, name)
+    if type(old) is nn.Parameter:
+        loaded = old.copy_(value)
+    else:  # bitsandbytes' parameters quantize themselves when they are moved to their device.
+        loaded = value.to(dtype)
+        settings = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}
+        setattr(module, name, type(old)(loaded, requires_grad=False, **settings).to(device))
+    _check_finite(stored, value, loaded)
 
 
 def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
@@ -221,20 +240,6 @@ def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
             "ones; quantization is done while loading."
         )
     return value
-
-
-def _set(module: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor as it was loaded, or was to be quantized."""
-    old = getattr(module, name)
-    if type(old) is nn.Parameter:
-        loaded = torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
-        setattr(module, name, nn.Parameter(loaded, requires_grad=False))
-        return loaded
-    # bitsandbytes' parameters quantize themselves when they are moved to their device.
-    settings = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}
-    rounded = value.to(dtype)
-    setattr(module, name, type(old)(rounded, requires_grad=False, **settings).to(device))
-    return rounded
 
 
 def _check_finite(stored: StoredTensor, value: Tensor, loaded: Tensor) -> None:

@@ -150,6 +150,9 @@ TEMPLATES: dict[str, Template] = {
     "llava_llama_3": _LLAMA_3,
 }
 
+CHAT_TEMPLATE = "chat_template"
+"""In the place of a template's key: the one among the checkpoint's files."""
+
 _BY_NAME = (
     ("llama-?2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
@@ -172,6 +175,8 @@ class Content:
         mlp: its projector has several layers, which the first release had not.
         start_end: images stand between `<im_start>` and `<im_end>`, as in the first release.
         tokenizer_template: the chat template of its tokenizer, empty if it has none.
+        has_chat_tokens: that one writes tokens that were added to the vocabulary for it.
+        grid: images are tiled, as since LLaVA-NeXT.
     """
 
     decoder: str
@@ -180,6 +185,8 @@ class Content:
     mlp: bool = True
     start_end: bool = False
     tokenizer_template: str = ""
+    has_chat_tokens: bool = False
+    grid: bool = False
 
     def template(self) -> tuple[str, str]:
         """The template that the files suggest, and why."""
@@ -187,6 +194,8 @@ class Content:
             return "mpt", "the decoder is MPT"
         if self.decoder.startswith("qwen"):
             return "qwen_1_5", "the decoder is Qwen"
+        if self._needs_its_own():
+            return CHAT_TEMPLATE, "the tokenizer has a chat template, and the original has none for such a model"
         if self.has_headers:
             return "llava_llama_3", "the vocabulary has <|start_header_id|>, as Llama 3"
         if self.has_chatml:
@@ -199,11 +208,18 @@ class Content:
             return "llava_v0", "a linear projector and image start tokens are those of the first release"
         return "llava_v1", "the projector and tokens are those of LLaVA 1.x on Vicuna"
 
+    def _needs_its_own(self) -> bool:
+        """Whether the tokenizer's chat template is a better guess than the original's. LLaVA-NeXT, with a grid, has a
+        template for Llama 3; others trained that one with the tokenizer's."""
+        if self.decoder not in ("llama", "mistral"):
+            return bool(self.tokenizer_template)
+        return self.decoder == "llama" and self.has_chat_tokens and not (self.has_chatml or self.grid)
+
     def allows(self, key: str) -> bool:
         """Whether a checkpoint with such files can have been trained with a template."""
         if key == self.template()[0]:
             return True
-        others = self.decoder != "llama" or self.has_chatml or self.has_headers
+        others = self.decoder != "llama" or self.has_chatml or self.has_headers or self._needs_its_own()
         return not others and (key in ("llava_llama_2", "llava_v1") or (key == "llava_v0" and not self.mlp))
 
 

@@ -21,8 +21,8 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(folder: str, dtype: str) -> None:
-    spec = open_checkpoint(folder)
+def main(folder: str, dtype: str, options: str) -> None:
+    spec = open_checkpoint(folder, **json.loads(options))
     before = anonymous_bytes()
     peak = before
     done = threading.Event()
