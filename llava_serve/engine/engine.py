@@ -74,6 +74,7 @@ class Engine:
             computed_tokens=self._computed,
             generated_tokens=self._generated,
             steps=self._steps,
+            slow_attention=self._runner.slow_attention,
         )
 
     def add(self, request: EngineRequest) -> None:
