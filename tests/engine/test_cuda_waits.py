@@ -39,11 +39,11 @@ ALONE: list[dict[str, Any]] = [
 ]
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts copies for which CUDA would wait. A copy to the CPU holds ones; all other reads of a value raise."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.to_host = self.to_device = 0
         self.pinned: list[torch.Tensor] = []
 

@@ -92,11 +92,14 @@ def test_where_too_few_are_sorted_the_answer_is_the_same_whenever_that_is_notice
     sequences = [sequence(seed, **sampling) for seed in range(40)]
     expected = sample(table, sequences)
     assert max(one.token_id for one in expected[20:]) > 256
-    sorts = []
+    sorts: list[bool] = []
     truncate = sampler._truncate
-    monkeypatch.setattr(
-        sampler, "_truncate", lambda *args, sort_all: sorts.append(sort_all) or truncate(*args, sort_all=sort_all)
-    )
+
+    def noted(*args: Any, sort_all: bool) -> Any:
+        sorts.append(sort_all)
+        return truncate(*args, sort_all=sort_all)
+
+    monkeypatch.setattr(sampler, "_truncate", noted)
     monkeypatch.setattr(sampler, "_answers_at_once", lambda _: False)
     assert sample(table, sequences) == expected
     assert sorts == [False, True]
