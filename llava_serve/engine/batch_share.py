@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-from llava_serve.engine.prefill_budget import MIN_TOKENS, PrefillBudget, StepBudget
+from llava_serve.engine.prefill_budget import PrefillBudget, StepBudget
 
 _MAX_SLOWDOWN = 1.25
 """Steps with batch work beside may take at most this many times as long as those without it."""
@@ -56,7 +56,7 @@ class BatchShare:
         budget = self._prefill.step_budget(running.online_decoding)
         budget.batch = minimum or self._is_cheap != measured
         budget.batch_tile = minimum
-        budget.batch_tokens = MIN_TOKENS if minimum else self._prefill.room(_MAX_SLOWDOWN) or 0
+        budget.batch_tokens = self._prefill.min_tokens if minimum else self._prefill.room(_MAX_SLOWDOWN) or 0
         if budget.batch:
             budget.tokens = min(self._prefill.max_tokens, budget.tokens + running.batch_decoding)
         return budget

@@ -16,7 +16,7 @@ from llava_serve.engine.executor.model_runner import ModelRunner, StepResult, nu
 from llava_serve.engine.executor.sampling_step import sample_step
 from llava_serve.engine.failures import failed_requests, request_failure
 from llava_serve.engine.kv_cache import KVCache
-from llava_serve.engine.prefill_budget import PrefillBudget
+from llava_serve.engine.prefill_budget import CUDA_MIN_TOKENS, MIN_TOKENS, PrefillBudget
 from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Output, PromptLogprobs, RawLogprob, Sequence, SequenceGroup
@@ -42,7 +42,8 @@ class Engine:
         per_tile = spec.image.features_per_tile * spec.feature_width * model.dtype.itemsize
         encoder_cache = EncoderCacheManager(options.feature_cache_bytes // per_tile)
         self._scheduler = Scheduler(self._kv, encoder_cache, options.max_num_seqs)
-        self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles)
+        least = CUDA_MIN_TOKENS if model.device.type == "cuda" else MIN_TOKENS
+        self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles, least)
         self._batch_share = BatchShare(self._prefill_budget)
         self._runner = ModelRunner(model, self._kv.num_blocks, options)
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
@@ -74,6 +75,7 @@ class Engine:
             computed_tokens=self._computed,
             generated_tokens=self._generated,
             steps=self._steps,
+            slow_attention=self._runner.slow_attention,
         )
 
     def add(self, request: EngineRequest) -> None:

@@ -9,11 +9,16 @@ from statistics import median
 _MAX_SLOWDOWN = 2.25
 """A step with prefill may take at most this many times as long as a step that only decodes."""
 MIN_TOKENS = 32
-"""Prefill that every step may do: every prompt makes progress."""
+"""Prefill that every step may do on a CPU."""
+CUDA_MIN_TOKENS = 256
+"""The same on CUDA, where so few positions cost little more than none: the weights are read, and kernels launched, once
+for all."""
 _INITIAL_TOKENS = 64
 """Prefill of a step while its cost is unknown."""
 _WINDOW = 7
 """Decode-only steps of which the median is taken."""
+_DIFFERENT = 1.5
+"""So many times as many positions are clearly more: the slope between such measurements counts."""
 _REMEASURE_AFTER = 32
 """Steps with prefill after which one only decodes: under a steady load none would otherwise be measured."""
 _DECAY = 0.75
@@ -75,17 +80,65 @@ class _Rate:
         return max(0.0, self._seconds / self._units) if self._units else 0.0
 
 
+class _Line:
+    """Seconds of so many units as a constant and a slope.
+
+    The slope is the median of those between the last measurements of clearly different sizes, so that a few slow steps
+    do not matter (Theil and Sen). Where there are none, or it is not positive, all time is blamed on the units.
+    """
+
+    def __init__(self) -> None:
+        self.constant = self.slope = 0.0
+        self._rate = _Rate()
+        self._measured: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+
+    def add(self, seconds: float, units: int, *, fit: bool) -> None:
+        """A measurement; without `fit` it counts for the rate alone."""
+        self._rate.add(seconds, units)
+        if fit:
+            self._measured.append((units, seconds))
+        self.constant, self.slope = 0.0, self._rate.value
+        slopes = [
+            (more - less) / (large - small)
+            for small, less in self._measured
+            for large, more in self._measured
+            if large >= _DIFFERENT * small
+        ]
+        if slopes and (slope := median(slopes)) > 0:
+            constant = median(seconds - slope * units for units, seconds in self._measured)
+            if constant > 0:
+                self.constant, self.slope = constant, slope
+
+    def seconds(self, units: int) -> float:
+        """Those of so many units; 0 of none."""
+        return self.constant + self.slope * units if units else 0.0
+
+    def units(self, seconds: float) -> int:
+        """As many as take these seconds, by the line at most twice as many as were measured; `slope` is not 0."""
+        by_line = (seconds - self.constant) / self.slope
+        if self.constant:
+            measured = 2 * max(units for units, _ in self._measured)
+            by_line = min(by_line, max(measured, seconds / self._rate.value))
+        return max(0, int(by_line))
+
+
 class PrefillBudget:
     """Learns what a decode step, a position of prefill and a tile cost, and gives each step its budget.
 
+    Prefill adds a + b * positions seconds to a decode step. On a GPU a is large: decode steps are launched as graphs,
+    and those with prefill kernel by kernel. Without a, the positions would be blamed for it, and prompts be cut into
+    ever smaller pieces, each of which takes about as long as the whole.
+
     Args:
         max_tokens, max_tiles: limits of any step.
+        min_tokens: prefill that every step may do: every prompt makes progress.
     """
 
-    def __init__(self, max_tokens: int, max_tiles: int) -> None:
+    def __init__(self, max_tokens: int, max_tiles: int, min_tokens: int = MIN_TOKENS) -> None:
         self.max_tokens = max_tokens
+        self.min_tokens = min_tokens
         self._max_tiles = max_tiles
-        self._token, self._tile = _Rate(), _Rate()
+        self._token, self._tile = _Line(), _Rate()
         self._steps: deque[float] = deque(maxlen=_WINDOW)
         self._since = 0  # steps with prefill since the last one that only decoded
 
@@ -95,25 +148,25 @@ class PrefillBudget:
             return StepBudget(self.max_tokens, self._max_tiles)
         if not self._steps or self._since >= _REMEASURE_AFTER:
             return StepBudget(decoding, 0)
-        token, tile = self._token.value, self._tile.value
+        token, tile = self._token.slope, self._tile.value
         room = self.room(_MAX_SLOWDOWN)
-        room = _INITIAL_TOKENS if room is None else max(MIN_TOKENS, room)
+        room = max(self.min_tokens, _INITIAL_TOKENS if room is None else room)
         tile_cost = int(tile / token) if tile and token else room
         return StepBudget(min(self.max_tokens, decoding + room), self._max_tiles, tile_cost)
 
     def room(self, slowdown: float) -> int | None:
         """Positions of prefill with which a step takes `slowdown` times as long; None while that is unknown."""
-        step, token = self._step, self._token.value
-        return int((slowdown - 1) * step / token) if step and token else None
+        step = self._step
+        return self._token.units((slowdown - 1) * step) if step and self._token.slope else None
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` prompt positions and `tiles` beside its decoding sequences."""
         self._since += 1
         rest = seconds - self._step if decoding else seconds
         if tiles:
-            self._tile.add(rest - tokens * self._token.value, tiles)
+            self._tile.add(rest - self._token.seconds(tokens), tiles)
         elif tokens:
-            self._token.add(rest, tokens)
+            self._token.add(rest, tokens, fit=decoding > 0)
         elif decoding:
             self._steps.append(seconds)
             self._since = 0

@@ -18,6 +18,7 @@ class EngineStats:
         generated_tokens: tokens sampled since the start.
         steps: since the start.
         heartbeat_age_s: seconds since the loop's last turn; 0 where no thread drives the engine.
+        slow_attention: on a GPU, attention runs without its fast kernel; the log says why.
     """
 
     running: int
@@ -29,3 +30,4 @@ class EngineStats:
     generated_tokens: int
     steps: int
     heartbeat_age_s: float = 0.0
+    slow_attention: bool = False

@@ -37,6 +37,9 @@ class Llava(nn.Module):
         language_model: transformers' causal language model.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, spec: CheckpointSpec, text_config: Any) -> None:
         super().__init__()
         self.spec = spec
@@ -53,6 +56,8 @@ class Llava(nn.Module):
         self.projector_norm = None if norm is None else nn.LayerNorm(spec.feature_width, eps=norm)
         self.projector = make_projector(spec, spec.feature_width, hidden)
         self.image_newline = nn.Parameter(torch.empty(hidden)) if _uses_newline(spec) else None
+        self.register_buffer("_mean", torch.tensor(spec.image.mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("_std", torch.tensor(spec.image.std, dtype=torch.float32), persistent=False)
 
     @classmethod
     def load(
@@ -109,6 +114,7 @@ class Llava(nn.Module):
         """The model for inference, and lines about it in the log."""
         spec = self.spec
         self.eval().requires_grad_(False)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
         for note in spec.notes:
             _log.warning("%s: %s", spec.name, note)
         for remark in spec.remarks:
@@ -143,10 +149,7 @@ class Llava(nn.Module):
         Returns:
             [tiles, features, feature width].
         """
-        image = self.spec.image
-        mean = torch.tensor(image.mean, device=self.device)
-        std = torch.tensor(image.std, device=self.device)
-        pixels = (tiles.to(self.device, non_blocking=True).float() / 255 - mean) / std
+        pixels = (tiles.to(self.device, non_blocking=True).float() / 255 - self._mean) / self._std
         pixels = pixels.permute(0, 3, 1, 2).to(self.dtype)
         # Not the last hidden state: SigLIP's is normalized.
         states = self.vision_tower(pixels, output_hidden_states=list(self._layers)).hidden_states

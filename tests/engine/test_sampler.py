@@ -82,6 +82,29 @@ def test_top_p_over_a_flat_vocabulary_looks_past_the_best_few() -> None:
     assert max(tokens) > 256
 
 
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_p": 0.9, "logprobs": 2}])
+def test_where_too_few_are_sorted_the_answer_is_the_same_whenever_that_is_noticed(
+    sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU notices before it samples, a GPU with the tokens."""
+    table = torch.zeros(40, 2000)
+    table[:20] = torch.linspace(0, 90, 2000)  # here the best few suffice
+    sequences = [sequence(seed, **sampling) for seed in range(40)]
+    expected = sample(table, sequences)
+    assert max(one.token_id for one in expected[20:]) > 256
+    sorts: list[bool] = []
+    truncate = sampler._truncate
+
+    def noted(*args: Any, sort_all: bool) -> Any:
+        sorts.append(sort_all)
+        return truncate(*args, sort_all=sort_all)
+
+    monkeypatch.setattr(sampler, "_truncate", noted)
+    monkeypatch.setattr(sampler, "_answers_at_once", lambda _: False)
+    assert sample(table, sequences) == expected
+    assert sorts == [False, True]
+
+
 def test_a_sequence_does_not_depend_on_the_batch() -> None:
     sequences = [
         sequence(1, temperature=0.7),

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_shared_prefix
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite
+from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.executor.varlen import VarlenAttention
 from llava_serve.errors import CheckpointError
 
@@ -99,11 +100,11 @@ class PackedStep:
         self._shared_prefixes = shared_prefixes
         self._lengths = [one.length for one in sequences]
         positions = [at for one in sequences for at in range(one.start, one.start + one.length)]
-        self.positions = torch.tensor([*positions, *[0] * padding], device=device)
+        self.positions = to_device(torch.tensor([*positions, *[0] * padding]), device)
         self._writes = _writes(sequences, device)
         self._key_ranges: dict[int | None, list[_KeyRange]] = {}  # by window
         self._varlen: VarlenAttention | None = None
-        if varlen.available(device, dtype, memory.kv_heads, memory.head_dim):
+        if self._fast():
             ends = [one.start + one.length for one in sequences]
             self._varlen = VarlenAttention.of(self._lengths, [one.base for one in sequences], ends, device)
 
@@ -128,8 +129,8 @@ class PackedStep:
             [1, tokens, heads, head_dim].
         """
         self._memory.write(layer, self._writes, key[0], value[0])
-        if self._varlen is not None and slopes is None:
-            return self._varlen.attend(query, *self._memory.layers[layer], scaling, window)
+        if self._varlen is not None and (slopes is None or self._fast(alibi=True)):
+            return self._varlen.attend(query, *self._memory.layers[layer], scaling, window, slopes)
         keys, values = (memory[None] for memory in self._memory.layers[layer])
 
         def stored(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +154,11 @@ class PackedStep:
         if self._padding:
             parts.append(torch.zeros_like(rest))
         return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)
+
+    def _fast(self, *, alibi: bool = False) -> bool:
+        """One call of a fast kernel attends to the extents of all sequences."""
+        memory = self._memory
+        return varlen.available(memory.device, self._dtype, memory.kv_heads, memory.head_dim, alibi=alibi)
 
     def _key_range(self, one: PackedSequence, window: int | None, slopes: torch.Tensor | None) -> _KeyRange:
         end = one.start + one.length
@@ -191,7 +197,7 @@ def _writes(sequences: list[PackedSequence], device: torch.device) -> list[KVWri
     decoding = list(itertools.takewhile(lambda one: one.length == 1, sequences))
     writes = [KVWrite(one.offset, one.length, one.base + one.start) for one in sequences[len(decoding) :]]
     if decoding:
-        targets = torch.tensor([one.base + one.start for one in decoding], device=device)
+        targets = to_device(torch.tensor([one.base + one.start for one in decoding]), device)
         writes.insert(0, KVWrite(0, len(decoding), targets=targets))
     return writes
 

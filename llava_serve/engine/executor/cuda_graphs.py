@@ -18,7 +18,7 @@ import torch
 from llava_serve.engine.executor.attention import PackedSequence
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite
-from llava_serve.engine.executor.varlen import VarlenAttention, to_device
+from llava_serve.engine.executor.varlen import VarlenAttention
 
 _logger = logging.getLogger(__name__)
 _SMALL = (1, 2, 4)
@@ -79,10 +79,9 @@ class _StaticStep:
         window: int | None = None,
         slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `PackedStep.attend`, without slopes."""
-        assert slopes is None, "a decoder with ALiBi has no graphs"
+        """As `PackedStep.attend`."""
         self._memory.write(layer, self._writes, key[0], value[0])
-        return self._varlen.attend(query, *self._memory.layers[layer], scaling, window)
+        return self._varlen.attend(query, *self._memory.layers[layer], scaling, window, slopes)
 
 
 class DecodeGraphs:
@@ -112,7 +111,8 @@ class DecodeGraphs:
         self._buckets = buckets(max_batch_size)
         self._device = memory.layers[0][0].device
         self._inputs = {size: decode_input([], [], size, padding_position).to(self._device) for size in self._buckets}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: torch.Tensor | None = None  # [max_batch_size, vocabulary]: one buffer for the graphs of all sizes
 
     @torch.inference_mode()
     def capture(self) -> bool:
@@ -127,28 +127,33 @@ class DecodeGraphs:
             captured = False
         if not captured:
             self._graphs.clear()
+            self._logits = None
         return captured
 
     def run(self, tokens: Sequence[int], sequences: Sequence[PackedSequence]) -> torch.Tensor:
         """Logits [sequences, vocabulary] of a step of at most `max_batch_size` tokens. The next run overwrites them."""
         size = self._buckets[bisect_left(self._buckets, len(tokens))]
         numbers = decode_input(tokens, sequences, size, self._padding_position)
-        self._inputs[size].copy_(to_device(numbers, self._device), non_blocking=True)
-        graph, logits = self._graphs[size]
+        self._inputs[size].copy_(numbers.pin_memory(), non_blocking=True)  # this thread does not wait for it
         with torch.cuda.device(self._device):
-            graph.replay()
-        return logits[: len(tokens)]
+            self._graphs[size].replay()
+        assert self._logits is not None, "there are graphs"
+        return self._logits[: len(tokens)]
 
     def _capture(self, batch_size: int, stream: torch.cuda.Stream, pool: Any) -> bool:
         """Captures one graph. False if it gives other logits than its kernels, on another input than the captured."""
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):  # restores the thread's stream, however the capture ends
-            self._forward(batch_size)  # what libraries set up at their first call must not be captured
+            warm = self._forward(batch_size)  # what libraries set up at their first call must not be captured
+            if self._logits is None:
+                self._logits = torch.empty_like(warm)
+            logits = self._logits[:batch_size]
+            del warm
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                logits = self._forward(batch_size)
+                logits.copy_(self._forward(batch_size))
         torch.cuda.current_stream().wait_stream(stream)
-        self._graphs[batch_size] = graph, logits
+        self._graphs[batch_size] = graph
         at = torch.arange(batch_size, device=self._device)
         for half in itertools.chain(*self._memory.layers):  # no sequence is in the pool yet
             half[:, : 2 * batch_size].zero_()

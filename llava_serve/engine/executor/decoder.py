@@ -50,8 +50,9 @@ class Decoder:
             self._compiled = compiled.CompiledDecoder(self._decoder)
         else:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
-        self.capturable = floats and not self._replaced
-        """Its steps can be captured as CUDA graphs: no ALiBi, and no quantized layers, whose kernels synchronize."""
+        self.capturable = floats
+        """Its steps can be captured as CUDA graphs: it has no quantized layers, whose kernels synchronize."""
+        self.has_alibi = bool(self._replaced)
 
     @property
     def min_tokens(self) -> int:
@@ -125,7 +126,7 @@ class _MptAttention(nn.Module):
         self._heads, self._layer = original.n_heads, original.layer_idx
         self._scale, self._clip = original.softmax_scale, original.clip_qkv
         # the last two columns are -slope and 0
-        self._slopes = -build_mpt_alibi_tensor(self._heads, 2, device=device)[:, 0, 0]
+        self._slopes = -build_mpt_alibi_tensor(self._heads, 2, device=device)[:, 0, 0].contiguous()
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """[1, tokens, hidden] -> the same. The bias and mask that MPT passes are not used."""

@@ -9,6 +9,7 @@ import torch
 
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.scheduler import TileJob
 from llava_serve.model.numerics import are_finite
 
@@ -53,9 +54,7 @@ class ImageEncoder:
     def _encode(self, jobs: tuple[TileJob, ...]) -> torch.Tensor:
         """Stores the features of all jobs' tiles. Returns bool [tiles]: they are finite."""
         tiles = torch.cat([torch.from_numpy(job.tiles) for job in jobs])
-        if self._model.device.type == "cuda":  # from pinned memory, so that this thread does not wait for the copy
-            tiles = tiles.pin_memory()
-        features = self._model.tower_features(tiles)
+        features = self._model.tower_features(to_device(tiles, self._model.device))
         parts = torch.split_with_sizes(features, [len(job.tiles) for job in jobs])
         for job, part in zip(jobs, parts, strict=True):
             if job.first == 0:

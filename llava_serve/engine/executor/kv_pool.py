@@ -33,7 +33,7 @@ class KVPool:
     def __init__(
         self, layers: int, kv_heads: int, positions: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.kv_heads, self.head_dim, self.device = kv_heads, head_dim, device
         shape = (layers, 2, kv_heads, positions, head_dim)
         self._memory = _allocate(math.prod(shape), dtype, device).view(shape)
         self.layers = [(layer[0], layer[1]) for layer in self._memory]

@@ -22,6 +22,7 @@ from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt
+from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.scheduler import Schedule, Segment
 from llava_serve.engine.sequence import PromptLogprobs, Sequence
@@ -67,8 +68,11 @@ class ModelRunner:
         self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
         self._decoder = Decoder(model.language_model, compile=options.compile and model.device.type == "cpu")
         self._graphs: DecodeGraphs | None = None
-        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim) and self._decoder.capturable
-        if fast and options.cuda_graphs and positions >= 2 * options.max_num_seqs:
+        alibi = self._decoder.has_alibi
+        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim, alibi=alibi)
+        self.slow_attention = model.device.type == "cuda" and not fast
+        """On a GPU, attention runs without its fast kernel."""
+        if fast and self._decoder.capturable and options.cuda_graphs and positions >= 2 * options.max_num_seqs:
             keys = min(positions, model.spec.context_length)
             graphs = DecodeGraphs(self._decoder, model.embed, self._memory, options.max_num_seqs, keys, positions)
             self._graphs = graphs if graphs.capture() else None
@@ -108,6 +112,8 @@ class ModelRunner:
         logits = self._forward(schedule, scored, failures) if schedule.segments else torch.empty(0, 0)
         sequences, flags = self._check_finite(schedule.segments, logits)
         flags += [*(flag for each in scored for flag in each.finite), *finite]
+        if not flags and self._model.device.type == "cuda":  # nothing else waits, and the engine times this step
+            torch.cuda.current_stream(self._model.device).synchronize()
         return StepResult(
             logits,
             [*sequences, *(each.sequence for each in scored for _ in each.finite), *digests],
@@ -140,15 +146,13 @@ class ModelRunner:
                     failures.requests[segment.sequence.request.request_id] = result
                 else:
                     scored.append(result)
-        if not last and hidden.is_cuda:
-            torch.cuda.current_stream(hidden.device).synchronize()  # nothing else waits, and the engine times this step
         return self._logits(hidden, last)
 
     def _logits(self, hidden: torch.Tensor, chosen: list[int]) -> torch.Tensor:
         """[chosen, vocabulary] of some of the hidden states [tokens, hidden]."""
         count = len(chosen)
-        indices = [*chosen, *[0] * (self._padded(count) - count)]
-        return self._decoder.logits(hidden[torch.tensor(indices, dtype=torch.long, device=hidden.device)])[:count]
+        indices = torch.tensor([*chosen, *[0] * (self._padded(count) - count)], dtype=torch.long)
+        return self._decoder.logits(hidden[to_device(indices, hidden.device)])[:count]
 
     def _check_finite(
         self, segments: tuple[Segment, ...], logits: torch.Tensor
@@ -203,7 +207,7 @@ class ModelRunner:
     def _embed(self, segments: tuple[Segment, ...], padding: int, failures: StepFailures) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for images; then padding."""
         ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
-        tokens = torch.tensor([*ids, *[0] * padding], device=self._model.device)
+        tokens = to_device(torch.tensor([*ids, *[0] * padding]), self._model.device)
         embeddings = self._model.embed(tokens.clamp(min=0))
         offset = 0
         for segment in segments:

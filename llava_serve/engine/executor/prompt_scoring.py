@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llava_serve.engine.executor.transfer import to_device, to_host
 from llava_serve.engine.scheduler import Segment
 from llava_serve.engine.sequence import PromptLogprobs, RawLogprob, Sequence
 from llava_serve.model.numerics import are_finite
@@ -52,11 +53,13 @@ def score_prompt(segment: Segment, logits_of: LogitsOf) -> ScoredPrompt:
 def _entries(logits: torch.Tensor, tokens: list[int], asked: int) -> list[RawLogprob]:
     """Of each token by its logits, of [tokens, vocabulary], with so many alternatives."""
     table = logits.log_softmax(dim=-1)
-    own = table.gather(1, torch.tensor(tokens, device=table.device)[:, None])
+    own = table.gather(1, to_device(torch.tensor(tokens), table.device)[:, None])
     ranks = (table >= own).sum(dim=-1)
-    best = table.topk(min(asked, table.shape[-1]), dim=-1)
-    columns = (own[:, 0].tolist(), ranks.tolist(), best.indices.tolist(), best.values.tolist())
+    count = min(asked, table.shape[-1])
+    best = table.topk(count, dim=-1)
+    logprobs, places, ids, values = to_host([own, ranks, best.indices, best.values])
+    alternatives = [*zip(map(int, ids), values, strict=True)]
     return [
-        RawLogprob(token, logprob, tuple(zip(ids, values, strict=True)), rank)
-        for token, logprob, rank, ids, values in zip(tokens, *columns, strict=True)
+        RawLogprob(token, logprob, tuple(alternatives[at * count : (at + 1) * count]), int(rank))
+        for at, (token, logprob, rank) in enumerate(zip(tokens, logprobs, places, strict=True))
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
 from llava_serve.engine.beam import BeamSearch, Candidate
 from llava_serve.engine.executor.token_mask import mask_tokens
+from llava_serve.engine.executor.transfer import to_device, to_host
 from llava_serve.engine.sequence import RawLogprob, Sequence
+from llava_serve.sampling_params import SamplingParams
 
 _MASK = (1 << 64) - 1
 _PARTIAL_SORT = 256
@@ -27,54 +30,68 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor) -> tuple[list[RawLogprob], list[bool]]:
-    """Samples one token per sequence.
+    """Samples one token per sequence. A GPU is waited for once, and once more where `_truncate` has sorted too few.
 
     Args:
         logits: [sequences, vocabulary] in float32 or float64; not changed.
         sequences: those of the logits, in their order.
-        flags: bool [any]. They are copied from the device with the tokens, to synchronize once.
+        flags: bool [any]. They are copied from the device with the tokens.
 
     Returns:
         The tokens, and the flags. Log-probabilities are the model's own, before temperature, penalties and grammars;
         they are computed, with the alternatives, only for requests that ask, and are 0 elsewhere.
     """
     if not sequences:
-        return [], flags.tolist()
-    tables = _logprobs(logits, sequences)
+        return [], flags.cpu().tolist()
+    adjusted = logits
     if any(_adjusts(sequence) for sequence in sequences):
-        logits = logits.clone()
-        adjust(logits, sequences)
-        mask_tokens(logits, sequences)
-    not_greedy = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
+        adjusted = logits.clone()
+        adjust(adjusted, sequences)
+        mask_tokens(adjusted, sequences)
+    asked: dict[int, list[int]] = {}  # sequences by the number of alternatives
+    for index, sequence in enumerate(sequences):
+        if (count := sequence.request.sampling.logprobs) is not None:
+            asked.setdefault(count, []).append(index)
+    for sort_all in (False, True):
+        tokens, sufficient = _sample_tokens(adjusted, sequences, sort_all=sort_all)
+        tables = [_logprobs(logits, tokens, indices, count) for count, indices in asked.items()]
+        ids, sorted_enough, checked, *columns = to_host([tokens, sufficient, flags, *tables])
+        if all(sorted_enough):
+            break
+    entries = [RawLogprob(int(token), 0.0) for token in ids]
+    for indices, values in zip(asked.values(), columns, strict=True):
+        width = len(values) // len(indices)
+        for at, index in enumerate(indices):
+            own, *best = values[at * width : (at + 1) * width]
+            top = zip(map(int, best[: width // 2]), best[width // 2 :], strict=True)
+            entries[index] = RawLogprob(entries[index].token_id, own, tuple(top))
+    return entries, [bool(flag) for flag in checked]
+
+
+def _sample_tokens(
+    logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [sequences], and bool [any] on the device: `_truncate` has sorted enough."""
+    chosen = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
+    if len(chosen) == len(sequences):
+        return _random_sample(logits, sequences, sort_all=sort_all)
     best = logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
-    sampled = best[:0]
-    if not_greedy:
-        sampled = _random_sample(logits[not_greedy], [sequences[index] for index in not_greedy])
-    tokens: list[int] = torch.cat([best, sampled, flags]).tolist()
-    start = len(sequences) + len(not_greedy)
-    for index, token in zip(not_greedy, tokens[len(sequences) : start], strict=True):
-        tokens[index] = token
-    entries = [
-        RawLogprob(token, 0.0) if table is None else _entry(table, token, sequence.request.sampling.logprobs or 0)
-        for token, table, sequence in zip(tokens[: len(sequences)], tables, sequences, strict=True)
-    ]
-    return entries, [bool(flag) for flag in tokens[start:]]
+    if not chosen:
+        return best, torch.ones(0, dtype=torch.bool, device=logits.device)
+    where = _on(logits, chosen)
+    own = [sequences[index] for index in chosen]
+    sampled, sufficient = _random_sample(logits.index_select(0, where), own, sort_all=sort_all)
+    return best.index_copy_(0, where, sampled), sufficient
 
 
-def _logprobs(logits: torch.Tensor, sequences: list[Sequence]) -> list[torch.Tensor | None]:
-    """Per sequence [vocabulary], where the request asks for them."""
-    asked = [index for index, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
-    tables: list[torch.Tensor | None] = [None] * len(sequences)
-    if asked:
-        for index, table in zip(asked, logits[asked].log_softmax(dim=-1), strict=True):
-            tables[index] = table
-    return tables
-
-
-def _entry(table: torch.Tensor, token: int, count: int) -> RawLogprob:
-    best = table.topk(min(count, len(table)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return RawLogprob(token, float(table[token]), top)
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, indices: list[int], count: int) -> torch.Tensor:
+    """Of some sequences float64 [sequences, 1 + 2 * count]: the token's log-probability, then ids and log-probabilities
+    of the `count` best ones."""
+    where = _on(logits, indices)
+    table = logits.index_select(0, where).log_softmax(dim=-1)
+    own = table.gather(1, tokens.index_select(0, where)[:, None])
+    best = table.topk(min(count, table.shape[-1]), dim=-1)
+    return torch.cat([own.double(), best.indices.double(), best.values.double()], dim=1)
 
 
 def _adjusts(sequence: Sequence) -> bool:
@@ -102,8 +119,8 @@ def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> None:
         columns += added.keys()
         values += added.values()
     if at:
-        where = (torch.tensor(at, device=logits.device), torch.tensor(columns, device=logits.device))
-        logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+        rows, tokens = _on(logits, [at, columns])
+        logits.index_put_((rows, tokens), _on(logits, values, logits.dtype), accumulate=True)
 
 
 def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
@@ -111,25 +128,37 @@ def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
 
     Repetition counts prompt and output tokens, as transformers does; presence and frequency the output, as OpenAI does.
     """
+    repeated: list[tuple[int, int]] = []
+    factors: list[float] = []
+    counted: list[tuple[int, int]] = []
+    amounts: list[tuple[float, float, int]] = []
     for index, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sampling.repetition_penalty != 1:
-            present = torch.tensor(sorted({token for token in sequence.token_ids if token >= 0}), device=logits.device)
-            score = logits[index, present]
-            penalty = sampling.repetition_penalty
-            logits[index, present] = torch.where(score < 0, score * penalty, score / penalty)
+            present = {token for token in sequence.token_ids if token >= 0}
+            repeated += [(index, token) for token in present]
+            factors += [sampling.repetition_penalty] * len(present)
         if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_output:
-            counts = Counter(sequence.token_ids[sequence.num_prompt :])
-            tokens = torch.tensor(list(counts), device=logits.device)
-            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-            logits[index, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+            for token, times in Counter(sequence.token_ids[sequence.num_prompt :]).items():
+                counted.append((index, token))
+                amounts.append((sampling.presence_penalty, sampling.frequency_penalty, times))
+    if repeated:
+        where = _on(logits, repeated).unbind(1)
+        score, factor = logits[where], _on(logits, factors, logits.dtype)
+        logits.index_put_(where, torch.where(score < 0, score * factor, score / factor))
+    if counted:
+        where = _on(logits, counted).unbind(1)
+        presence, frequency, count = _on(logits, amounts, logits.dtype).unbind(1)
+        logits.index_put_(where, logits[where] - (presence + frequency * count))
 
 
-def _random_sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+def _random_sample(
+    logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse transform sampling: the noise of a sequence is one number, whatever the batch and the device.
 
     Returns:
-        ids [sequences].
+        As `_sample_tokens`.
     """
     samplings = [sequence.request.sampling for sequence in sequences]
     # the maximum is subtracted first: a small temperature then makes -inf of the others, and never infinity of two
@@ -137,9 +166,14 @@ def _random_sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Ten
     if any(one.min_p for one in samplings):  # the likeliest token's logit is 0 here
         logits.masked_fill_(logits < _column([one.min_p for one in samplings], logits).log(), float("-inf"))
     truncated = [index for index, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
+    sufficient = torch.ones(0, dtype=torch.bool, device=logits.device)
     if truncated:
-        chosen = [samplings[index] for index in truncated]
-        logits[truncated] = _truncate(logits[truncated], [one.top_k for one in chosen], [one.top_p for one in chosen])
+        where = _on(logits, truncated)
+        own, chosen = logits.index_select(0, where), [samplings[index] for index in truncated]
+        kept, sufficient = _truncate(own, chosen, sort_all=sort_all)
+        if _answers_at_once(logits) and not sufficient.all():
+            kept, sufficient = _truncate(own, chosen, sort_all=True)
+        logits.index_copy_(0, where, kept)
     noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output) for sequence in sequences]
     # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
@@ -147,34 +181,50 @@ def _random_sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Ten
     tokens = torch.searchsorted(mass, target, right=True)[:, 0]
     # rounding may put the target at the very end: then the last token with any mass is taken
     last = (mass < mass[:, -1:]).sum(dim=-1)
-    return torch.minimum(tokens, last)
+    return torch.minimum(tokens, last), sufficient
 
 
-def _truncate(logits: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
+def _answers_at_once(tensor: torch.Tensor) -> bool:
+    """A value of the tensor can be read without a wait for work that is queued before it."""
+    return tensor.device.type == "cpu"
+
+
+def _truncate(
+    logits: torch.Tensor, samplings: list[SamplingParams], *, sort_all: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keeps the `top_k` best (0: all), of these the fewest that reach `top_p`, at least one. The others become -inf.
 
-    Sorting a vocabulary is slow: the best few are sorted first, and nearly always suffice.
+    Sorting a vocabulary is slow: without `sort_all` the best few are sorted, which nearly always suffice.
+
+    Returns:
+        The logits, and bool [sequences]: so many suffice; elsewhere the logits are not to be used.
     """
     vocabulary = logits.shape[-1]
-    keep = torch.tensor([[min(k, vocabulary) or vocabulary] for k in top_k], device=logits.device)
-    limit = _column(top_p, logits).clamp(
+    top_k = [min(one.top_k, vocabulary) or vocabulary for one in samplings]
+    keep = _on(logits, top_k)[:, None]
+    limit = _column([one.top_p for one in samplings], logits).clamp(
         min=torch.finfo(logits.dtype).tiny
     )  # a share that rounds to 0 would keep no token
-    for wanted in (min(vocabulary, max([_PARTIAL_SORT, *top_k])), vocabulary):
-        values, order = logits.topk(wanted, dim=-1)
-        values = values.masked_fill(torch.arange(wanted, device=logits.device) >= keep, float("-inf"))
-        whole = torch.where(keep < vocabulary, values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
-        shares = (values - whole).exp()
-        preceding = shares.cumsum(dim=-1) - shares
-        if bool(((keep <= wanted) | (preceding[:, -1:] >= limit)).all()):
-            break
+    limited = [k for k in top_k if k < vocabulary]
+    wanted = vocabulary if sort_all else min(vocabulary, max([_PARTIAL_SORT, *limited]))
+    values, order = logits.topk(wanted, dim=-1)
+    values = values.masked_fill(torch.arange(wanted, device=logits.device) >= keep, float("-inf"))
+    whole = torch.where(keep < vocabulary, values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
+    shares = (values - whole).exp()
+    preceding = shares.cumsum(dim=-1) - shares
+    sufficient = ((keep <= wanted) | (preceding[:, -1:] >= limit))[:, 0]
     values = values.masked_fill((preceding >= limit) & (limit < 1), float("-inf"))
-    return torch.full_like(logits, float("-inf")).scatter_(-1, order, values)
+    return torch.full_like(logits, float("-inf")).scatter_(-1, order, values), sufficient
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
     """[sequences, 1], in the precision and on the device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return _on(like, values, like.dtype)[:, None]
+
+
+def _on(like: torch.Tensor, values: list[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A list as a tensor on the device of `like`."""
+    return to_device(torch.tensor(values, dtype=dtype), like.device)
 
 
 def best_candidates(logits: torch.Tensor, search: BeamSearch) -> list[Candidate]:
@@ -189,7 +239,7 @@ def best_candidates(logits: torch.Tensor, search: BeamSearch) -> list[Candidate]
     adjust(scores, search.group.active)
     totals = scores + _column(search.totals, scores)
     best = totals.flatten().topk(min(search.num_candidates, totals.numel()))
+    places, values = to_host([best.indices, best.values])
     return [
-        Candidate(at // vocabulary, at % vocabulary, total)
-        for at, total in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        Candidate(int(at) // vocabulary, int(at) % vocabulary, total) for at, total in zip(places, values, strict=True)
     ]

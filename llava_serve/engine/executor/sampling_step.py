@@ -13,6 +13,7 @@ from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.model_runner import StepResult
 from llava_serve.engine.executor.sampler import best_candidates, sample
+from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.sequence import RawLogprob, Sequence
 from llava_serve.model.numerics import numerical_error
@@ -56,7 +57,7 @@ def sample_step(
     failed_images = dict(step.failures.images)
     sampled = SampledStep([], [], StepFailures(failed, failed_images))
     own = [sequences[index] for index in single]
-    tokens, finite = _sample_each(step.logits[single] if beams else step.logits, own, step.finite)
+    tokens, finite = _sample_each(_rows(step.logits, single) if beams else step.logits, own, step.finite)
     for checked, is_finite in zip(step.checked, finite, strict=True):
         if is_finite:
             continue
@@ -73,12 +74,16 @@ def sample_step(
     for name, indices in beams.items():
         if name in failed:
             continue
-        extended = attempt(partial(_extend, searches[name], step.logits[indices]))
+        extended = attempt(partial(_extend, searches[name], _rows(step.logits, indices)))
         if isinstance(extended, Exception):
             failed[name] = extended
         else:
             sampled.beams.append((searches[name], extended))
     return sampled
+
+
+def _rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    return logits.index_select(0, to_device(torch.tensor(indices, dtype=torch.long), logits.device))
 
 
 def _advance(sequence: Sequence, token: RawLogprob) -> Exception | None:
@@ -103,4 +108,4 @@ def _sample_each(
         each.append(single if isinstance(single, Exception) else single[0][0])
     if not any(isinstance(one, Exception) for one in each):
         _logger.error("The tokens of a step could not be sampled as a batch, but one by one.", exc_info=batch)
-    return each, flags.tolist()
+    return each, flags.cpu().tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.sequence import Sequence
 
 
@@ -26,4 +27,4 @@ def mask_tokens(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     for at, bits in allowed.items():
         packed[at] = bits
     forbidden = np.unpackbits(~packed, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
-    logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
+    logits.masked_fill_(to_device(torch.from_numpy(forbidden), logits.device), float("-inf"))
