@@ -29,6 +29,7 @@ COMMANDS = [
     "refusals",
     "routing",
     "serve_clients --url {url}",
+    "soak",
 ]
 PARTS = {
     "__init__",
@@ -40,6 +41,7 @@ PARTS = {
     "paced",
     "plot",
     "ray_job",
+    "soak_requests",
 }
 """Modules that the benchmarks share."""
 
