@@ -9,6 +9,7 @@ back by itself, and nothing is left.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import signal
 import time
@@ -17,11 +18,12 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from deployments.tools.local_cluster import LocalCluster, local_cluster
 from deployments.tools.serve_env import read_serve_env
 from support.bursts import at_rest, counted_config, remaining
-from support.faults import Load, fault_under_load, holdings, kill, processes_of
+from support.faults import Asker, Load, Outcome, fault_under_load, holdings, kill, large_picture, processes_of
 from support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,6 +31,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BACK_S = 180.0
 """On a machine that others use, too; the log has the figures."""
 FORCE_STOP = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+
+DECODE_BYTES = 192 << 20
+"""Enough for 12 megapixels, too little for 63."""
 
 WAITS = {"answer", "refused"}
 """A request of which nothing had been sent."""
@@ -64,7 +69,9 @@ log = logging.getLogger(__name__)
 def running(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalCluster]]:
     """The application, and the name of its profile."""
     profile = read_serve_env(ROOT / "production.env") if request.param == "production" else {}
-    with local_cluster(counted_config(), num_cpus=2, profile=profile | FORCE_STOP) as cluster:
+    config = counted_config()
+    config["applications"][0]["args"]["images"]["decode_memory_bytes"] = DECODE_BYTES
+    with local_cluster(config, num_cpus=2, profile=profile | FORCE_STOP) as cluster:
         yield request.param, cluster
 
 
@@ -87,6 +94,25 @@ def test_a_lost_process_is_replaced_and_every_request_has_an_end(
     while left := before.left_by(holdings(cluster)):
         assert time.monotonic() < deadline, left
         time.sleep(1)
+
+
+def test_a_picture_that_takes_too_much_memory_takes_no_other_request_with_it(
+    running: tuple[str, LocalCluster],
+) -> None:
+    _, cluster = running
+    replicas = processes_of(cluster, title=TITLES["picture replica"])
+    too_large = io.BytesIO()
+    Image.new("RGBA", (8000, 7900), (255, 0, 0, 200)).save(too_large, "PNG", compress_level=1)
+
+    async def ask() -> list[Outcome]:
+        async with Asker(cluster.url) as asker:
+            pictures = [large_picture(100), too_large.getvalue(), large_picture(101), too_large.getvalue() + b"0"]
+            return await asyncio.gather(*(asker.ask(each, max_tokens=20) for each in pictures))
+
+    outcomes = asyncio.run(ask())
+    assert [each.kind for each in outcomes] == ["answer", "400", "answer", "400"], outcomes
+    assert all("takes too much memory" in each.detail for each in outcomes[1::2])
+    assert processes_of(cluster, title=TITLES["picture replica"]) == replicas
 
 
 def cause(lost: str, victims: list[psutil.Process]) -> Callable[[], Any]:

@@ -131,8 +131,8 @@ class Load:
 
     def __str__(self) -> str:
         parts = {"streams": self.streams, "others": self.others, "later": self.later}
-        told = "; ".join(f"{name} {dict(Counter(each.kind for each in group))}" for name, group in parts.items())
-        return f"back after {self.back_s:.1f} s; {told}"
+        reported = "; ".join(f"{name} {dict(Counter(each.kind for each in group))}" for name, group in parts.items())
+        return f"back after {self.back_s:.1f} s; {reported}"
 
 
 async def fault_under_load(url: str, fault: Any, bound_s: float) -> Load:
