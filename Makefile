@@ -13,7 +13,7 @@ LIBRARY := llava_serve deployments
 BESIDE := tests benchmarks examples
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo serve test test-extended test-slow check check-training docs eval-builtin clean
+.PHONY: help setup demo serve test test-extended test-faults test-slow check check-training docs eval-builtin clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env)"
 	@echo "make test          the everyday tests: some minutes on two cores; measures coverage"
 	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
+	@echo "make test-faults   processes that are killed under load, both profiles, a lost node: half an hour"
 	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
 	@echo "make check         format, lint, types, layers, dependencies, words, serve_config.yaml"
 	@echo "make check-training  lint, types and dependencies of training/, which make check leaves out"
@@ -69,6 +70,9 @@ test: setup
 
 test-extended: setup
 	@$(PYTEST) -m "extended and not slow"
+
+test-faults: setup
+	@$(PYTEST) tests/faults --log-cli-level=INFO
 
 test-slow: setup
 	@$(PYTEST) -m slow

@@ -31,6 +31,9 @@ SERVE_LOGGER = "ray.serve"
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ATTEMPTS = 2
+"""Of a call whose replica is lost before its first result. Not more: the request itself may be what ends replicas."""
+
 logger = logging.getLogger(SERVE_LOGGER)
 
 GATHER_S = 0.02
@@ -77,14 +80,24 @@ def _logged(error: LlavaServeError) -> Failure:
     return Failure(error)
 
 
+class ReplicaLostError(EngineDeadError):
+    """The replica that worked on a call was lost; another one can do the work."""
+
+
 async def result(method: DeploymentHandle, *args: object) -> Any:
-    """The result of a call.
+    """The result of a call, which is made again if its replica is lost.
 
     Raises:
-        LlavaServeError: the call failed with it, or its replica was lost.
+        LlavaServeError: the call failed with it, or its replica was lost `ATTEMPTS` times.
     """
-    async with call(method, *args) as response:
-        returned = await response
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            async with call(method, *args) as response:
+                returned = await response
+            break
+        except ReplicaLostError:
+            if attempt == ATTEMPTS:
+                raise
     if isinstance(returned, Failure):
         raise returned.error
     return returned
@@ -109,7 +122,9 @@ async def call(method: DeploymentHandle, *args: object) -> AsyncIterator[Any]:
 async def stream(
     method: DeploymentHandle, aborts: AbortSender, call_id: str, deadline: float, *args: object
 ) -> AsyncGenerator[Any]:
-    """Yields the items of a streaming call. Closing the generator ends the work at the replica.
+    """Yields the items of a streaming call, which is made again if its replica is lost before the first of them.
+
+    Closing the generator ends the work at the replica.
 
     Args:
         method: takes `args`, then `call_id` and `deadline`.
@@ -117,6 +132,22 @@ async def stream(
         call_id: unique to this call.
         deadline: seconds since the epoch.
     """
+    for attempt in range(1, ATTEMPTS + 1):
+        begun = False
+        try:
+            async with aclosing(_stream_once(method, aborts, call_id, deadline, *args)) as items:
+                async for item in items:
+                    begun = True
+                    yield item
+            return
+        except ReplicaLostError:
+            if begun or attempt == ATTEMPTS:
+                raise
+
+
+async def _stream_once(
+    method: DeploymentHandle, aborts: AbortSender, call_id: str, deadline: float, *args: object
+) -> AsyncGenerator[Any]:
     ended = False
     try:
         async with call(method, *args, call_id, deadline) as response:
@@ -143,8 +174,10 @@ def library_errors() -> Iterator[None]:
         yield
     except BackPressureError:
         raise CapacityError("The server is at capacity; try again later.") from None
-    except (RayActorError, DeploymentUnavailableError):
-        raise EngineDeadError("The replica that worked on the request was lost.") from None
+    except RayActorError:
+        raise ReplicaLostError("The replica that worked on the request was lost.") from None
+    except DeploymentUnavailableError:
+        raise EngineDeadError("No replica can work on the request.") from None
     except (TaskCancelledError, RequestCancelledError):
         raise EngineDeadError("The replica that worked on the request was stopped.") from None
 

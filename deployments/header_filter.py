@@ -21,6 +21,8 @@ from llava_serve.api.errors import error_response
 from llava_serve.api.middleware import is_request_id
 from llava_serve.errors import RequestError
 
+from .lost_replica import LostReplicaMiddleware
+
 REQUEST_ID = b"x-request-id"
 FORBIDDEN_HEADERS = frozenset(
     (
@@ -87,4 +89,4 @@ def one_id(send: Send) -> Send:
 
 def middlewares() -> list[Middleware]:
     """The middleware that Serve adds to its proxy."""
-    return [Middleware(HeaderFilterMiddleware)]
+    return [Middleware(HeaderFilterMiddleware), Middleware(LostReplicaMiddleware)]

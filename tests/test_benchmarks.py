@@ -29,6 +29,7 @@ COMMANDS = [
     "refusals",
     "routing",
     "serve_clients --url {url}",
+    "soak",
 ]
 PARTS = {
     "__init__",
@@ -41,6 +42,7 @@ PARTS = {
     "paced",
     "plot",
     "ray_job",
+    "soak_requests",
 }
 """Modules that the benchmarks share, and the one that draws their results."""
 

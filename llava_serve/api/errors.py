@@ -29,6 +29,9 @@ from llava_serve.errors import (
 
 logger = logging.getLogger(__name__)
 
+_REPLACED_S = 5
+"""By then Serve knows that the replica is lost, and holds requests until another one runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class WireError:
@@ -114,6 +117,8 @@ def error_response(error: BaseException, request_id: str | None = None) -> JSONR
 def _headers(error: BaseException) -> dict[str, str]:
     if isinstance(error, CapacityError):
         return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, EngineDeadError):
+        return {"Retry-After": str(_REPLACED_S)}
     if isinstance(error, AccessError):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, DeadlineExceededError | NumericalError):

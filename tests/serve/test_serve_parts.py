@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from deployments import handle_calls
 from deployments.coalesce import coalesce
 from deployments.handle_calls import AbortedCalls
 from deployments.header_filter import HeaderFilterMiddleware
+from deployments.lost_replica import LostReplicaMiddleware
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import AdmissionMiddleware, RequestContextMiddleware
 from llava_serve.deadline import check_deadline, deadline_scope
@@ -168,6 +170,45 @@ async def test_headers_that_control_serve_are_removed() -> None:
     headers = [(b"X-Request-Timeout-Seconds", b"0"), (b"x-request-disconnect-disabled", b"?1"), (b"x-session-id", b"1")]
     await ask(HeaderFilterMiddleware(app), [*headers, (b"X-Request-ID", b"a\xffb"), *kept])
     assert received == kept
+
+
+SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+async def test_a_response_that_never_begins_is_a_503() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        return
+
+    start, body = await ask(LostReplicaMiddleware(app))
+    assert start["status"] == 503
+    assert dict(start["headers"])[b"retry-after"] == b"5"
+    assert json.loads(body["body"])["error"]["code"] == "service_unavailable"
+
+
+async def test_an_event_stream_that_stops_ends_with_an_error_event() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": SSE})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+
+    _, first, last = await ask(LostReplicaMiddleware(app))
+    error, done, end = last["body"].split(b"\n\n")
+    assert first["body"] == b"data: 1\n\n"
+    assert "replica" in json.loads(error.removeprefix(b"data: "))["error"]["message"]
+    assert (done, end, last.get("more_body", False)) == (b"data: [DONE]", b"", False)
+
+
+@pytest.mark.parametrize(("kind", "more_body"), [(SSE, False), ([(b"content-type", b"application/json")], True)])
+async def test_other_responses_stay_as_they_are(kind: list[tuple[bytes, bytes]], more_body: bool) -> None:
+    sent: list[Message] = [
+        {"type": "http.response.start", "status": 200, "headers": kind},
+        {"type": "http.response.body", "body": b"x", "more_body": more_body},
+    ]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in sent:
+            await send(message)
+
+    assert await ask(LostReplicaMiddleware(app)) == sent
 
 
 async def test_an_answer_carries_its_id_once() -> None:

@@ -1,0 +1,186 @@
+"""Mixed requests for a long time: how each kind ended, whether the answers are right, and the memory of every process.
+
+    python -m benchmarks.soak [--minutes 20] [--clients 4] [--profile production.env] [--output ...] [--plot ...]
+
+The application of `serve_config.yaml` with one replica per tier. Each client sends one request after another: `good`
+ones with a large picture that differs from all before it, `text` with three choices and log-probabilities, `bad` ones
+that must be refused, `cancelled` ones whose client disconnects, and `expired` ones with a time that cannot suffice. A
+good answer is right if it is what the library gives for that picture by itself; what makes the picture differ is one
+pixel. `slope` is that of resident memory over the second half, in MiB per minute; what a process holds grows until its
+caches are full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+
+from benchmarks.counted import counted_config
+from benchmarks.options import make_parser, parse
+from benchmarks.plot import write_times
+from benchmarks.soak_requests import KINDS, Scene, request_of, scenes
+from deployments.tools.local_cluster import LocalCluster, local_cluster
+from deployments.tools.serve_env import read_serve_env
+
+SAMPLE_S = 5.0
+SETTLED_S = 60.0
+"""Until nothing remains of the last requests."""
+
+Samples = dict[str, list[tuple[float, float]]]
+"""By process: minutes, and MiB."""
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--scenes", type=int, default=16, help="pictures that the library answers before")
+    parser.add_argument("--profile", type=Path, help="a profile's file; none: Serve's defaults")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parse(parser, minutes=0.3, clients=2, scenes=2)
+    known = scenes(options.scenes)
+    profile = read_serve_env(options.profile) if options.profile else None
+    load_before = round(os.getloadavg()[0], 1)
+    with local_cluster(counted_config(), profile=profile) as running:
+        result, samples = asyncio.run(soak(running, known, options))
+    head = {"cpu_cores": os.cpu_count(), "load_before": load_before, "minutes": options.minutes}
+    result = head | {"profile": options.profile.stem if options.profile else "default"} | result
+    print(json.dumps(result, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        write_times(options.plot, "Resident memory in MiB over minutes", samples)
+
+
+async def soak(
+    running: LocalCluster, known: list[Scene], options: argparse.Namespace
+) -> tuple[dict[str, Any], Samples]:
+    """The report, and the samples of memory."""
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: list[float] = []
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        ask = partial(one_request, session, f"{running.url}/v1/chat/completions", known, outcomes, seconds)
+        await asyncio.gather(*(ask(random.Random(number)) for number in range(4)))  # warms up; is counted, too
+        before = await at_rest(session, running.url)
+        began = time.monotonic()
+        end = began + 60 * options.minutes
+        watching = asyncio.create_task(asyncio.to_thread(watch_memory, running.process.pid, end))
+        await asyncio.gather(*(client(ask, 100 + number, end) for number in range(options.clients)))
+        samples = await watching
+        after = await at_rest(session, running.url)
+    return {
+        "requests": sum(each.total() for each in outcomes.values()),
+        "outcomes": {kind: dict(each) for kind, each in sorted(outcomes.items())},
+        "not_as_expected": {kind: left for kind, each in outcomes.items() if (left := unexpected(kind, each))},
+        "good_answer_s": {f"p{q}": round(float(np.percentile(seconds, q)), 2) for q in (50, 95, 99)},
+        "remains": {name: after[name] - before[name] for name in ("sequences", "blocks")},
+        "memory_mib": {name: memory(points) for name, points in sorted(samples.items())},
+    }, samples
+
+
+def unexpected(kind: str, outcomes: Counter[str]) -> dict[str, int]:
+    """The outcomes that this kind of request must not have."""
+    return {outcome: count for outcome, count in outcomes.items() if outcome not in KINDS[kind].expected}
+
+
+async def client(ask: Callable[[random.Random], Awaitable[None]], seed: int, end: float) -> None:
+    """Asks one question after another until the time is over."""
+    rng = random.Random(seed)
+    while time.monotonic() < end:
+        await ask(rng)
+
+
+async def one_request(
+    session: aiohttp.ClientSession,
+    url: str,
+    known: list[Scene],
+    outcomes: dict[str, Counter[str]],
+    seconds: list[float],
+    rng: random.Random,
+) -> None:
+    """A request of a random kind; counts how it ended."""
+    kind = rng.choices(list(KINDS), [each.weight for each in KINDS.values()])[0]
+    body, expected = await asyncio.to_thread(request_of, kind, known, rng)
+    start = time.monotonic()
+    try:
+        async with asyncio.timeout(rng.uniform(0.05, 1.5) if kind == "cancelled" else None):
+            async with session.post(url, json=body) as response:
+                answer = await response.json()
+    except TimeoutError:
+        outcomes[kind]["disconnected" if kind == "cancelled" else "no answer"] += 1
+        return
+    except aiohttp.ClientError as error:
+        outcomes[kind][type(error).__name__] += 1
+        return
+    if response.status != 200 or kind != "good":
+        outcomes[kind][str(response.status)] += 1
+        return
+    seconds.append(time.monotonic() - start)
+    outcomes[kind]["right" if answer["choices"][0]["message"]["content"] == expected else "wrong"] += 1
+
+
+async def at_rest(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    """What remains in the engine, once it works no more."""
+    deadline = time.monotonic() + SETTLED_S
+    while True:
+        async with session.get(f"{url}/remaining") as response:
+            remains: dict[str, Any] = await response.json()
+        if not remains["sequences"] or time.monotonic() > deadline:
+            return remains
+        await asyncio.sleep(0.5)
+
+
+def watch_memory(pid: int, end: float) -> Samples:
+    """Reads the resident memory of all processes below this one, and of this one, until the time is over."""
+    samples: Samples = defaultdict(list)
+    began = time.monotonic()
+    root = psutil.Process(pid)
+    while time.monotonic() < end:
+        now: Counter[str] = Counter()
+        for each in [root, *root.children(recursive=True)]:
+            with suppress(psutil.Error):
+                now[title(each)] += each.memory_info().rss
+        for name, rss in now.items():
+            samples[name].append(((time.monotonic() - began) / 60, rss / 2**20))
+        time.sleep(min(SAMPLE_S, max(0.1, (end - began) / 10)))
+    return samples
+
+
+def title(process: psutil.Process) -> str:
+    """What the process is, short; those of the same title are added."""
+    command = process.cmdline()
+    if not command:
+        return "ended"
+    if command[0].startswith("ray::"):
+        return command[0].removeprefix("ray::").split()[0].removeprefix("ServeReplica:llava:")
+    module = command[command.index("-m") + 1] if "-m" in command else Path(command[-1 if "python" in command[0] else 0])
+    return str(module).rpartition("/")[2].rpartition(".")[2] or command[0]
+
+
+def memory(points: list[tuple[float, float]]) -> dict[str, float]:
+    """At the start, in the middle and at the end, and the slope over the second half."""
+    minutes, mib = np.asarray(points).T
+    late = minutes >= minutes[-1] / 2
+    slope = np.polyfit(minutes[late], mib[late], 1)[0] if late.sum() > 2 else 0.0
+    figures = {"start": mib[0], "middle": mib[len(mib) // 2], "end": mib[-1], "most": mib.max(), "slope": slope}
+    return {name: round(float(figure), 1) for name, figure in figures.items()}
+
+
+if __name__ == "__main__":
+    main()
