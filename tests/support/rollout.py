@@ -26,14 +26,8 @@ def deploy(config: dict[str, Any], address: str, file: Path) -> dict[str, Any]:
     """The status after a deployment, and the `message`s of the application and its deployments as one text."""
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "support.rollout", address, str(file)]
-    done = subprocess.run(
-        command,
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}"}
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     reported: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return reported
