@@ -51,7 +51,9 @@ def build_app(args: AppArgs) -> Application:
     """
     spec = open_checkpoint(args.model_options, weights=False)
     Processor(spec.limited_to(args.engine.max_model_len), args.images)
-    preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images, args.engine.max_model_len)
     model = serve.deployment(LlavaModel).bind(args.model_options, args.engine, args.images, args.probe)
+    preprocessor = serve.deployment(ImagePreprocessor).bind(
+        args.model_options, args.images, args.engine.max_model_len, model
+    )
     ingress = serve.deployment(serve.ingress()(Ingress))
-    return ingress.bind(args.model_name, args.api, preprocessor, model)
+    return ingress.bind(args.model_name, args.api, preprocessor, model, args.model_options.prompt_key)

@@ -32,6 +32,7 @@ from llava_serve.types import Chunk, Message, PreparedPrompt, Query
 from .backend import HandleBackend
 from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
 from .live_config import LiveConfig
+from .model_gate import wait_for_model
 
 
 class Ingress:
@@ -42,13 +43,21 @@ class Ingress:
         options: access and limits; `reconfigure` changes them.
         preprocessor: handle to `ImagePreprocessor`.
         model: handle to `LlavaModel`.
+        prompt_key: of the model that it serves (`ModelOptions.prompt_key`). None does not wait for it.
     """
 
     def __init__(
-        self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
+        self,
+        model_name: str,
+        options: ApiOptions,
+        preprocessor: DeploymentHandle,
+        model: DeploymentHandle,
+        prompt_key: str | None = None,
     ) -> None:
         _log_with_serve()
         self._live = LiveConfig("Ingress", options, self._apply)
+        self._model_tier = model
+        self._prompt_key = prompt_key
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
         self._key_limits = KeyLimits(options.max_in_flight_per_key, options.requests_per_minute_per_key)
@@ -62,6 +71,9 @@ class Ingress:
     async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
         """Called by Serve with the deployment's `user_config`. Requests in flight keep the options of their arrival."""
         await self._live.change(user_config)
+        if self._prompt_key is not None:
+            await wait_for_model(self._model_tier, self._prompt_key)
+            self._prompt_key = None  # it waits at the start alone
 
     def _apply(self, options: ApiOptions) -> None:
         app = create_app(self._backend, options, self._limiter, key_limits=self._key_limits)

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from llava_serve.app_options import Probe
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.deadline import check_deadline
-from llava_serve.errors import EngineDeadError
+from llava_serve.errors import EngineDeadError, ModelStartingError
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Chunk, PreparedPrompt
 
@@ -44,6 +44,7 @@ class LlavaModel:
         from llava_serve.async_llm import AsyncLLM
         from llava_serve.probe import check_probes
 
+        self._prompt_key = model.prompt_key
         self._llm = AsyncLLM(model, engine, image_options=images)
         check_probes(self._llm, probes)
         self._aborted = AbortedCalls()
@@ -70,12 +71,16 @@ class LlavaModel:
         Raises:
             PromptTooLongError: the prompt and `max_new_tokens` do not fit.
             CapacityError: the engine's queue is full.
+            ModelStartingError: the prompt is for another model, which replaces this one or is replaced by it.
             DeadlineExceededError: the deadline has passed.
             EngineDeadError: the engine's loop has ended.
         """
         check_deadline(deadline)
         if call_id in self._aborted:
             return
+        # A prompt of another release has no key, or is refused by its version.
+        if getattr(prepared, "prompt_key", "") not in ("", self._prompt_key):
+            raise ModelStartingError("The model is being replaced; try again later.")
         start = time.perf_counter()
         chunks = self._llm.generate_prepared(
             prepared, sampling, deadline=deadline, request_id=call_id, priority=priority
@@ -96,6 +101,10 @@ class LlavaModel:
         self._aborted.add(call_ids)
         for call_id in call_ids:
             self._llm.abort(call_id)
+
+    async def takes(self, prompt_key: str) -> bool:
+        """Whether prompts of this key are for this model."""
+        return prompt_key == self._prompt_key
 
     @returns_failure
     async def health(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
 import ray
+from ray.serve.handle import DeploymentHandle
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
@@ -17,6 +19,7 @@ from llava_serve.types import Asked, PreparedPrompt
 from .handle_calls import returns_failure
 from .live_config import LiveConfig
 from .metrics import PreprocessorMetrics
+from .model_gate import wait_for_model
 
 
 class ImagePreprocessor:
@@ -27,11 +30,20 @@ class ImagePreprocessor:
         images: limits of the images; `reconfigure` changes them. Images are decoded in child processes, which can be
             ended.
         max_model_len: as in `EngineOptions`.
+        model_tier: handle to `LlavaModel`. None does not wait for it.
     """
 
-    def __init__(self, model: ModelOptions, images: ImageOptions, max_model_len: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelOptions,
+        images: ImageOptions,
+        max_model_len: int | None = None,
+        model_tier: DeploymentHandle | None = None,
+    ) -> None:
         spec = open_checkpoint(model, weights=False)
         self._spec = spec.limited_to(max_model_len)
+        self._prompt_key = model.prompt_key
+        self._model_tier = model_tier
         self._metrics = PreprocessorMetrics()
         self._live = LiveConfig("ImagePreprocessor", images, self._apply)
         self._apply(images)
@@ -39,6 +51,9 @@ class ImagePreprocessor:
     async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
         """Called by Serve with the deployment's `user_config`. Requests in flight keep the limits of their arrival."""
         await self._live.change(user_config)
+        if self._model_tier is not None:
+            await wait_for_model(self._model_tier, self._prompt_key)
+            self._model_tier = None  # it waits at the start alone
 
     def _apply(self, images: ImageOptions) -> None:
         """Replaces the processor. The one before it ends its processes when its last request has ended, and with it
@@ -58,9 +73,10 @@ class ImagePreprocessor:
             RequestError: the input is invalid; the class says how.
             DeadlineExceededError: the deadline passed before the work was done.
         """
-        return await self._processor.prepare(
+        prepared = await self._processor.prepare(
             lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt, priority=priority
         )
+        return dataclasses.replace(prepared, prompt_key=self._prompt_key)
 
     @returns_failure
     async def tokenize(self, asked: Asked, conv_mode: str | None, deadline: float, texts: bool) -> TokenizedPrompt:

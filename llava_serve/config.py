@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 
@@ -61,6 +62,12 @@ class ModelOptions(Options):
     device: str = "auto"
     dtype: Dtype = "auto"
     quantization: Literal["8bit", "4bit"] | None = None
+
+    @property
+    def prompt_key(self) -> str:
+        """Identifies what a prepared prompt depends on."""
+        said = self.model_dump_json(exclude={"device", "dtype", "quantization"})
+        return blake2b(said.encode(), digest_size=16).hexdigest()
 
 
 class ModelKeywords(TypedDict, total=False):

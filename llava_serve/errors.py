@@ -11,7 +11,8 @@ LlavaServeError
 ├── AccessError                the API key is missing or invalid
 ├── CapacityError              at capacity: try again later
 │   ├── RateLimitError         the client is beyond a limit of its API key
-│   └── DrainingError          the server is shutting down: another one may answer
+│   ├── DrainingError          the server is shutting down: another one may answer
+│   └── ModelStartingError     another model is being replaced by this one
 ├── DeadlineExceededError      the request's time was up (also a TimeoutError)
 ├── CheckpointError            at load only: names file and tensor
 ├── NumericalError             the model's numbers overflowed on this request; names the dtype to try
@@ -133,6 +134,10 @@ class RateLimitError(CapacityError):
 
 class DrainingError(CapacityError):
     """The server finishes the requests in flight, and takes no more."""
+
+
+class ModelStartingError(CapacityError):
+    """The model that the request is for has no replica yet, or no more."""
 
 
 class DeadlineExceededError(LlavaServeError, TimeoutError):

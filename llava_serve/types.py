@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 IMAGE_TOKEN_ID = -200
 """The placeholder of an image. The original's value: never an id of a vocabulary."""
 
-PROMPT_VERSION = 2
+PROMPT_VERSION = 3
 """Of `PreparedPrompt`'s layout. A change of its fields is a new version."""
 
 Role = Literal["system", "user", "assistant"]
@@ -115,6 +115,7 @@ class PreparedPrompt:
         stop: stop strings of the template, beside the request's own.
         cache_salt: prompts share what is cached of them only where they have the same, as in vLLM.
         continues: the answer goes on from the text at the prompt's end: white space at its start is a part of it.
+        prompt_key: of the model that it is prepared for, on Serve (`ModelOptions.prompt_key`).
         version: of this layout, since rolling upgrades mix releases. The engine refuses another one by name.
     """
 
@@ -128,6 +129,7 @@ class PreparedPrompt:
     stop: tuple[str, ...] = ()
     cache_salt: str = ""
     continues: bool = False
+    prompt_key: str = ""
     version: int = PROMPT_VERSION
 
     def __getstate__(self) -> dict[str, Any]:

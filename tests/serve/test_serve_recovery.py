@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
 
+from deployments.tools.config import read_config
+from deployments.tools.local_cluster import free_port, local_cluster
+from deployments.tools.serve_env import read_serve_env
 from support.cluster import replicas
 from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
+from support.paths import CONFIG, ROOT
 
 pytestmark = pytest.mark.extended
+
+PROFILE = ROOT / "production.env"
 
 
 def ask(client: Any, **fields: Any) -> Any:
@@ -52,3 +59,19 @@ def test_a_replica_of_another_tier_that_is_killed_is_replaced(
     wait_until(answered)
     [successor] = replicas(tier, served)
     assert successor.pid != replica.pid
+
+
+def test_a_model_replica_that_hangs_is_killed_in_the_production_profile() -> None:
+    """Serve's own default lets it stop gracefully, for ten minutes, in which its CPUs and its GPU are taken."""
+    switch = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"
+    profile = {switch: read_serve_env(PROFILE)[switch]}
+    with local_cluster(read_config(CONFIG, port=free_port()), num_cpus=2, profile=profile) as running:
+        [hung] = replicas("LlavaModel", running)
+        hung.suspend()
+        assert psutil.wait_procs([hung], timeout=60)[1] == []  # three health checks of ten seconds
+        answer = httpx.post(
+            f"{running.url}/v1/chat/completions",
+            json={"model": "builtin", "messages": question("Hello"), "max_tokens": 2},
+            timeout=120,
+        )
+        assert answer.status_code == 200
