@@ -41,6 +41,6 @@ class AppArgs(AppOptions):
 def build_app(args: AppArgs) -> Application:
     """Chains the deployments: the ingress has a handle to each of the other two."""
     preprocessor = serve.deployment(ImagePreprocessor).bind(args.model_options, args.images, args.engine.max_model_len)
-    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine)
+    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine, args.model_name)
     ingress = serve.deployment(serve.ingress()(Ingress))
     return ingress.bind(args.model_name, args.api, preprocessor, model)

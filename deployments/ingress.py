@@ -18,9 +18,10 @@ from ray.serve.handle import DeploymentHandle
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
-from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.limiter import limiter_of
 from llava_serve.api.middleware import check_image_bytes
 from llava_serve.api.pipeline import GenerationRequest, generation
+from llava_serve.api.record import RequestRecord, recorded
 from llava_serve.api.service import Service
 from llava_serve.api.validation import check_priority
 from llava_serve.config import ApiOptions
@@ -48,9 +49,11 @@ class Ingress:
         _log_with_serve()
         self._options = options
         self._backend = HandleBackend(model_name, preprocessor, model)
-        self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
+        self._limiter = limiter_of(options, self._backend.exporter)
         self._aborted = AbortedCalls()
-        self._chats = ChatCalls(Service(self._backend, options, asyncio.to_thread), self._limiter)
+        service = Service(self._backend, options, asyncio.to_thread)
+        self._metrics = service.metrics
+        self._chats = ChatCalls(service, self._limiter)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
@@ -82,12 +85,12 @@ class Ingress:
         Raises:
             LlavaServeError: its class says what is wrong; the root class itself is an internal error, which is logged.
         """
-        with _internal_errors_reported(call_id), self._limiter.request() as place:
+        with self._call("generate", call_id) as record, self._limiter.request() as place:
             place.hold(check_image_bytes(asked, self._options.max_body_bytes))
             check_priority(priority, self._options.priority_range)
             place.classify(priority)
             bounded = min(deadline, time.time() + self._options.max_timeout_s)
-            request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)
+            request = GenerationRequest(asked, sampling, call_id, bounded, record, conv_mode, priority)
             async with aclosing(self._answer(request)) as items:
                 async for item in items:
                     yield item
@@ -114,8 +117,16 @@ class Ingress:
         Raises:
             LlavaServeError: as `ChatCalls.answer`. It is raised, not sent as a `Failure`: the caller knows of none.
         """
-        with _internal_errors_reported(uuid.uuid4().hex):
-            yield await self._chats.answer(request)
+        with self._call("chat", uuid.uuid4().hex) as record:
+            yield await self._chats.answer(request, record)
+
+    @contextmanager
+    def _call(self, method: str, call_id: str) -> Iterator[RequestRecord]:
+        """The record of a call by handle."""
+        record = RequestRecord(self._metrics, call_id, "CALL", method)
+        record.endpoint = method
+        with _internal_errors_reported(call_id), recorded(record):
+            yield record
 
     async def abort(self, call_ids: Sequence[str]) -> None:
         """Ends calls of `generate` whose caller has disconnected, at their next step. Unknown ids are ignored."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.deadline import check_deadline
+from llava_serve.engine.metrics import EngineMetrics
 from llava_serve.errors import EngineDeadError
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Chunk, PreparedPrompt
 
 from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure
-from .metrics import ModelMetrics
+from .metrics import RayExporter
+
+EXPORT_S = 1.0
+"""Ray's processes collect metrics less often."""
 
 
 class LlavaModel:
@@ -24,15 +30,17 @@ class LlavaModel:
     Args:
         model: which checkpoint, where and in which precision.
         engine: limits of this replica.
+        model_name: of metrics; None takes the checkpoint's.
     """
 
-    def __init__(self, model: ModelOptions, engine: EngineOptions) -> None:
+    def __init__(self, model: ModelOptions, engine: EngineOptions, model_name: str | None = None) -> None:
         # Not at the top: the process that builds the application does not need torch, which takes seconds to import.
         from llava_serve.async_llm import AsyncLLM
 
         self._llm = AsyncLLM(model, engine)
         self._aborted = AbortedCalls()
-        self._metrics = ModelMetrics()
+        self._metrics = EngineMetrics(RayExporter(model_name or self._llm.model_name))
+        threading.Thread(target=_export, args=(weakref.ref(self),), name="metrics", daemon=True).start()
 
     @yields_failure
     async def generate(
@@ -56,19 +64,13 @@ class LlavaModel:
         check_deadline(deadline)
         if call_id in self._aborted:
             return
-        start = time.perf_counter()
         chunks = self._llm.generate_prepared(
             prepared, sampling, deadline=deadline, request_id=call_id, priority=priority
         )
-        first = True
         async with aclosing(coalesce(chunks)) as groups:
             async for group in groups:
                 if call_id in self._aborted:
                     return
-                if first:
-                    self._metrics.first_chunk(time.perf_counter() - start)
-                    first = False
-                self._metrics.produced(group)
                 yield group
 
     async def abort(self, call_ids: Sequence[str]) -> None:
@@ -87,6 +89,10 @@ class LlavaModel:
         if not self._llm.healthy:
             raise EngineDeadError("The model's engine has stopped; its replica is being replaced.")
 
+    def export_metrics(self) -> None:
+        """Brings Ray's metrics up to date."""
+        self._metrics.update(self._llm.stats())
+
     async def stats(self) -> Mapping[str, object]:
         """The engine's statistics: the fields of `EngineStats`."""
         return dataclasses.asdict(self._llm.stats())
@@ -94,3 +100,11 @@ class LlavaModel:
     def __del__(self) -> None:
         if hasattr(self, "_llm"):
             self._llm.close()
+
+
+def _export(model: weakref.ref[LlavaModel]) -> None:
+    """Exports a replica's metrics while it lives: Ray's are pushed, not asked for."""
+    while (replica := model()) is not None:
+        replica.export_metrics()
+        del replica
+        time.sleep(EXPORT_S)

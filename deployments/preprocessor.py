@@ -9,13 +9,14 @@ import ray
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
+from llava_serve.metrics.pictures import PictureMetrics
 from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, PreparedPrompt
 
 from .handle_calls import returns_failure
-from .metrics import PreprocessorMetrics
+from .metrics import RayExporter
 
 
 class ImagePreprocessor:
@@ -31,9 +32,9 @@ class ImagePreprocessor:
         spec = open_checkpoint(model, weights=False)
         spec = spec.limited_to(max_model_len)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
-        metrics = PreprocessorMetrics()
-        processor = Processor(spec, images.isolated, metrics.decoding_ended)
-        self._processor = ThreadedProcessor(processor, _num_cpus(), metrics.prepared)
+        processor = Processor(spec, images.isolated)
+        processor.metrics = PictureMetrics(RayExporter(spec.name))
+        self._processor = ThreadedProcessor(processor, _num_cpus())
 
     @returns_failure
     async def prepare(
