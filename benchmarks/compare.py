@@ -3,6 +3,7 @@
     python -m benchmarks.compare /tmp/bench/60m --output benchmarks/results/compare-60m.json
     git worktree add /tmp/before HEAD~20
     python -m benchmarks.compare /tmp/bench/60m --before /tmp/before
+    python -m benchmarks.compare /tmp/bench/60m --without-max-tokens
 
 Each server runs alone on the machine, one after the other, several rounds, in bfloat16.
 """
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -36,6 +37,9 @@ from llava_serve.bench.workload import Workload, make_conversations
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
+WITHOUT = "llava-serve without max_tokens"
+STOPS = list(" etaoinsrhldcu.")
+"""Most texts soon have one of them."""
 
 
 def command(server: str, model: str, device: str, port: int) -> list[str]:
@@ -81,16 +85,43 @@ def peak_memory_mb(pid: int) -> float:
 
 
 def measure(
-    server: str, checkout: Path, model: str, device: str, clients: int, requests_: int, seed: int, same: bool
+    server: str,
+    checkout: Path,
+    model: str,
+    device: str,
+    clients: int,
+    requests_: int,
+    seed: int,
+    same: bool,
+    stopped: bool,
 ) -> dict[str, Any]:
-    """One server, one number of clients, after a short warm-up."""
+    """One server, one number of clients, after a short warm-up. `stopped`: see `StoppedClient`."""
     name = model if server == THEIRS else Path(model).name
     workload = Workload(requests=requests_, repeated_images=float(same), seed=seed)
     with running(server, checkout, model, device) as (url, pid):
-        client = Client(url, name, extra={} if server == THEIRS else {"ignore_eos": True})
+        extra = {} if server == THEIRS else {"ignore_eos": True}
+        client = StoppedClient(url, name, server == WITHOUT, extra) if stopped else Client(url, name, extra=extra)
         report = asyncio.run(send(client, workload, clients))
         peak = peak_memory_mb(pid)
     return {"server": server, "clients": clients, "same_picture": same, **report, "peak_memory_mb": peak}
+
+
+class StoppedClient(Client):
+    """Asks for answers whose length does not need `max_tokens`: so many tokens, and on to the next stop string. They
+    are sampled: the greedy text of a random model may be one token for ever.
+
+    Args:
+        absent: leave `max_tokens` out, too.
+    """
+
+    def __init__(self, url: str, model: str, absent: bool, extra: dict[str, Any]) -> None:
+        super().__init__(url, model, extra=extra | {"temperature": 1, "seed": 1, "stop": STOPS})
+        self._absent = absent
+
+    def body(self, messages: Sequence[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+        """What is sent."""
+        limit = {"max_tokens": None} if self._absent else {}
+        return super().body(messages, max_tokens) | {"min_tokens": max_tokens} | limit
 
 
 async def send(client: Client, workload: Workload, clients: int) -> dict[str, Any]:
@@ -116,6 +147,11 @@ def main() -> None:
     parser.add_argument(
         "--before", type=Path, help="an older checkout of this project, instead of transformers' server"
     )
+    parser.add_argument(
+        "--without-max-tokens",
+        action="store_true",
+        help="ours with the longest answers given beside ours without, instead of transformers' server",
+    )
     parser.add_argument("--output", type=Path)
     parser.set_defaults(same_picture=[8])
     args = parse(parser, clients=[1], per_client=1, rounds=1, same_picture=[])
@@ -125,8 +161,9 @@ def main() -> None:
 
 def compare(model: str, args: argparse.Namespace) -> None:
     """Runs all rounds of all cases, and prints the ratios."""
-    other = BEFORE if args.before else THEIRS
-    checkouts = {OURS: ROOT, BEFORE: args.before and args.before.resolve(), THEIRS: ROOT}
+    without = args.without_max_tokens
+    other = WITHOUT if without else BEFORE if args.before else THEIRS
+    checkouts = {OURS: ROOT, BEFORE: args.before and args.before.resolve(), THEIRS: ROOT, WITHOUT: ROOT}
     runs = []
     cases = [(clients, False) for clients in args.clients] + [(clients, True) for clients in args.same_picture]
     for round_ in range(args.rounds):
@@ -134,7 +171,8 @@ def compare(model: str, args: argparse.Namespace) -> None:
             for server in (OURS, other):
                 count = max(4, clients * args.per_client)
                 seed = 10 * round_
-                runs.append(measure(server, checkouts[server], model, args.device, clients, count, seed, same))
+                checkout = checkouts[server]
+                runs.append(measure(server, checkout, model, args.device, clients, count, seed, same, without))
                 print(json.dumps(runs[-1]), flush=True)
     speeds = {
         (server, clients, same): median(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import time
@@ -20,6 +19,7 @@ from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
 from llava_serve.api.limiter import limiter_of
 from llava_serve.api.middleware import check_image_bytes
+from llava_serve.api.parse_process import in_thread
 from llava_serve.api.pipeline import GenerationRequest, generation
 from llava_serve.api.record import RequestRecord, recorded
 from llava_serve.api.service import Service
@@ -51,7 +51,7 @@ class Ingress:
         self._backend = HandleBackend(model_name, preprocessor, model)
         self._limiter = limiter_of(options, self._backend.exporter)
         self._aborted = AbortedCalls()
-        service = Service(self._backend, options, asyncio.to_thread)
+        service = Service(self._backend, options, in_thread)
         self._metrics = service.metrics
         self._chats = ChatCalls(service, self._limiter)
 

@@ -56,6 +56,7 @@ class Part(Wire):
     Attributes:
         type: which of the other fields is set; `input_text`, `output_text` and `input_image` are names of the Responses
             API.
+        text: of a text part.
         refusal: the text of a `refusal`, in an answer of the assistant.
         image_url: an object, or its `url` alone.
         image: a picture; over HTTP as `image_url`, in the library any source of one.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from llava_serve.errors import LlavaServeError
 from llava_serve.images.decoder import Check
+
+_CLOSE_S = 5.0
+"""For what cannot be ended: a file that is read, a picture that is decoded in this process."""
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -42,7 +46,7 @@ class PrepareAhead(Generic[Item, Prepared]):
         while self._unfinished < self._window and (item := next(self._items, None)) is not None:
             self._unfinished += 1
             if len(self._threads) < min(self._num_threads, self._unfinished):
-                # A daemon: a picture that takes minutes to arrive holds back no exit.
+                # A daemon: a link that takes minutes holds back no exit.
                 self._threads.append(threading.Thread(target=self._work, name="prepare", daemon=True))
                 self._threads[-1].start()
             self._todo.put(item)
@@ -66,10 +70,13 @@ class PrepareAhead(Generic[Item, Prepared]):
         self._unfinished -= 1
 
     def close(self) -> None:
-        """Ends the threads, each after what it does now."""
+        """Ends the threads, each after what it does now. One that waits for a link is not waited for."""
         self._closed = True
         for _ in self._threads:
             self._todo.put(None)
+        deadline = time.monotonic() + _CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         while (item := self._todo.get()) is not None and not self._closed:

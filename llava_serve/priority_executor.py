@@ -6,7 +6,8 @@ import asyncio
 import itertools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import PriorityQueue
+from contextlib import suppress
+from queue import Empty, PriorityQueue
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -31,6 +32,14 @@ class PriorityExecutor:
         self._jobs.put((priority, next(self._order), job, future))
         self._threads.submit(self._run_next)
         return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Cancels the jobs that wait. Those that run are not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                *_, future = self._jobs.get_nowait()
+                future.cancel()
 
     def _run_next(self) -> None:
         """Called once for each job, but not necessarily for the job with which it was submitted."""

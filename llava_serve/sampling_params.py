@@ -14,7 +14,7 @@ from llava_serve.structured_output import StructuredOutput
 _GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: vLLM's bound."""
 _LENGTHS = "a whole number, 1 or more; 0 goes with prompt_logprobs"
-_RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
+RANGES: tuple[tuple[str, Any, float, float, str], ...] = (
     ("temperature", Real, 0, 100, "between 0 and 100"),
     ("top_p", Real, math.ulp(0), 1, "above 0 and at most 1"),
     ("top_k", Integral, 0, math.inf, "a whole number, 0 or more"),
@@ -103,7 +103,7 @@ class SamplingParams:
             if not good:
                 raise RequestError(f"{name} must be {rule}; got {shown(getattr(self, name))}.", name)
 
-        for name, kind, least, greatest, rule in _RANGES:
+        for name, kind, least, greatest, rule in RANGES:
             value = getattr(self, name)
             absent = value is None and name in ("seed", "logprobs", "prompt_logprobs")
             check(absent or (isinstance(value, kind) and least <= value <= greatest), name, rule)

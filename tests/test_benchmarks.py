@@ -15,6 +15,7 @@ COMMANDS = [
     "batch_class",
     "client_hop",
     "compare",
+    "compare --without-max-tokens",
     "decode_hop",
     "engine_costs bookkeeping",
     "engine_costs gaps",
@@ -32,6 +33,7 @@ COMMANDS = [
 PARTS = {
     "__init__",
     "counted",
+    "docs_plots",
     "hostile_inputs",
     "in_process",
     "make_checkpoint",
@@ -40,7 +42,7 @@ PARTS = {
     "plot",
     "ray_job",
 }
-"""Modules that the benchmarks share."""
+"""Modules that the benchmarks share, and the one that draws their results."""
 
 
 @pytest.mark.extended

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deployments.tools.config_reference import GROUPS, attribute_docs, page
+from benchmarks.docs_plots import draw
+from deployments.tools import command_reference, config_reference, metrics_reference, request_reference
+from llava_serve.config import AppOptions
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,6 +23,7 @@ LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 """A target in the repository, and the heading in it."""
 
 MOST_LINES = 900
+PACKAGES = [path for name in ("llava_serve", "deployments") for path in (ROOT / name).rglob("*.py")]
 
 
 def headings(document: Path) -> set[str]:
@@ -79,7 +85,61 @@ def test_the_short_list_names_every_page() -> None:
     assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
 
 
-def test_the_reference_of_the_options_is_as_the_code() -> None:
-    for _, _, options in GROUPS:
-        assert attribute_docs(options).keys() == options.model_fields.keys()
-    assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == page()
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("commands.md", command_reference),
+        ("configuration.md", config_reference),
+        ("fields.md", request_reference),
+        ("metrics.md", metrics_reference),
+    ],
+)
+def test_a_written_page_is_as_the_code(name: str, reference: Any) -> None:
+    assert (ROOT / "docs" / name).read_text("utf-8") == reference.page()
+
+
+def test_every_option_has_its_meaning() -> None:
+    for _, _, options in config_reference.GROUPS:
+        assert config_reference.attribute_docs(options).keys() == options.model_fields.keys()
+
+
+UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20}
+LIMIT = re.compile(r"^\| [^|]+ \| ([\d,.]+) ?(s|KiB|MiB)? \| [^|]+ \| `([\w.]+)` \|$", re.MULTILINE)
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    text, _, _ = (ROOT / "docs" / "limits.md").read_text("utf-8").partition("## Not supported")
+    limits = LIMIT.findall(text)
+    assert len(limits) == len(re.findall(r"^\| (?!limit )\w", text, re.MULTILINE)) > 30
+    stated = {name: float(value.replace(",", "")) * UNITS[unit] for value, unit, name in limits}
+    assert stated == {name: limit_of(name) for name in stated}
+
+
+def limit_of(name: str) -> float:
+    """The value of a constant, or the default of an option."""
+    place, _, last = name.rpartition(".")
+    owner = getattr(AppOptions(), place) if "." not in place else import_module(place)
+    return float(getattr(owner, last))
+
+
+def test_the_sentences_of_troubleshooting_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    sentences = [
+        sentence for table in text.split("| sentence |")[1:] for sentence in re.findall(r"^\| `(.+?)` \|", table, re.M)
+    ]
+    assert len(sentences) > 30
+    said = "\n".join(literal for path in PACKAGES for literal in literals(path))
+    parts = {part.strip() for sentence in sentences for part in sentence.split("...")} - {""}
+    assert [part for part in parts if part not in said] == []
+
+
+def literals(path: Path) -> list[str]:
+    """All texts in the code of a file; those between the fields of an f-string, too."""
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_the_plots_are_those_of_the_results(tmp_path: Path) -> None:
+    draw(tmp_path)
+    drawn = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text("utf-8") for path in (ROOT / "docs" / "images").glob("plot-*.svg")}

@@ -15,7 +15,16 @@ from support.paths import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NEED_TORCH = ("accelerate", "torch", "transformers")
-FOR_TESTS = ("httpx", "jsonschema", "openai", "psutil", "pytest", "pytest-asyncio", "pytest-timeout")
+FOR_TESTS = (
+    "httpx",
+    "jsonschema",
+    "kubernetes-validate",
+    "openai",
+    "psutil",
+    "pytest",
+    "pytest-asyncio",
+    "pytest-timeout",
+)
 TESTS = (
     "tests/api/test_api_endpoints.py",
     "tests/api/test_api_flow.py",

@@ -10,6 +10,7 @@ import sys
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from llava_serve.config import (
@@ -65,11 +66,11 @@ def _section(where: str, title: str, options: type[Options]) -> str:
     )
 
 
-def attribute_docs(options: type[Options]) -> dict[str, str]:
-    """What the docstring of a type says of each attribute."""
+def attribute_docs(options: type[BaseModel]) -> dict[str, str]:
+    """What the docstring of a type says of each attribute; several may share a sentence."""
     _, _, attributes = (options.__doc__ or "").partition("Attributes:\n")
-    found = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", attributes, re.MULTILINE)
-    return {name: _sentence(re.sub(r"\s+", " ", text)) for name, text in found}
+    found = re.findall(r"^ {8}(\w+(?:, \w+)*): (.+(?:\n {12}.+)*)", attributes, re.MULTILINE)
+    return {name: _sentence(re.sub(r"\s+", " ", text)) for names, text in found for name in names.split(", ")}
 
 
 def _sentence(text: str) -> str:

@@ -44,7 +44,7 @@ def listening(pid: int, named: Mapping[int, str]) -> list[str]:
         *_lines(reachable),
         "Only this machine reaches:",
         *_lines(loopback),
-        "(token): only with Ray's token. Ray's dashboard is off.",
+        "(token): only with Ray's token.",
     ]
 
 

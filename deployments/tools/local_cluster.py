@@ -65,6 +65,8 @@ def local_cluster(
     num_cpus: int | None = None,
     profile: Mapping[str, str] | None = None,
     tell: Callable[[str], None] | None = None,
+    dashboard_port: int | None = None,
+    log: Path | None = None,
 ) -> Iterator[LocalCluster]:
     """Runs an application while the block runs; then it drains and ends.
 
@@ -76,6 +78,8 @@ def local_cluster(
         num_cpus: logical CPUs of Ray; None takes the machine's cores, two at least.
         profile: variables that choose Serve's proxy and transport (`read_serve_env`); None takes Serve's own defaults.
         tell: called with each stage of the start.
+        dashboard_port: of Ray's dashboard, to which `serve status` and `serve deploy` talk; None starts none.
+        log: file that the output of Ray and the replicas is added to; None takes one that a normal end removes.
 
     Raises:
         LocalClusterError: the application cannot start.
@@ -83,14 +87,17 @@ def local_cluster(
     host, port = address_of(config)
     folder = Path(tempfile.mkdtemp(prefix="llava-serve-", dir="/tmp"))  # short: Ray's sockets lie in it
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
-    config_file, report, log = folder / "config.yaml", folder / "report.json", folder / "serve.log"
+    config_file, report, log = folder / "config.yaml", folder / "report.json", log or folder / "serve.log"
     config_file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
     command = [sys.executable, "-m", f"{__package__}.local_worker", str(config_file)]
     command += ["--ray-dir", str(folder / "ray"), "--report", str(report)]
     command += ["--num-cpus", str(num_cpus or max(2, os.cpu_count() or 1))]
+    command += ["--dashboard-port", str(dashboard_port)] if dashboard_port is not None else []
     settings = dict(profile) | own_places(folder, free_ports(len(EXTRA_PORTS))) if profile else {}
     ports = {port: "HTTP"} | {int(settings[name]): purpose for name, purpose in EXTRA_PORTS.items() if settings}
-    with log.open("wb") as output:
+    if dashboard_port is not None:
+        ports[dashboard_port] = "Ray's dashboard (token)"
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

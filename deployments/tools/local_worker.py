@@ -36,6 +36,7 @@ def main() -> int:
         help="file for the stage, then Ray's address or the failure",
     )
     parser.add_argument("--num-cpus", type=int, required=True)
+    parser.add_argument("--dashboard-port", type=int, help="none: no dashboard")
     options = parser.parse_args()
 
     stop = threading.Event()
@@ -44,7 +45,9 @@ def main() -> int:
         address="local",
         num_cpus=options.num_cpus,
         object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
+        include_dashboard=options.dashboard_port is not None,
+        dashboard_host="127.0.0.1",
+        dashboard_port=options.dashboard_port,
         _temp_dir=str(options.ray_dir),
     )
     _report(options.report, stage="Ray runs; Serve starts")

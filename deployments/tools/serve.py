@@ -14,6 +14,11 @@ from .listening import listening
 from .local_cluster import LocalClusterError, free_port, local_cluster
 from .serve_env import ServeEnvError, read_serve_env
 
+_IN_CLONE = " with PYTHONPATH=." if __package__.startswith("deployments.") else ""
+"""Ray's commands import the application's router."""
+MODEL_VARIABLE, KEYS_FILE_VARIABLE = "LLAVA_MODEL", "LLAVA_API_KEYS_FILE"
+"""Environment variables for two of the flags: containers are configured by them."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status is 0 if the application ran and was stopped normally.
@@ -24,9 +29,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="the packaged one by default")
     parser.add_argument("--host", help="address, instead of the config's; beyond this machine it needs a key")
     parser.add_argument("--port", type=int, help="port, instead of the config's; 0 takes a free one")
-    parser.add_argument("--model", help="model, instead of the config's: a folder, or a hub id in the local cache")
-    parser.add_argument("--api-key-file", metavar="FILE", help="accept the keys in it, one a line")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get(MODEL_VARIABLE),
+        help=f"model, instead of the config's: a folder, or a hub id in the local cache; or {MODEL_VARIABLE}",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        default=os.environ.get(KEYS_FILE_VARIABLE),
+        help=f"accept the keys in it, one a line; or {KEYS_FILE_VARIABLE}",
+    )
     parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: a file, or: production")
+    parser.add_argument(
+        "--dashboard",
+        type=int,
+        nargs="?",
+        const=8265,
+        metavar="PORT",
+        help="start Ray's dashboard on this machine, for serve status and serve deploy, too; port 8265 by default",
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="add the output of Ray and the replicas to a file")
     parser.add_argument("--print-config", action="store_true", help="print the packaged config, and end")
     options = parser.parse_args(argv)
     if options.print_config:
@@ -46,10 +69,21 @@ def main(argv: list[str] | None = None) -> int:
         check_address(config)
         check_strictly(config, options.config)  # takes seconds: it imports ray
         print(f"Starting Ray and the replicas of {options.config or 'the packaged config'} ...", flush=True)
-        with local_cluster(config, profile=profile, tell=partial(print, flush=True)) as running:
+        with local_cluster(
+            config,
+            profile=profile,
+            tell=partial(print, flush=True),
+            dashboard_port=options.dashboard,
+            log=options.log,
+        ) as running:
             try:
                 print(*listening(running.process.pid, running.ports), sep="\n")
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
+                if options.dashboard is not None:
+                    address = f"http://127.0.0.1:{options.dashboard}"
+                    print(f"Ray's dashboard: {address}; `serve status -a {address}` works{_IN_CLONE}", flush=True)
+                    if "RAY_AUTH_TOKEN" not in os.environ:
+                        print("It asks for a token: set RAY_AUTH_MODE and RAY_AUTH_TOKEN before the start.", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)
                 running.wait()

@@ -22,7 +22,7 @@ EXTRA_PORTS = {
 
 
 class ServeEnvError(Exception):
-    """The file cannot be read, or a line is no setting of Serve; the message is for the terminal."""
+    """The file cannot be read, or a line is no setting of Ray; the message is for the terminal."""
 
 
 def read_serve_env(path: Path) -> dict[str, str]:
@@ -32,15 +32,15 @@ def read_serve_env(path: Path) -> dict[str, str]:
         path: of the file; `production` takes the one that ships.
 
     Raises:
-        ServeEnvError: the file does not exist, or a line is no setting of Serve.
+        ServeEnvError: the file does not exist, or a line is no setting of Ray.
     """
     if path != Path("production") and not path.is_file():
         raise ServeEnvError(f"There is no profile {path}; the one that ships is called production.")
     text = packaged(PROFILE) if path == Path("production") else path.read_text(encoding="utf-8")
     profile: dict[str, str] = {}
     for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items():
-        if not name.startswith("RAY_SERVE_") or not value:
-            raise ServeEnvError(f"{path}: {name}: a profile holds lines RAY_SERVE_...=value.")
+        if not name.startswith("RAY_") or not value:
+            raise ServeEnvError(f"{path}: {name}: a profile holds lines RAY_...=value.")
         profile[name] = value
     return profile
 

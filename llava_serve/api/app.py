@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -22,7 +20,7 @@ from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMi
 from llava_serve.api.model_list import model_routes
 from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.page_files import page_routes
-from llava_serve.api.parse_process import Offload
+from llava_serve.api.parse_process import Offload, in_thread
 from llava_serve.api.protocol import Answer
 from llava_serve.api.responses import response_routes
 from llava_serve.api.routing import ERROR_RESPONSES
@@ -50,7 +48,7 @@ def create_app(
     backend: Backend,
     options: ApiOptions,
     limiter: ConcurrencyLimiter | None = None,
-    offload: Offload = asyncio.to_thread,
+    offload: Offload = in_thread,
 ) -> FastAPI:
     """Makes the web app; it runs under uvicorn and as a Ray Serve ingress.
 

@@ -59,14 +59,12 @@ class RequestContextMiddleware:
         request_id, notes = record.request_id, list[str]()
         state = {"request_id": request_id, "arrived": time.time(), "notes": notes, "record": record}
         scope.setdefault("state", {}).update(state)
-        if not _path(scope) and scope["method"] in ("GET", "HEAD"):  # links of the page are relative to its address
-            root = scope["root_path"].rpartition("/")[2]
-            await RedirectResponse(f"{root}/")(scope, receive, send)
-            return
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
         if len(path := _path(scope)) > 1 and path.endswith("/"):  # answered as without: a redirect could lose a body
             scope = {**scope, "path": scope["path"].rstrip("/")}
+        # Below a route prefix the page's links need the slash at its end: they are relative.
+        app = _add_slash if not _path(scope) and scope["method"] == "GET" else self._app
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -81,7 +79,7 @@ class RequestContextMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         except ClientDisconnect as error:
             record.failed(error)
             if not started:
@@ -178,6 +176,11 @@ def _path(scope: Scope) -> str:
     """The path without the prefix that the app is mounted at."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
+
+
+async def _add_slash(scope: Scope, receive: Receive, send: Send) -> None:
+    """Redirects to the same address with a slash at its end, by its last segment: a proxy may have cut off others."""
+    await RedirectResponse(f"{scope['path'].rpartition('/')[2]}/")(scope, receive, send)
 
 
 def is_request_id(given: str) -> bool:

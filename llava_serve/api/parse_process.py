@@ -9,12 +9,13 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from llava_serve.errors import LlavaServeError, RequestError
+from llava_serve.priority_executor import PriorityExecutor
 
 T = TypeVar("T")
 
@@ -27,13 +28,19 @@ _logger = logging.getLogger(__name__)
 
 
 class Offload(Protocol):
-    """Runs work off the event loop. `asyncio.to_thread` is one, and `ParseProcess` another."""
+    """Runs work on `size` bytes off the event loop: `in_thread` is one, and `ParseProcess` another."""
 
-    async def __call__(self, work: Callable[[], T], /) -> T: ...
+    async def __call__(self, work: Callable[[], T], size: int) -> T: ...
+
+
+async def in_thread(work: Callable[[], T], size: int) -> T:
+    """Runs work in a thread, of whatever size."""
+    return await asyncio.to_thread(work)
 
 
 class ParseProcess:
-    """One child, which takes one request after the other. It is replaced when it ends, or takes too long.
+    """One child, which takes one body after the other, the smallest first: those that are slow to parse wait, and not
+    those of other clients. It is replaced when it ends, or takes too long.
 
     Work and results are pickled: functions of a module with plain values. `close` ends the child, and so does the end
     of this process.
@@ -44,7 +51,7 @@ class ParseProcess:
 
     def __init__(self, timeout_s: float = PARSE_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="parse")
+        self._waiting = PriorityExecutor(1, "parse")
         self._start()
 
     def __enter__(self) -> Self:
@@ -55,18 +62,18 @@ class ParseProcess:
     ) -> None:
         self.close()
 
-    async def __call__(self, work: Callable[[], T], /) -> T:
-        """The result of the work.
+    async def __call__(self, work: Callable[[], T], size: int) -> T:
+        """The result of work on a body of `size` bytes.
 
         Raises:
             RequestError: it takes too long, or has ended the process. An error of the work itself is raised as it is.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+        return await self._waiting.run(size, partial(self._run, work))
 
     def close(self) -> None:
         """Ends the child. Work that waits for it is cancelled, and work in it fails."""
         self._closed = True
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._waiting.close()
         self._end()
 
     def _run(self, work: Callable[[], T]) -> T:

@@ -54,13 +54,14 @@ class GenerationFields(Wire):
         n: number of answers.
         presence_penalty, frequency_penalty: as OpenAI defines them.
         stream: send the answer as it is generated, as server-sent events.
-        stream_options: of the stream.
+        stream_options: what a stream tells beside the answer.
         user: a label of the end user; accepted and ignored.
         top_k: sample from this many likeliest tokens; 0 is all. Ours.
         num_beams: beam search above 1. Ours.
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. Ours.
         ignore_eos: go on to `max_tokens` even after an end token. Ours.
-        timeout: seconds that the answer may take from the request's arrival. Ours.
+        timeout: seconds that the answer may take from the request's arrival; `api.default_timeout_s` without it, and
+            `api.max_timeout_s` at most. Ours.
         priority: a smaller number is served earlier, as in vLLM; 0 by default. Above 0 is batch work, which takes
             nothing from the others. Ours.
         cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect
 
@@ -43,7 +44,7 @@ class RequestRecord:
         self.prompt_tokens = self.output_tokens = 0
         self._metrics = metrics
         self._method = method
-        self._path = shown(path)
+        self._path = quote(shown(path), errors="replace")  # it is a caller's: no line of the log may end in it
         self._outcome = "completed"
         self._reason: str | None = None
         self._arrived = self._marked = time.perf_counter()

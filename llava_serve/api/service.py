@@ -80,7 +80,7 @@ class Service:
         return self.options.unknown_fields == "ignore"
 
     async def _parsed(self, body: bytes, parse: Callable[[], T]) -> T:
-        return parse() if len(body) < LARGE_BODY_BYTES else await self._offload(parse)
+        return parse() if len(body) < LARGE_BODY_BYTES else await self._offload(parse, len(body))
 
     def deadline(self, request: Request, timeout: float | None = None) -> float:
         """When the answer must be complete, in seconds since the epoch."""

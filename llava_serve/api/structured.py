@@ -15,7 +15,13 @@ GUIDED = ("json", "regex", "choice", "grammar")
 
 
 class JsonSchema(Wire):
-    """A schema with its name, description and `strict`: the answer keeps to the schema in any case."""
+    """A schema.
+
+    Attributes:
+        name, description: accepted and ignored.
+        json_schema: a JSON schema.
+        strict: accepted and ignored, since the answer keeps to the schema in any case.
+    """
 
     name: str | None = None
     description: str | None = None
@@ -24,7 +30,13 @@ class JsonSchema(Wire):
 
 
 class ResponseFormat(Wire):
-    """OpenAI's `response_format`; `schema` beside `json_object` is llama.cpp's."""
+    """OpenAI's `response_format`.
+
+    Attributes:
+        type: `text` asks for nothing.
+        json_schema: goes with the type of this name.
+        object_schema: a JSON schema beside the type `json_object`. llama.cpp's.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -32,7 +44,15 @@ class ResponseFormat(Wire):
 
 
 class StructuredOutputs(Wire):
-    """vLLM's `structured_outputs`: one of its fields."""
+    """vLLM's `structured_outputs`: one of its fields.
+
+    Attributes:
+        json_schema: a JSON schema, as an object or as text.
+        regex: a regular expression that the whole answer matches.
+        choice: a list of texts, one of which is the answer.
+        grammar: in Lark's or GBNF's notation.
+        json_object: the answer is a JSON object.
+    """
 
     NEUTRAL = {"_backend": anything, "disable_any_whitespace": anything}  # noqa: RUF012 (a ClassVar of the base)
 

@@ -72,7 +72,11 @@ class Tokenized(Answer):
 
 
 class DetokenizeRequest(Wire):
-    """Token ids. -200, an image's position, has no text, and neither have control tokens."""
+    """Token ids.
+
+    Attributes:
+        tokens: -200, an image's position, has no text, and neither have control tokens.
+    """
 
     model: str | None = None
     tokens: Annotated[list[Integer], Field(max_length=MAX_DETOKENIZED, fail_fast=True)]

@@ -23,7 +23,7 @@ def progress_bar(total: int, done: int) -> tqdm[None]:
     return tqdm(
         total=total,
         initial=done,
-        unit=" rows",
+        unit="row",
         file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.2 if terminal else _SECONDS_BETWEEN_LINES,
         maxinterval=float("inf"),

@@ -72,6 +72,8 @@ def run_plan(plan: Plan, answer: Callable[[Iterator[Item]], Generator[Line]]) ->
             file=sys.stderr,
         )
         return 130
+    finally:
+        plan.output.close()
     print(f"{output} has {plan.total:,} rows{', ' + _errors(errors) if errors else ''}.", file=sys.stderr)
     return 1 if errors else 0
 

@@ -22,7 +22,9 @@ class Panel:
 
 def write_bars(path: Path, panels: Sequence[Panel]) -> None:
     """Writes the panels below each other. Each bar shows its value."""
-    frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT * len(panels)}"'
+    frame = (
+        f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT * len(panels)}" style="background:white"'
+    )
     lines = [f'<svg {frame} font-family="sans-serif" font-size="11">']
     for number, panel in enumerate(panels):
         lines += [f'<g transform="translate(0 {number * _HEIGHT})">', *_bars(panel), "</g>"]

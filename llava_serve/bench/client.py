@@ -106,13 +106,9 @@ class Client:
             except (ValueError, LookupError, TypeError):
                 raise RequestError(f"{self.url} lists no models; name one with --model.") from None
 
-    async def ask(self, messages: Sequence[dict[str, Any]], max_tokens: int, *, due: float | None = None) -> Trace:
-        """Sends a conversation and reads its answer. What goes wrong is in the trace.
-
-        Args:
-            due: when it should have been sent, if that is not now: the times count from then.
-        """
-        body = {
+    def body(self, messages: Sequence[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+        """What is sent."""
+        return {
             "model": self.model,
             "messages": messages,
             "max_tokens": max_tokens,
@@ -120,6 +116,14 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         } | self._extra
+
+    async def ask(self, messages: Sequence[dict[str, Any]], max_tokens: int, *, due: float | None = None) -> Trace:
+        """Sends a conversation and reads its answer. What goes wrong is in the trace.
+
+        Args:
+            due: when it should have been sent, if that is not now: the times count from then.
+        """
+        body = self.body(messages, max_tokens)
         trace = Trace(time.perf_counter() if due is None else due)
         try:
             async with self._web.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:

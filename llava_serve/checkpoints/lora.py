@@ -52,10 +52,11 @@ class Delta:
 
     def add_to(self, weight: Tensor) -> Tensor:
         """The merged weight, in the precision of the stored one. Rounding otherwise than PEFT gives other logits."""
+        # In place: large temporary tensors between those of the model leave gaps in memory.
         if not self.rounded:
-            return (weight.float() + self.scale * (self.b().float() @ self.a().float())).to(weight.dtype)
+            return (self.b().float() @ self.a().float()).mul_(self.scale).add_(weight).to(weight.dtype)
         a, b = (factor().to(weight.dtype).float() for factor in (self.a, self.b))
-        return weight + (self.scale * (b @ a)).to(weight.dtype)
+        return (b @ a).mul_(self.scale).to(weight.dtype).add_(weight)
 
 
 @dataclass(frozen=True, slots=True)

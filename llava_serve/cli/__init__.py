@@ -19,19 +19,24 @@ USAGE_ERROR = 2
 """The exit status of a usage error, as argparse has it for a wrong flag."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Returns:
-        0; 2 for a usage error, 1 for any other: both print one sentence on standard error.
-    """
+def command_parser() -> argparse.ArgumentParser:
+    """What reads the command line."""
     parser = argparse.ArgumentParser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of llava-serve, torch and ray")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for a shell: bash, zsh or tcsh")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (ask, chat, batch, serve, inspect, bench, eval):
         command.add_to(commands)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0; 2 for a usage error, 1 for any other: both print one sentence on standard error.
+    """
+    options = command_parser().parse_args(argv)
     try:
         status: int = options.run(options)
         sys.stdout.flush()

@@ -41,7 +41,9 @@ def add_to(commands: flags.Commands) -> None:
     flags.add_model_flags(parser)
     flags.add_sampling_flags(parser)
     group = parser.add_argument_group("cluster")
-    group.add_argument("--address", help="run on this Ray cluster, by Ray Data; in this process by default")
+    group.add_argument(
+        "--address", metavar="HOST:PORT", help="run on this Ray cluster, by Ray Data, instead of in this process"
+    )
     group.add_argument(
         "--workers", type=int, metavar="N", help="models on the cluster; by default one for each GPU that is free"
     )
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     flags.sampling(options)
     if options.workers is not None and (options.address is None or options.workers < 1):
         raise RequestError("--workers is 1 or more, and goes with --address.")
-    command = None if options.address is None else _cluster_command()
+    command = None if options.address is None else _cluster_command(options.address)
     job = BatchJob(
         input=options.input,
         output=options.output,
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     )
     plan = Plan(job)
     print(_summary(plan), file=sys.stderr)
-    if command is not None:
+    if command is not None and plan.done < plan.total:
         plan.output.close()
         _run_on_cluster(command, job, options)
     from llava_serve.batch.run import run_here
@@ -82,12 +84,15 @@ def _summary(plan: Plan) -> str:
     return "; ".join(parts) + "."
 
 
-def _cluster_command() -> list[str]:
+def _cluster_command(address: str) -> list[str]:
     """What runs a job on a cluster.
 
     Raises:
-        RequestError: an extra is not installed.
+        RequestError: an extra is not installed, or nothing listens there.
     """
+    from llava_serve.cli.ports import check_reachable
+
+    check_reachable(address)
     try:
         if not all(map(find_spec, ("pandas", "pyarrow"))):
             raise ImportError("Ray Data is not installed: pip install 'llava-serve[serve,data]', on the cluster too.")

@@ -34,6 +34,19 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
+def check_reachable(address: str) -> None:
+    """Raises `RequestError` if nothing listens at a cluster's address: Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError):
+        raise RequestError(
+            f"There is no Ray cluster at {address}; give its HOST:PORT, or auto on a node of it."
+        ) from None
+
+
 def check_open(host: str, *, has_keys: bool) -> None:
     """Raises `RequestError` if a server on this host lets in whoever reaches the machine, and nobody asked for that."""
     if not has_keys and not is_loopback(host) and os.environ.get(OPEN_VARIABLE) != "1":

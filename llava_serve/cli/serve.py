@@ -17,7 +17,7 @@ from llava_serve.ray_application import application_package
 if TYPE_CHECKING:
     from llava_serve.config import AppOptions
 
-_PASSED_ON = ("model", "host", "port", "api_key_file", "profile")
+_PASSED_ON = ("model", "host", "port", "api_key_file", "profile", "dashboard", "log")
 """To the process that serves on Ray."""
 
 _IN_PROCESS_ONLY = (
@@ -64,6 +64,10 @@ def add_to(commands: flags.Commands) -> None:
     parser.add_argument("--api-key", action="append", metavar="KEY", help="require this API key; repeatable")
     parser.add_argument("--api-key-file", metavar="FILE", help="require one of the API keys in a file, one a line")
     parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: production, or a file")
+    parser.add_argument(
+        "--dashboard", type=int, nargs="?", const=8265, metavar="PORT", help="start Ray's dashboard, too"
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="add the output of Ray and the replicas to a file")
     parser.add_argument("--print-config", action="store_true", help="print the packaged config, to start your own")
     parser.set_defaults(run=run)
 
@@ -76,8 +80,8 @@ def run(options: argparse.Namespace) -> int:
             raise RequestError("Name the model once, with --model or without.")
         options.model = options.what
     if options.in_process:
-        if options.profile or options.print_config:
-            raise RequestError("--in-process takes no profile, and prints no config.")
+        if options.profile or options.print_config or options.dashboard or options.log:
+            raise RequestError("--in-process takes no profile, dashboard or log file, and prints no config.")
         return _serve_in_process(options, config)
     for name in _IN_PROCESS_ONLY:
         if getattr(options, name) is not None:

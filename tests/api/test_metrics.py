@@ -35,7 +35,9 @@ def scrape(web: httpx.Client, **headers: str) -> Scraped:
 
 
 def _named(name: str, labels: dict[str, str]) -> str:
-    return name + "".join(f" {label}={value}" for label, value in sorted(labels.items()) if label != "le" or value == "+Inf")
+    return name + "".join(
+        f" {label}={value}" for label, value in sorted(labels.items()) if label != "le" or value == "+Inf"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,8 @@ def test_a_key_is_asked_for_kept_for_the_tab_and_forgotten(page: Page) -> None:
         page.locator("#forget").click()
         expect(page.locator("#access")).to_be_visible()
         assert "sesame" not in page.evaluate("JSON.stringify({...sessionStorage, ...localStorage})")
+        ask(page, "What is it?")
+        expect(page.locator("#key")).to_be_focused()
         page.locator("#key").fill("sesame")
         ask(page, "What is it?")  # the key that stands there is used
         expect_answers(page, "A red circle.", "A red circle.")

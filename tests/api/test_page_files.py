@@ -71,5 +71,6 @@ def test_under_serves_route_prefix_the_address_gets_its_slash(method: str) -> No
     with serving(mounted) as url, httpx.Client(follow_redirects=True) as web:
         answer = web.request(method, f"{url}/of/llava")
         assert (answer.status_code, str(answer.url)) == (200, f"{url}/of/llava/")
+        assert all("x-request-id" in each.headers for each in (answer, *answer.history))
         assert web.get(f"{url}/of/llava/page/page.js").status_code == 200
         assert web.post(f"{url}/of/llava", json={}).status_code == 401

@@ -63,7 +63,7 @@ def ended(pid: int) -> bool:
     ],
 )
 async def test_a_request_is_read_as_in_a_thread(parse: ParseProcess, given: bytes) -> None:
-    assert await parse(partial(READ, given)) == READ(given)
+    assert await parse(partial(READ, given), len(given)) == READ(given)
 
 
 @pytest.mark.parametrize("given", [b"[", body(messages=[]), body(tools=[{}]), body(n="1"), body(messages=[1] * 50_000)])
@@ -71,28 +71,41 @@ async def test_an_error_is_the_same_as_in_a_thread(parse: ParseProcess, given: b
     with pytest.raises(RequestError) as expected:
         READ(given)
     with pytest.raises(type(expected.value)) as got:
-        await parse(partial(READ, given))
+        await parse(partial(READ, given), len(given))
     assert (got.value.message, got.value.param) == (expected.value.message, expected.value.param)
 
 
 async def test_the_child_is_one_and_has_no_torch(parse: ParseProcess) -> None:
     first, second, torch = await asyncio.gather(
-        parse(PID), parse(PID), parse(partial(eval, "'torch' in __import__('sys').modules"))
+        parse(PID, 0), parse(PID, 0), parse(partial(eval, "'torch' in __import__('sys').modules"), 0)
     )
     assert first == second != os.getpid()
     assert not torch
 
 
+async def test_small_bodies_do_not_wait_for_large_ones(parse: ParseProcess) -> None:
+    order: list[int] = []
+
+    async def one(size: int) -> None:
+        await parse(partial(time.sleep, 0 if size else 1), size)
+        order.append(size)
+
+    first = asyncio.ensure_future(one(0))  # it runs, and the others wait
+    await asyncio.sleep(0.02)
+    await asyncio.gather(first, *(one(size) for size in (9_000_000, 8_000_000, 70_000, 100_000)))
+    assert order == [0, 70_000, 100_000, 8_000_000, 9_000_000]
+
+
 async def test_an_unexpected_error_tells_where_it_was_raised(parse: ParseProcess) -> None:
     with pytest.raises(ZeroDivisionError) as got:
-        await parse(partial(eval, "1 / 0"))
+        await parse(partial(eval, "1 / 0"), 0)
     assert "parse_process.py" in "".join(got.value.__notes__)
-    assert await parse(PID)
+    assert await parse(PID, 0)
 
 
 async def test_a_child_that_ends_takes_its_request_only(parse: ParseProcess) -> None:
-    before = await parse(PID)
-    bad, good = parse(partial(os._exit, 3)), parse(PID)
+    before = await parse(PID, 0)
+    bad, good = parse(partial(os._exit, 3), 0), parse(PID, 0)
     error, pid = await asyncio.gather(bad, good, return_exceptions=True)
     assert isinstance(error, RequestError)
     assert isinstance(pid, int)
@@ -100,15 +113,15 @@ async def test_a_child_that_ends_takes_its_request_only(parse: ParseProcess) -> 
 
 
 async def test_a_child_that_was_ended_while_idle_fails_no_request(parse: ParseProcess) -> None:
-    before = await parse(PID)
+    before = await parse(PID, 0)
     os.kill(before, signal.SIGKILL)
-    assert await parse(PID) != before
+    assert await parse(PID, 0) != before
 
 
 async def test_a_child_that_takes_too_long_is_replaced() -> None:
     with ParseProcess(timeout_s=0.5) as parse:
-        before = await parse(PID)
-        bad, good = parse(partial(time.sleep, 60)), parse(PID)
+        before = await parse(PID, 0)
+        bad, good = parse(partial(time.sleep, 60), 0), parse(PID, 0)
         error, pid = await asyncio.gather(bad, good, return_exceptions=True)
     assert isinstance(error, RequestError)
     assert isinstance(pid, int)
@@ -119,8 +132,8 @@ async def test_a_child_that_takes_too_long_is_replaced() -> None:
 async def test_closing_ends_work_and_starts_no_other_child() -> None:
     before = set(multiprocessing.active_children())
     parse = ParseProcess()
-    pid = await parse(PID)
-    work = asyncio.ensure_future(parse(partial(time.sleep, 60)))
+    pid = await parse(PID, 0)
+    work = asyncio.ensure_future(parse(partial(time.sleep, 60), 0))
     await asyncio.sleep(0.1)
     parse.close()
     with pytest.raises((EOFError, OSError)):
@@ -135,7 +148,7 @@ def test_the_child_ends_with_its_parent() -> None:
         "from llava_serve.api.parse_process import ParseProcess\n"
         "if __name__ == '__main__':\n"
         "    parse = ParseProcess()\n"
-        "    print(asyncio.run(parse(partial(eval, \"__import__('os').getpid()\"))), flush=True)\n"
+        "    print(asyncio.run(parse(partial(eval, \"__import__('os').getpid()\"), 0)), flush=True)\n"
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:

@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +18,9 @@ import yaml
 from llava_serve.cli import main
 from support.demo import DEMO_IMAGE, question
 from support.paths import ROOT
+from support.served_command import serve_command, serve_in_process
 
 MODEL = ROOT / "tests" / "golden" / "checkpoints" / "llava-v1.5-tiny"
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "llava_serve.cli", "serve", *map(str, arguments)]
-
-
-@contextmanager
-def in_process(*arguments: object, named: str = "llava-v1.5-tiny") -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A running `serve --in-process`, and its URL."""
-    process = subprocess.Popen(
-        command("--in-process", "--model", MODEL, "--device", "cpu", *arguments),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert f"Serving {named} on http://" in line
-        yield line.split(" on ")[1].split()[0], process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def config_of(path: Path, *applications: dict[str, Any], **http: object) -> Path:
@@ -66,7 +41,7 @@ def test_serve_in_process_takes_the_options_of_a_config(tmp_path: Path) -> None:
     }
     config = config_of(tmp_path / "mine.yaml", {"args": args | {"conv_mode": "vicuna_v1"}}, host="0.0.0.0", port=1)
     flags = ("--host", "127.0.0.1", "--port", 0, "--api-key", "open", config)
-    with in_process(*flags, named="mine") as (url, _), httpx.Client(base_url=url, timeout=60) as web:
+    with serve_in_process(MODEL, *flags, named="mine") as (url, _), httpx.Client(base_url=url, timeout=60) as web:
         assert web.get("/v1/models", headers={"Authorization": "Bearer sesame"}).json()["data"][0]["id"] == "mine"
         web.headers = {"Authorization": "Bearer open", "Origin": "https://app.example.org"}
         part = {"type": "image_url", "image_url": {"url": "https://no.host.invalid/a.png"}}
@@ -107,7 +82,7 @@ def test_a_config_that_cannot_be_served_in_process_is_refused(
 def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("simsim\n\n sesame \n")
     keys = ("--api-key", "open", "--api-key-file", tmp_path / "keys")
-    with in_process("--dtype", "bfloat16", "--port", 0, *keys) as (url, process):
+    with serve_in_process(MODEL, "--dtype", "bfloat16", "--port", 0, *keys, named=MODEL.name) as (url, process):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         body = {
             "model": "llava-v1.5-tiny",
@@ -180,7 +155,7 @@ def test_what_ray_is_not_needed_for_is_reported_before_it_is_imported(
 def test_serve_refuses_a_config_with_a_typo(tmp_path: Path) -> None:
     config = tmp_path / "typo.yaml"
     config.write_text((ROOT / "serve_config.yaml").read_text().replace("num_replicas:", "num_replica:"))
-    done = subprocess.run(command(config), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(serve_command(config), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert "num_replica: unknown; did you mean num_replicas?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -194,7 +169,7 @@ def test_serve_starts_the_application_and_ctrl_c_ends_it(tmp_path: Path) -> None
     config = tmp_path / "config.yaml"
     config.write_text((ROOT / "serve_config.yaml").read_text().replace("port: 8000", f"port: {port}"))
     process = subprocess.Popen(
-        command(config),
+        serve_command(config),
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         stdout=subprocess.PIPE,

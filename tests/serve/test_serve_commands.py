@@ -22,7 +22,7 @@ from openai import OpenAI
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import LocalClusterError, environment, free_port, local_cluster
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
-from support.paths import CONFIG
+from support.paths import CONFIG, ROOT
 
 pytestmark = pytest.mark.extended
 
@@ -104,14 +104,21 @@ def test_a_wrong_answer_fails_the_demo() -> None:
     assert subprocess.run(command, capture_output=True, check=False, timeout=280).returncode == 1
 
 
-def serve() -> subprocess.Popen[str]:
+def serve(*flags: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """`make serve` on a free port, once it prints that it serves."""
-    command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", str(free_port())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "deployments.tools.serve", "--config", CONFIG, "--port", free_port(), *flags]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     assert process.stdout is not None
+    printed = []
     for line in process.stdout:
+        printed.append(line)
         if line.startswith("Serving on"):
             break
+    stages = [line.strip() for line in printed if line.startswith("  ")]
+    assert stages[0] == "Ray runs; Serve starts"
+    assert any(line.startswith("starting: ") for line in stages)
     return process
 
 
@@ -124,6 +131,19 @@ def test_serve_ends_normally_at_an_interrupt() -> None:
     assert process.returncode == 0
     _, alive = psutil.wait_procs(below, timeout=20)
     assert not alive
+
+
+def test_rays_own_commands_work_beside_the_dashboard_and_the_log_is_kept(tmp_path: Path) -> None:
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "PYTHONPATH": str(ROOT)}
+    port, log = free_port(), tmp_path / "serve.log"
+    process = serve("--dashboard", port, "--log", log, env=env)
+    status = [sys.executable, "-m", "ray.serve.scripts", "status", "-a", f"http://127.0.0.1:{port}"]
+    done = subprocess.run(status, env=env, capture_output=True, text=True, check=False, timeout=120)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert yaml.safe_load(done.stdout)["applications"]["llava"]["status"] == "RUNNING", done.stderr
+    assert process.returncode == 0
+    assert "LlavaModel" in log.read_text("utf-8")
 
 
 def test_serve_ends_when_the_application_does() -> None:

@@ -161,4 +161,7 @@ def test_haproxy_lets_answers_end_and_serve_config_agrees() -> None:
 
 def test_the_image_has_the_haproxy_of_the_profile() -> None:
     path = read_serve_env(PROFILE)["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    assert f"python -m llava_serve_deployments.tools.haproxy {path} " in (ROOT / "Dockerfile").read_text()
+    targets = (ROOT / "Dockerfile").read_text().split("\nFROM runtime AS ")[1:]
+    assert len(targets) == 2
+    for target in targets:
+        assert f"python -m llava_serve_deployments.tools.haproxy {path}\n" in target

@@ -21,8 +21,8 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(folder: str, dtype: str, base: str | None = None) -> None:
-    spec = open_checkpoint(folder, model_base=base)
+def main(folder: str, dtype: str) -> None:
+    spec = open_checkpoint(folder)
     before = anonymous_bytes()
     peak = before
     done = threading.Event()

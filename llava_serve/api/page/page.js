@@ -151,6 +151,7 @@ async function run(turn, fields) {
   } else {
     view.element.remove();
     composer.restore(turn);
+    if (!at("access").hidden) at("key").focus();
     problem(turn.problem);
     status("");
   }
