@@ -13,16 +13,15 @@ INTRODUCTION = """# Metrics
 
 <!-- Written by `python -m deployments.tools.metrics_reference > docs/metrics.md`; a test compares. -->
 
-| where | what |
-|---|---|
-| `GET /metrics` of `llava-serve serve --in-process` | all series of the process, for Prometheus |
-| `GET /metrics` of the application on Ray | those of the ingress replica that answers |
-| Ray's agents (`make serve` prints their port; the PodMonitor on Kubernetes) | all tiers and replicas; names begin with `ray_`, and Serve adds `application`, `deployment` and `replica` |
+- `GET /metrics` of `llava-serve serve --in-process` has all series of the process, in Prometheus' format.
+- `GET /metrics` of the application on Ray has those of the ingress replica that answers.
+- Ray's agents have those of all tiers and replicas; on Kubernetes the PodMonitor names their ports. Names begin with
+  `ray_`, and Serve adds the labels `application`, `deployment` and `replica`.
 
-`/metrics` needs a key where keys are set: `authorization: {credentials: KEY}` in Prometheus' `scrape_configs`. vLLM's
-names are `vllm:NAME` on our page and `ray_vllm_NAME` through Ray, where Ray's dashboard "Serve LLM" reads them; their
-label `model_name` is `api.model_name`. [A Grafana dashboard](https://grafana.com/docs/grafana/latest/dashboards/) of the
-series through Ray is `deployments/dashboards/llava-serve.json`.
+`/metrics` needs a key where keys are set: `authorization: {credentials: KEY}` in Prometheus' `scrape_configs`.
+vLLM's names are `vllm:NAME` on our page and `ray_vllm_NAME` through Ray, where Ray's dashboard "Serve LLM" reads them;
+their label `model_name` is `api.model_name`. A Grafana dashboard of the series through Ray is
+[`llava-serve.json`](../k8s/components/monitoring/llava-serve.json); on Kubernetes the component `monitoring` brings it.
 
 With `return_timings` a request gets its own split, in milliseconds: in the header `Server-Timing`, and as `timings` in
 the answer or in the last event of a stream. The stages together are the time to the first token. A preempted request
@@ -31,7 +30,8 @@ rest of it counts for `prefill`.
 
 Each request is a line of the logger `llava_serve.access`, also in the ingress replica's log: id, method, path, status,
 outcome, seconds, model, tokens, time to the first token, and why it failed. With Serve's
-`logging_config: {encoding: JSON}` these are fields. No line has a question, an answer, a picture or a key.
+`logging_config: {encoding: JSON}`, and in-process with `--log-format json`, these are fields. No line has a question, an
+answer, a picture or a key.
 """
 
 TIERS = {

@@ -29,6 +29,7 @@ _IN_PROCESS_ONLY = (
     "dtype",
     "compile",
     "api_key",
+    "log_format",
 )
 """On Ray they stand in the config. A key would get into Ray's log there, too; its file's path does no harm."""
 
@@ -63,6 +64,11 @@ def add_to(commands: flags.Commands) -> None:
     parser.add_argument("--port", type=int, help="port to listen on; 8000 by default, 0 for a free one")
     parser.add_argument("--api-key", action="append", metavar="KEY", help="require this API key; repeatable")
     parser.add_argument("--api-key-file", metavar="FILE", help="require one of the API keys in a file, one a line")
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        help="of the log on standard error, with a line for each request: text by default",
+    )
     parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: production, or a file")
     parser.add_argument(
         "--dashboard", type=int, nargs="?", const=8265, metavar="PORT", help="start Ray's dashboard, too"
@@ -123,7 +129,9 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
         from llava_serve.api.in_process import InProcessBackend
         from llava_serve.api.parse_process import ParseProcess
         from llava_serve.async_llm import AsyncLLM
+        from llava_serve.cli.log import log_to_stderr
 
+        log_to_stderr(options.log_format or "text")
         llm = AsyncLLM(model, app_options.engine, image_options=app_options.images.isolated)
         backend = InProcessBackend(llm, api.model_name)
         with ParseProcess() as parse:

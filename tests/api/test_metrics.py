@@ -20,6 +20,7 @@ from llava_serve.config import ApiOptions, EngineOptions
 from llava_serve.errors import CapacityError, EngineDeadError
 from llava_serve.metrics.definitions import METRICS, STAGES
 from support.api_server import BODY, PATH, PacedBackend, app_over, official, serving
+from support.dashboard import dashboard_series
 from support.demo import DEMO_IMAGE, question
 
 Scraped = dict[str, float]
@@ -35,9 +36,7 @@ def scrape(web: httpx.Client, **headers: str) -> Scraped:
 
 
 def _named(name: str, labels: dict[str, str]) -> str:
-    return name + "".join(
-        f" {label}={value}" for label, value in sorted(labels.items()) if label != "le" or value == "+Inf"
-    )
+    return name + "".join(f" {label}={value}" for label, value in sorted(labels.items()))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +111,14 @@ def test_every_metric_is_on_the_page(web: httpx.Client) -> None:
     documented = set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
     for metric in METRICS:
         assert {metric.exported, metric.exported_vllm or metric.exported} <= documented or metric.labels
+
+
+def test_the_dashboard_asks_for_series_that_the_server_exports(web: httpx.Client) -> None:
+    documented = set(re.findall(r"^# TYPE (\S+) ", web.get("/metrics").text, re.MULTILINE))
+    labelled = {metric.exported for metric in METRICS if metric.labels}
+    asked = {re.sub("_(bucket|sum|count)$", "", name.removeprefix("ray_")) for name in dashboard_series()}
+    assert len(asked) > 25
+    assert asked - documented - labelled == set()
 
 
 def test_the_stages_are_all_of_the_time_to_the_first_token(web: httpx.Client) -> None:
@@ -191,7 +198,9 @@ def test_a_request_is_one_line_in_the_log_without_what_it_says(
     with app_over(PacedBackend(), api_keys=("sesame",)) as web:
         headers = {"X-Request-ID": "mine", "Authorization": "Bearer sesame"}
         assert web.post(PATH, json=BODY | {"stream": stream}, headers=headers).status_code == 200
-    [record] = [each for each in caplog.records if each.name == "llava_serve.access"]
+        assert web.get("/a%0Aline", headers=headers).status_code == 404
+    record, other = (each for each in caplog.records if each.name == "llava_serve.access")
+    assert " path=/a%0Aline status=404 " in other.getMessage()
     fields: dict[str, Any] = vars(record)
     message = record.getMessage()
     assert message.startswith(f"request_id=mine method=POST path={PATH} status=200 outcome=completed seconds=")
