@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.options import make_parser, parse
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
+from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, Chunk, PreparedPrompt
@@ -32,6 +33,7 @@ class Busy:
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
+        self.exporter = PrometheusExporter(self.model_name)
 
     async def prepare(
         self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0

@@ -51,7 +51,7 @@ def build_app(args: AppArgs) -> Application:
     """
     spec = open_checkpoint(args.model_options, weights=False)
     Processor(spec.limited_to(args.engine.max_model_len), args.images)
-    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine, args.images, args.probe)
+    model = serve.deployment(LlavaModel).bind(args.model_options, args.engine, args.images, args.probe, args.model_name)
     preprocessor = serve.deployment(ImagePreprocessor).bind(
         args.model_options, args.images, args.engine.max_model_len, model
     )

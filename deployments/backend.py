@@ -14,11 +14,13 @@ from ray.serve.handle import DeploymentHandle
 from llava_serve.config import is_batch
 from llava_serve.deadline import deadline_scope
 from llava_serve.errors import EngineDeadError
+from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 from .handle_calls import AbortSender, result, stream
+from .metrics import RayExporter
 
 PROBE_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a probe must not wait for long."""
@@ -34,6 +36,9 @@ so that online requests find no queue of them."""
 class HandleBackend:
     """The web app's `Backend` over two handles.
 
+    Attributes:
+        exporter: of this replica's own metrics; Ray has those of all.
+
     Args:
         model_name: the name that requests use for the model.
         preprocessor: handle to `ImagePreprocessor`.
@@ -42,6 +47,7 @@ class HandleBackend:
 
     def __init__(self, model_name: str, preprocessor: DeploymentHandle, model: DeploymentHandle) -> None:
         self._model_name = model_name
+        self.exporter = PrometheusExporter(model_name, RayExporter(model_name))
         self._prepare = preprocessor.options(method_name="prepare")
         self._batch_calls = asyncio.Semaphore(MAX_BATCH_CALLS)
         self._tokenize = preprocessor.options(method_name="tokenize")

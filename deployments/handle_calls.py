@@ -173,7 +173,7 @@ def library_errors() -> Iterator[None]:
     try:
         yield
     except BackPressureError:
-        raise CapacityError("The server is at capacity; try again later.") from None
+        raise CapacityError("The server is at capacity; try again later.", reason="replica_queue") from None
     except RayActorError:
         raise ReplicaLostError("The replica that worked on the request was lost.") from None
     except DeploymentUnavailableError:

@@ -18,10 +18,11 @@ from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
 from llava_serve.api.key_limits import KeyLimits
-from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.limiter import limiter_of
 from llava_serve.api.middleware import check_image_bytes
 from llava_serve.api.parse_process import in_thread
 from llava_serve.api.pipeline import GenerationRequest, generation
+from llava_serve.api.record import RequestRecord, recorded
 from llava_serve.api.service import Service
 from llava_serve.api.validation import check_priority
 from llava_serve.config import ApiOptions
@@ -59,7 +60,7 @@ class Ingress:
         self._model_tier = model
         self._prompt_key = prompt_key
         self._backend = HandleBackend(model_name, preprocessor, model)
-        self._limiter = ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes)
+        self._limiter = limiter_of(options, self._backend.exporter)
         self._key_limits = KeyLimits(options.max_in_flight_per_key, options.requests_per_minute_per_key)
         self._aborted = AbortedCalls()
         self._apply(options)
@@ -79,7 +80,9 @@ class Ingress:
         app = create_app(self._backend, options, self._limiter, key_limits=self._key_limits)
         self._limiter.change(options.max_in_flight, options.max_in_flight_bytes)
         self._key_limits.change(options.max_in_flight_per_key, options.requests_per_minute_per_key)
-        self._chats = ChatCalls(Service(self._backend, options, in_thread), self._limiter)
+        service = Service(self._backend, options, in_thread)
+        self._metrics = service.metrics
+        self._chats = ChatCalls(service, self._limiter)
         self.web_app = app
 
     @yields_failure
@@ -108,12 +111,12 @@ class Ingress:
         Raises:
             LlavaServeError: its class says what is wrong; the root class itself is an internal error, which is logged.
         """
-        with _internal_errors_reported(call_id), self._limiter.request() as place:
+        with self._call("generate", call_id) as record, self._limiter.request() as place:
             place.hold(check_image_bytes(asked, self._live.options.max_body_bytes))
             check_priority(priority, self._live.options.priority_range)
             place.classify(priority)
             bounded = min(deadline, time.time() + self._live.options.max_timeout_s)
-            request = GenerationRequest(asked, sampling, call_id, bounded, conv_mode, priority)
+            request = GenerationRequest(asked, sampling, call_id, bounded, record, conv_mode, priority)
             async with aclosing(self._answer(request)) as items:
                 async for item in items:
                     yield item
@@ -140,8 +143,16 @@ class Ingress:
         Raises:
             LlavaServeError: as `ChatCalls.answer`. It is raised, not sent as a `Failure`: the caller knows of none.
         """
-        with _internal_errors_reported(uuid.uuid4().hex):
-            yield await self._chats.answer(request)
+        with self._call("chat", uuid.uuid4().hex) as record:
+            yield await self._chats.answer(request, record)
+
+    @contextmanager
+    def _call(self, method: str, call_id: str) -> Iterator[RequestRecord]:
+        """The record of a call by handle."""
+        record = RequestRecord(self._metrics, call_id, "CALL", method)
+        record.endpoint = method
+        with _internal_errors_reported(call_id), recorded(record):
+            yield record
 
     async def abort(self, call_ids: Sequence[str]) -> None:
         """Ends calls of `generate` whose caller has disconnected, at their next step. Unknown ids are ignored."""

@@ -2,62 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from ray.serve.metrics import Counter, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
-from llava_serve.types import Chunk, PreparedPrompt
-
-SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
-
-
-class PreprocessorMetrics:
-    """Of one replica of the picture tier."""
-
-    def __init__(self) -> None:
-        self._prompts = Counter("llava_prompts", description="Prompts made ready for the model.")
-        self._images = Counter("llava_images", description="Pictures made ready for the model.")
-        self._ended = Counter(
-            "llava_ended_decodings", description="Decodings whose process was ended at a limit, or crashed."
-        )
-        self._seconds = Histogram(
-            "llava_prepare_seconds", description="Time to make a prompt ready.", boundaries=SECONDS
-        )
-
-    def prepared(self, prompt: PreparedPrompt, seconds: float) -> None:
-        """Counts one prompt."""
-        self._prompts.inc()
-        if prompt.image_spans:
-            self._images.inc(len(prompt.image_spans))
-        self._seconds.observe(seconds)
-
-    def decoding_ended(self) -> None:
-        """Counts one decoding whose process is gone."""
-        self._ended.inc()
+from llava_serve.metrics.definitions import Metric
+from llava_serve.metrics.exporter import Series, Several
 
 
-class ModelMetrics:
-    """Of one replica of the model tier."""
+class RayExporter:
+    """Exports series through Ray, under our names and under vLLM's: its dashboard "Serve LLM" reads `ray_vllm_*`.
 
-    def __init__(self) -> None:
-        self._tokens = Counter("llava_generated_tokens", description="Tokens of answers.")
-        self._answers = Counter(
-            "llava_answers", description="Choices that came to their end.", tag_keys=("finish_reason",)
-        )
-        self._first = Histogram(
-            "llava_first_chunk_seconds",
-            description="Time from arrival at the model to the first chunk.",
-            boundaries=SECONDS,
-        )
+    Args:
+        model_name: the tag `model_name` of the latter.
+    """
 
-    def produced(self, chunks: Sequence[Chunk]) -> None:
-        """Counts the tokens and the finished choices of one group of a stream."""
-        if tokens := sum(len(chunk.token_ids) for chunk in chunks):
-            self._tokens.inc(tokens)
-        for chunk in chunks:
-            if chunk.finish_reason is not None:
-                self._answers.inc(tags={"finish_reason": chunk.finish_reason})
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._instruments: dict[str, Any] = {}
 
-    def first_chunk(self, seconds: float) -> None:
-        """Records how long a request waited for its first chunk."""
-        self._first.observe(seconds)
+    def series(self, metric: Metric, *labels: str) -> Series:
+        """As `Exporter` says."""
+        own = [self._tagged(metric, metric.name, dict(zip(metric.labels, labels, strict=True)))]
+        if metric.vllm is not None:
+            tags = dict(zip(metric.vllm_labels or metric.labels, labels, strict=True))
+            own.append(self._tagged(metric, f"vllm_{metric.vllm}", {"model_name": self._model_name} | tags))
+        return Several(own)
+
+    def _tagged(self, metric: Metric, name: str, tags: dict[str, str]) -> Series:
+        if name not in self._instruments:
+            self._instruments[name] = _instrument(metric, name, tuple(tags))
+        return _Tagged(self._instruments[name], tags)
+
+
+class _Tagged:
+    """A series of an instrument of Ray's."""
+
+    __slots__ = ("_instrument", "_tags")
+
+    def __init__(self, instrument: Any, tags: dict[str, str]) -> None:
+        self._instrument = instrument
+        self._tags = tags
+
+    def inc(self, amount: float = 1) -> None:
+        self._instrument.inc(amount, self._tags)
+
+    def set(self, value: float) -> None:
+        self._instrument.set(value, self._tags)
+
+    def observe(self, value: float) -> None:
+        self._instrument.observe(value, self._tags)
+
+
+def _instrument(metric: Metric, name: str, tags: tuple[str, ...]) -> Counter | Gauge | Histogram:
+    if metric.kind == "histogram":
+        return Histogram(name, description=metric.help, boundaries=list(metric.buckets), tag_keys=tags)
+    kind = Counter if metric.kind == "counter" else Gauge
+    return kind(name, description=metric.help, tag_keys=tags)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from llava_serve.app_options import Probe
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.deadline import check_deadline
+from llava_serve.engine.metrics import EngineMetrics
 from llava_serve.errors import EngineDeadError, ModelStartingError
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Chunk, PreparedPrompt
@@ -17,7 +20,10 @@ from llava_serve.types import Chunk, PreparedPrompt
 from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure
 from .live_config import LiveConfig
-from .metrics import ModelMetrics
+from .metrics import RayExporter
+
+EXPORT_S = 1.0
+"""Ray's processes collect metrics less often."""
 
 
 class LlavaModel:
@@ -28,6 +34,7 @@ class LlavaModel:
         engine: limits of this replica; `reconfigure` changes `max_waiting`.
         images: as the picture tier has them; for the probes.
         probes: asked before Serve sends requests here.
+        model_name: of metrics; None takes the checkpoint's.
 
     Raises:
         CheckpointError: the model cannot be loaded, or the answer to a probe is wrong.
@@ -39,6 +46,7 @@ class LlavaModel:
         engine: EngineOptions,
         images: ImageOptions | None = None,
         probes: Sequence[Probe] = (),
+        model_name: str | None = None,
     ) -> None:
         # Not at the top: the process that builds the application does not need torch, which takes seconds to import.
         from llava_serve.async_llm import AsyncLLM
@@ -48,7 +56,8 @@ class LlavaModel:
         self._llm = AsyncLLM(model, engine, image_options=images)
         check_probes(self._llm, probes)
         self._aborted = AbortedCalls()
-        self._metrics = ModelMetrics()
+        self._metrics = EngineMetrics(RayExporter(model_name or self._llm.model_name))
+        threading.Thread(target=_export, args=(weakref.ref(self),), name="metrics", daemon=True).start()
         self._live = LiveConfig("LlavaModel", engine, lambda options: self._llm.set_max_waiting(options.max_waiting))
 
     async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
@@ -81,19 +90,13 @@ class LlavaModel:
         # A prompt of another release has no key, or is refused by its version.
         if getattr(prepared, "prompt_key", "") not in ("", self._prompt_key):
             raise ModelStartingError("The model is being replaced; try again later.")
-        start = time.perf_counter()
         chunks = self._llm.generate_prepared(
             prepared, sampling, deadline=deadline, request_id=call_id, priority=priority
         )
-        first = True
         async with aclosing(coalesce(chunks)) as groups:
             async for group in groups:
                 if call_id in self._aborted:
                     return
-                if first:
-                    self._metrics.first_chunk(time.perf_counter() - start)
-                    first = False
-                self._metrics.produced(group)
                 yield group
 
     async def abort(self, call_ids: Sequence[str]) -> None:
@@ -116,6 +119,10 @@ class LlavaModel:
         if not self._llm.healthy:
             raise EngineDeadError("The model's engine has stopped; its replica is being replaced.")
 
+    def export_metrics(self) -> None:
+        """Brings Ray's metrics up to date."""
+        self._metrics.update(self._llm.stats())
+
     async def stats(self) -> Mapping[str, object]:
         """The engine's statistics: the fields of `EngineStats`."""
         return dataclasses.asdict(self._llm.stats())
@@ -123,3 +130,11 @@ class LlavaModel:
     def __del__(self) -> None:
         if hasattr(self, "_llm"):
             self._llm.close()
+
+
+def _export(model: weakref.ref[LlavaModel]) -> None:
+    """Exports a replica's metrics while it lives: Ray's are pushed, not asked for."""
+    while (replica := model()) is not None:
+        replica.export_metrics()
+        del replica
+        time.sleep(EXPORT_S)

@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
+from llava_serve.metrics.pictures import PictureMetrics
 from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
@@ -18,7 +19,7 @@ from llava_serve.types import Asked, PreparedPrompt
 
 from .handle_calls import returns_failure
 from .live_config import LiveConfig
-from .metrics import PreprocessorMetrics
+from .metrics import RayExporter
 from .model_gate import wait_for_model
 
 
@@ -44,7 +45,7 @@ class ImagePreprocessor:
         self._spec = spec.limited_to(max_model_len)
         self._prompt_key = model.prompt_key
         self._model_tier = model_tier
-        self._metrics = PreprocessorMetrics()
+        self._metrics = PictureMetrics(RayExporter(self._spec.name))
         self._live = LiveConfig("ImagePreprocessor", images, self._apply)
         self._apply(images)
 
@@ -58,9 +59,10 @@ class ImagePreprocessor:
     def _apply(self, images: ImageOptions) -> None:
         """Replaces the processor. The one before it ends its processes when its last request has ended, and with it
         the last reference to it."""
-        processor = Processor(self._spec, images.isolated, self._metrics.decoding_ended)
+        processor = Processor(self._spec, images.isolated)
+        processor.metrics = self._metrics
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
-        self._processor = ThreadedProcessor(processor, _num_cpus(), self._metrics.prepared)
+        self._processor = ThreadedProcessor(processor, _num_cpus())
 
     @returns_failure
     async def prepare(

@@ -120,12 +120,14 @@ class CapacityError(LlavaServeError):
 
     Args:
         retry_after_s: seconds after which to try again.
+        reason: of the refusal, one word for metrics and logs.
     """
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, retry_after_s: int = 1, reason: str = "in_flight") -> None:
         super().__init__(message)
-        self.args = (message, retry_after_s)
+        self.args = (message, retry_after_s, reason)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class RateLimitError(CapacityError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -17,6 +19,7 @@ from llava_serve.images.fetch import ImageSource, read_local_source, read_reques
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.images.tiles import num_tiles
+from llava_serve.metrics.pictures import PictureMetrics
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.prompt_layout import PromptLayout, PromptRenderer, check_ids
 from llava_serve.text.tokenizer import load_tokenizer
@@ -28,6 +31,7 @@ from llava_serve.types import (
     Message,
     PreparedPrompt,
     Query,
+    StageTimes,
 )
 
 MAX_TOKENIZED = 1_000_000
@@ -37,13 +41,12 @@ MAX_TOKENIZED = 1_000_000
 class Processor:
     """Prepares prompts for one checkpoint. It caches the tiles of the most recent images; safe for several threads.
 
-    Args:
-        count_ended: called for each child process that ended, or was ended, while it decoded an image.
+    Attributes:
+        metrics: get what it measures; to be set before the first prompt.
     """
 
-    def __init__(
-        self, spec: CheckpointSpec, options: ImageOptions, count_ended: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
+        self.metrics = PictureMetrics()
         self.spec = spec
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
@@ -51,7 +54,7 @@ class Processor:
         self._tile_cache = TileCache(options.cache_bytes)
         self._image = spec.image if options.max_tiles is None else spec.image.limited(options.max_tiles)
         self._decoder: Decoder = (
-            IsolatedDecoder(options, self._image, count_ended=count_ended)
+            IsolatedDecoder(options, self._image, count_ended=lambda: self.metrics.decoding_ended())
             if options.isolate
             else InProcessDecoder(options, self._image)
         )
@@ -79,6 +82,7 @@ class Processor:
         Raises:
             RequestError: the conversation or an image cannot be used; `PromptTooLongError` says got and limit.
         """
+        began = time.perf_counter()
         layout = self._renderer.lay_out(asked, conv_mode, self.spec.context_length)
         length = len(layout.input_ids) - len(layout.images)
         images: list[CachedTiles] = []
@@ -88,6 +92,8 @@ class Processor:
         if length >= self.spec.context_length:
             raise PromptTooLongError(length, self.spec.context_length - 1)
         token_ids, image_spans = _expand(layout.input_ids, [image.count for image in images])
+        passed = time.perf_counter() - began
+        self.metrics.prepared(len(images), passed)
         return PreparedPrompt(
             token_ids=token_ids,
             image_spans=image_spans,
@@ -99,6 +105,7 @@ class Processor:
             stop=layout.stop,
             cache_salt=cache_salt,
             continues=layout.continues,
+            stages=_stages(images, passed),
         )
 
     def tokenize(
@@ -201,13 +208,18 @@ class Processor:
         """An image of at most so many pixels as model input, without its tiles if it has more than `room` positions."""
         data = read_request_source(part.source, self.options)
         key = blake2b(data, digest_size=16, person=self._decoding(num_images)).digest() + cache_salt.encode()
-        if (known := self._tile_cache.get(key)) is not None:
+        known = self._tile_cache.get(key)
+        self.metrics.looked_up(hit=known is not None)
+        if known is not None:
             check_total(known.size[0] * known.size[1], pixels, self.options)
             return known
+        began = time.perf_counter()
         made = self._decoder.tiles_of(data, room, check, pixels, num_images)
+        decode_s = time.perf_counter() - began - made.tile_s
+        self.metrics.decoded(made.size[0] * made.size[1])
         if made.count < room:
-            self._tile_cache.put(key, made)
-        return made
+            self._tile_cache.put(key, replace(made, tile_s=0.0))
+        return replace(made, decode_s=decode_s)
 
     def _decoding(self, num_images: int) -> bytes:
         """Identifies what the tiles of the same bytes depend on."""
@@ -229,6 +241,12 @@ def _expand(input_ids: Sequence[int], counts: Sequence[int]) -> tuple[NDArray[np
             ids.append(token_id)
     assert len(spans) == len(counts)
     return np.asarray(ids, dtype=np.int32), tuple(spans)
+
+
+def _stages(images: Sequence[CachedTiles], seconds: float) -> StageTimes:
+    """How a prompt's time is split: what is no image's is the text's."""
+    decode_s, tile_s = sum(image.decode_s for image in images), sum(image.tile_s for image in images)
+    return (("decode", decode_s), ("tile", tile_s), ("tokenize", seconds - decode_s - tile_s))
 
 
 def _salted(digest: str, cache_salt: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +20,14 @@ from llava_serve.types import Asked, PreparedPrompt
 Result = TypeVar("Result")
 
 
+@dataclass(slots=True)
+class _Waits:
+    """Seconds that a prompt waited for a thread, and for its links."""
+
+    queue_s: float = 0.0
+    fetch_s: float = 0.0
+
+
 class ThreadedProcessor:
     """A `Processor` with a thread pool of its own: images that wait for a core delay nothing else. Links are
     followed first, where the options allow it.
@@ -26,14 +35,10 @@ class ThreadedProcessor:
     Args:
         processor: does the work.
         num_threads: prompts that are prepared at once; each holds one decoded image at most.
-        observe: called with each prepared prompt, and the seconds that it took.
     """
 
-    def __init__(
-        self, processor: Processor, num_threads: int, observe: Callable[[PreparedPrompt, float], None] | None = None
-    ) -> None:
+    def __init__(self, processor: Processor, num_threads: int) -> None:
         self.processor = processor
-        self._observe = observe
         self._links = None if processor.options.links in ("off", ()) else RequestLinks(processor.options)
         self._threads = PriorityExecutor(num_threads, "prepare")
 
@@ -62,13 +67,11 @@ class ThreadedProcessor:
         """
 
         def prepare(asked: Asked, check: Check) -> PreparedPrompt:
-            began = time.perf_counter()
-            prepared = self.processor.prepare(asked, conv_mode=conv_mode, check=check, cache_salt=cache_salt)
-            if self._observe is not None:
-                self._observe(prepared, time.perf_counter() - began)
-            return prepared
+            return self.processor.prepare(asked, conv_mode=conv_mode, check=check, cache_salt=cache_salt)
 
-        return await self._in_thread(read, prepare, deadline, priority)
+        waits = _Waits()
+        prepared = await self._in_thread(read, prepare, deadline, priority, waits)
+        return replace(prepared, stages=(("queue", waits.queue_s), ("fetch", waits.fetch_s), *prepared.stages))
 
     async def tokenize(
         self, asked: Asked, *, conv_mode: str | None = None, deadline: float | None = None, texts: bool = False
@@ -78,7 +81,7 @@ class ThreadedProcessor:
         def tokenize(asked: Asked, check: Check) -> TokenizedPrompt:
             return self.processor.tokenize(asked, conv_mode=conv_mode, check=check, texts=texts)
 
-        return await self._in_thread(lambda: asked, tokenize, deadline)
+        return await self._in_thread(lambda: asked, tokenize, deadline, 0, _Waits())
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of ids, as `Processor.detokenize` has it."""
@@ -89,7 +92,8 @@ class ThreadedProcessor:
         read: Callable[[], Asked],
         process: Callable[[Asked, Check], Result],
         deadline: float | None,
-        priority: int = 0,
+        priority: int,
+        waits: _Waits,
     ) -> Result:
         disconnected = False
 
@@ -103,10 +107,21 @@ class ThreadedProcessor:
             return process(read(), check)
 
         try:
-            run = partial(self._threads.run, priority)
             if self._links is None:
-                return await run(partial(work, read))
-            async with self._links.fetched(await run(read), check) as fetched:
-                return await run(partial(work, lambda: fetched))
+                return await self._run(priority, waits, partial(work, read))
+            asked, began = await self._run(priority, waits, read), time.perf_counter()
+            async with self._links.fetched(asked, check) as fetched:
+                waits.fetch_s = time.perf_counter() - began
+                return await self._run(priority, waits, partial(work, lambda: fetched))
         finally:
             disconnected = True
+
+    async def _run(self, priority: int, waits: _Waits, job: Callable[[], Result]) -> Result:
+        """Runs a job in a thread, and adds the time until it begins."""
+        queued = time.perf_counter()
+
+        def begin() -> Result:
+            waits.queue_s += time.perf_counter() - queued
+            return job()
+
+        return await self._threads.run(priority, begin)

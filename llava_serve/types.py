@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,6 +14,9 @@ IMAGE_TOKEN_ID = -200
 
 PROMPT_VERSION = 3
 """Of `PreparedPrompt`'s layout. A change of its fields is a new version."""
+
+StageTimes = tuple[tuple[str, float], ...]
+"""Seconds of stages of a request, in order; `llava_serve.metrics.definitions.STAGES` has their names."""
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
@@ -116,6 +119,7 @@ class PreparedPrompt:
         cache_salt: prompts share what is cached of them only where they have the same, as in vLLM.
         continues: the answer goes on from the text at the prompt's end: white space at its start is a part of it.
         prompt_key: of the model that it is prepared for, on Serve (`ModelOptions.prompt_key`).
+        stages: how long its stages took.
         version: of this layout, since rolling upgrades mix releases. The engine refuses another one by name.
     """
 
@@ -130,20 +134,26 @@ class PreparedPrompt:
     cache_salt: str = ""
     continues: bool = False
     prompt_key: str = ""
+    stages: StageTimes = field(default=(), compare=False)
     version: int = PROMPT_VERSION
 
     def __getstate__(self) -> dict[str, Any]:
         """By name, so that the version can be read whatever fields another release has."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name in {field.name for field in fields(self)} & state.keys():
+        for name in {each.name for each in fields(self)} & state.keys():
             object.__setattr__(self, name, state[name])
 
     @property
     def num_tokens(self) -> int:
         """Positions in the KV cache, images merged in."""
         return len(self.token_ids)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Those of them that are images'."""
+        return sum(end - start for start, end in self.image_spans)
 
     @property
     def input_ids(self) -> list[int]:
@@ -185,6 +195,7 @@ class Chunk:
         finish_reason: set on the choice's last chunk, and only there.
         prompt_logprobs: on the first chunk of choice 0, where asked for: of each position of the prompt, None for an
             image's. The first token has NaN: nothing comes before it.
+        stages: on the first chunk of a choice: how long the stages of the engine took.
     """
 
     index: int
@@ -195,3 +206,4 @@ class Chunk:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    stages: StageTimes = field(default=(), compare=False)

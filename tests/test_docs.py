@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.docs_plots import draw
-from deployments.tools import command_reference, config_reference, request_reference
+from deployments.tools import command_reference, config_reference, metrics_reference, request_reference
 from llava_serve.app_options import AppOptions
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,7 @@ def test_the_short_list_names_every_page() -> None:
         ("commands.md", command_reference),
         ("configuration.md", config_reference),
         ("fields.md", request_reference),
+        ("metrics.md", metrics_reference),
     ],
 )
 def test_a_written_page_is_as_the_code(name: str, reference: Any) -> None:

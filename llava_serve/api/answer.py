@@ -13,8 +13,11 @@ from starlette.types import Receive, Scope, Send
 from llava_serve.api.backends import Backend
 from llava_serve.api.errors import reported
 from llava_serve.api.pipeline import Generation, GenerationRequest, generation
+from llava_serve.api.record import server_timing
 from llava_serve.api.streaming import EventSender, cancel_on_disconnect
 from llava_serve.deadline import deadline_scope
+
+SERVER_TIMING = "server-timing"
 
 
 class AnswerForm(Protocol):
@@ -71,16 +74,24 @@ class GeneratedAnswer(Response):
                 if self._form.stream:
                     async with aclosing(self._form.events(answer)) as events:
                         async for piece in events:
+                            if not sender.started:
+                                sender.headers.update(self._timing())
                             await sender.write(piece)
                 else:
                     body = await self._form.whole(answer)
+                    sender.headers.update(self._timing())
         except ClientDisconnect:
             raise
         except Exception as error:
             if not sender.started:
                 raise
+            self._request.record.failed(error)
             await sender.write(self._form.failure(reported(error, self._log_id)))
         if sender.started:
             await sender.end()
         else:
-            await Response(body, media_type="application/json")(scope, receive, send)
+            await Response(body, headers=sender.headers, media_type="application/json")(scope, receive, send)
+
+    def _timing(self) -> dict[str, str]:
+        """The header with the times so far, if the request asks for it."""
+        return {SERVER_TIMING: server_timing(self._request.record.timings())} if self._request.return_timings else {}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from llava_serve import __version__
+from llava_serve.api.answer import SERVER_TIMING
 from llava_serve.api.backends import Backend
 from llava_serve.api.chat import chat_routes
-from llava_serve.api.errors import WireError, log_refusal, openai_error
+from llava_serve.api.errors import WireError, openai_error
 from llava_serve.api.key_limits import KeyLimitMiddleware, KeyLimits
 from llava_serve.api.keys import accepted_keys
-from llava_serve.api.limiter import ConcurrencyLimiter
+from llava_serve.api.limiter import ConcurrencyLimiter, limiter_of
 from llava_serve.api.middleware import REQUEST_ID, AdmissionMiddleware, APIKeyMiddleware, RequestContextMiddleware
 from llava_serve.api.model_list import model_routes
 from llava_serve.api.notes import HEADER as NOTES
@@ -82,6 +84,10 @@ def create_app(
     async def version() -> Version:
         return Version(version=__version__)
 
+    @app.get("/metrics", summary="Report this process's metrics, for Prometheus", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(backend.exporter.page(), media_type=CONTENT_TYPE_LATEST)
+
     for routes in (chat_routes, response_routes, text_routes, tokenization_routes, model_routes):
         app.include_router(routes(service))
     app.include_router(page_routes())
@@ -91,19 +97,19 @@ def create_app(
     app.add_middleware(KeyLimitMiddleware, limits=limits)
     app.add_middleware(
         AdmissionMiddleware,
-        limiter=limiter or ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes),
+        limiter=limiter or limiter_of(options, backend.exporter),
         max_body_bytes=options.max_body_bytes,
     )
     if (keys := accepted_keys(options)) is not None:
         app.add_middleware(APIKeyMiddleware, keys=keys)
-    app.add_middleware(RequestContextMiddleware)
+    app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
     if options.cors_origins:  # outermost: a preflight has no key, and errors need the headers, too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=options.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID, NOTES, "retry-after"],
+            expose_headers=[REQUEST_ID, NOTES, SERVER_TIMING, "retry-after"],
         )
     return app
 
@@ -118,7 +124,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     }.get(error.status_code, "The request cannot be served.")
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     wire = WireError(error.status_code, "invalid_request_error", code)
-    log_refusal(wire, request.state.request_id)
+    request.state.record.refused(wire)
     return JSONResponse(openai_error(message, wire), wire.status, error.headers)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, Chunk, PreparedPrompt
@@ -19,6 +20,11 @@ class Backend(Protocol):
     @property
     def model_name(self) -> str:
         """The name that requests use for the model."""
+        ...
+
+    @property
+    def exporter(self) -> PrometheusExporter:
+        """Where the web app's metrics go, beside its own."""
         ...
 
     async def prepare(

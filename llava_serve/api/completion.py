@@ -22,6 +22,7 @@ from llava_serve.api.protocol import (
     StreamOptions,
     Usage,
 )
+from llava_serve.api.record import RequestRecord
 from llava_serve.api.streaming import DONE, event
 from llava_serve.api.usage import UsageCounter
 from llava_serve.engine.output_processor import join_chunks
@@ -103,6 +104,7 @@ class StreamEvents:
         request: says what the events tell.
         prepared: the prompt.
         counter: of the answer, up to date at each call.
+        record: of the request; so, too.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class StreamEvents:
         request: GenerationFields,
         prepared: PreparedPrompt,
         counter: UsageCounter,
+        record: RequestRecord,
     ) -> None:
         self._shape = shape
         self._id = completion_id
@@ -124,6 +127,7 @@ class StreamEvents:
         self._prepared = prepared
         self._prompt_ids = prepared.token_ids.tolist() if request.return_token_ids else None
         self._counter = counter
+        self._record = record if request.return_timings else None
         self._begun: dict[int, ContentLogprobs] = {}
 
     def event(self, chunk: Chunk) -> Answer | None:
@@ -145,8 +149,9 @@ class StreamEvents:
         )
 
     def last(self) -> Answer | None:
-        """The event with the usage, if the request asks for it."""
-        return self._chunk([], self._counter.usage()) if self._include_usage else None
+        """The event with the usage and the timings, if the request asks for one of them."""
+        timings = {} if self._record is None else {"timings": self._record.timings()}
+        return self._chunk([], self._counter.usage(), **timings) if self._include_usage or timings else None
 
     def _chunk(self, choices: list[Answer], usage: Usage | None, **fields: Any) -> Answer:
         if self._include_usage:
@@ -174,10 +179,11 @@ class CompletionBuilder:
         """Takes a chunk of any choice."""
         self._chunks.append(chunk)
 
-    def completion(self, completion_id: str, model: str, counter: UsageCounter) -> Answer:
-        """The answer, its choices in order. All of them must be finished."""
+    def completion(self, completion_id: str, model: str, counter: UsageCounter, **fields: Any) -> Answer:
+        """The answer, its choices in order, with more fields. All of them must be finished."""
         choices = sorted(join_chunks(self._chunks), key=lambda choice: choice.index)
-        fields: dict[str, Any] = {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids}
+        if self._prompt_ids is not None:
+            fields["prompt_token_ids"] = self._prompt_ids
         if self._scored is not None:
             fields["prompt_logprobs"] = prompt_logprobs_of(choices[0].prompt_logprobs or (), self._scored)
         return self._shape.completion(
@@ -219,7 +225,9 @@ class CompletionForm:
 
     async def events(self, answer: Generation) -> AsyncGenerator[bytes]:
         """The events of the stream, those of a group of chunks at once, and `[DONE]`."""
-        events = StreamEvents(self._shape, self._id, self._model, self._request, answer.prepared, answer.counter)
+        events = StreamEvents(
+            self._shape, self._id, self._model, self._request, answer.prepared, answer.counter, answer.record
+        )
         async for group in answer:
             lines = [event(each.json_bytes()) for chunk in group if (each := events.event(chunk)) is not None]
             if lines:
@@ -234,7 +242,8 @@ class CompletionForm:
         async for group in answer:
             for chunk in group:
                 builder.add(chunk)
-        return builder.completion(self._id, self._model, answer.counter).json_bytes()
+        timings = {"timings": answer.record.timings()} if self._request.return_timings else {}
+        return builder.completion(self._id, self._model, answer.counter, **timings).json_bytes()
 
     def failure(self, error: dict[str, Any]) -> bytes:
         """The error as an event, and `[DONE]`."""

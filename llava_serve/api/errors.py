@@ -87,17 +87,9 @@ def error_body(error: BaseException, request_id: str | None = None) -> dict[str,
 
 
 def log_error(error: BaseException, request_id: str) -> None:
-    """Logs an internal error with its traceback; every other one as a line, since its client is told about it."""
-    wire = wire_error(error)
-    if wire is INTERNAL:
+    """Logs an internal error with its traceback. Of every other one the request's line in the log says enough."""
+    if wire_error(error) is INTERNAL:
         logger.error("Request %s failed.", request_id, exc_info=error)
-    else:
-        log_refusal(wire, request_id)
-
-
-def log_refusal(wire: WireError, request_id: str) -> None:
-    """Logs one line."""
-    logger.log(wire.log_level, "Request %s: %d %s.", request_id, wire.status, wire.code)
 
 
 def reported(error: Exception, request_id: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llava_serve.api.completion import ChatShape, CompletionForm
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.middleware import too_large
 from llava_serve.api.pipeline import GenerationRequest, generation
+from llava_serve.api.record import RequestRecord
 from llava_serve.api.service import Service
 from llava_serve.api.validation import ParsedChat, completion_id, read_chat
 from llava_serve.config import BATCH_SHARE
@@ -50,12 +51,13 @@ class ChatCalls:
         self._waiting = 0
         self._most_waiting = max(1, int(service.options.max_in_flight * BATCH_SHARE))
 
-    async def answer(self, request: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
+    async def answer(self, request: Mapping[str, Any] | BaseModel, record: RequestRecord) -> dict[str, Any]:
         """The completion. While the server is busy, or a replica is being replaced, the call waits and tries again.
 
         Args:
             request: the body of a chat completion, as a dict or a pydantic model. Arrays in it count as lists.
                 Without `timeout` it has the longest timeout of the server.
+            record: of this call.
 
         Raises:
             RequestError: the request is not valid.
@@ -75,7 +77,7 @@ class ChatCalls:
         if parsed.wire.stream:
             raise UnsupportedParameterError("The answer comes as a whole; leave stream out.", "stream")
         deadline = arrived + min(parsed.wire.timeout or options.max_timeout_s, options.max_timeout_s)
-        work = self._service.work(parsed.wire, parsed.conversation, deadline, conv_mode=parsed.wire.conv_mode)
+        work = self._service.work(parsed.wire, parsed.conversation, deadline, record, conv_mode=parsed.wire.conv_mode)
         while True:
             try:
                 return await self._completed(work, parsed, len(body))
@@ -102,7 +104,9 @@ class ChatCalls:
         if time.time() + seconds >= deadline:
             raise DeadlineExceededError(f"{error.message} The request's time is up.", "timeout") from None
         if self._waiting >= self._most_waiting:
-            raise CapacityError(f"{self._waiting} calls wait at this server already: send fewer at once.")
+            raise CapacityError(
+                f"{self._waiting} calls wait at this server already: send fewer at once.", reason="calls_waiting"
+            )
         self._waiting += 1
         try:
             await asyncio.sleep(seconds)

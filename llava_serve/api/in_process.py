@@ -6,7 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from llava_serve.async_llm import AsyncLLM
+from llava_serve.engine.metrics import EngineMetrics
 from llava_serve.errors import EngineDeadError
+from llava_serve.metrics.pictures import PictureMetrics
+from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, Chunk, PreparedPrompt
@@ -14,6 +17,9 @@ from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 class InProcessBackend:
     """Prepares in threads, generates on the engine's own.
+
+    Attributes:
+        exporter: of all metrics of this process.
 
     Args:
         llm: closed by its owner, not here.
@@ -24,6 +30,10 @@ class InProcessBackend:
         self._llm = llm
         self._processor = llm.processor  # made now: the first request finds a process that decodes
         self._model_name = model_name or llm.model_name
+        self.exporter = PrometheusExporter(self._model_name)
+        self._processor.processor.metrics = PictureMetrics(self.exporter)
+        engine = EngineMetrics(self.exporter)
+        self.exporter.collect_by(lambda: engine.update(llm.stats()))
 
     @property
     def model_name(self) -> str:

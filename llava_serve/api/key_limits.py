@@ -50,7 +50,10 @@ class KeyLimits:
             RateLimitError: beyond a limit; it says when to try again.
         """
         if self._max_in_flight is not None and self._in_flight[client] >= self._max_in_flight:
-            raise RateLimitError(f"This API key has {self._max_in_flight} requests in flight, and may not have more.")
+            raise RateLimitError(
+                f"This API key has {self._max_in_flight} requests in flight, and may not have more.",
+                reason="key_in_flight",
+            )
         if self._per_minute is not None:
             self._take(client, self._per_minute)
         self._in_flight[client] += 1
@@ -68,7 +71,7 @@ class KeyLimits:
         self._buckets[client] = left, now
         if left < 1:
             wait_s = math.ceil((1 - left) * MINUTE_S / per_minute)
-            raise RateLimitError(f"This API key has used its {per_minute} requests per minute.", wait_s)
+            raise RateLimitError(f"This API key has used its {per_minute} requests per minute.", wait_s, "key_rate")
         self._buckets[client] = left - 1, now
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llava_serve.config import BATCH_SHARE, is_batch
+from llava_serve.config import BATCH_SHARE, ApiOptions, is_batch
 from llava_serve.errors import CapacityError, DrainingError
+from llava_serve.metrics.definitions import IN_FLIGHT
+from llava_serve.metrics.exporter import Exporter, Series, Several
 
 
 @dataclass(slots=True)
@@ -34,9 +36,11 @@ class ConcurrencyLimiter:
     Args:
         max_in_flight: the most requests at once.
         max_in_flight_bytes: the most bytes of all their bodies.
+        gauge: of the requests in flight.
     """
 
-    def __init__(self, max_in_flight: int, max_in_flight_bytes: int) -> None:
+    def __init__(self, max_in_flight: int, max_in_flight_bytes: int, gauge: Series | None = None) -> None:
+        self._gauge = gauge or Several()
         self.change(max_in_flight, max_in_flight_bytes)
         self._online, self._batch = _Load(), _Load()
         self._in_flight = 0
@@ -65,22 +69,26 @@ class ConcurrencyLimiter:
             DrainingError: draining.
         """
         if self.draining:
-            raise DrainingError("The server is shutting down; try again later.")
+            raise DrainingError("The server is shutting down; try again later.", reason="draining")
         place = Place(self, int(works))
         self._in_flight += 1
+        self._gauge.set(self._in_flight)
         self._idle.clear()
         try:
             yield place
         finally:
             place.leave()
             self._in_flight -= 1
+            self._gauge.set(self._in_flight)
             if not self._in_flight:
                 self._idle.set()
 
     def add_online(self, places: int, size: int) -> _Load:
         """Adds to what online requests take. Raises `CapacityError` at capacity."""
-        if (places and self._online.places >= self._most.places) or self._online.bytes + size > self._most.bytes:
-            raise CapacityError("The server is at capacity; try again later.")
+        over_bytes = self._online.bytes + size > self._most.bytes
+        if over_bytes or (places and self._online.places >= self._most.places):
+            reason = "bytes" if over_bytes else "in_flight"
+            raise CapacityError("The server is at capacity; try again later.", reason=reason)
         self._online.add(places, size)
         return self._online
 
@@ -89,7 +97,7 @@ class ConcurrencyLimiter:
         others = self._online.places + self._batch.places - places
         held = self._online.bytes + self._batch.bytes - size
         if max(others / self._most.places, held / self._most.bytes) >= BATCH_SHARE:
-            raise CapacityError("The server has no room for batch work; try again later.")
+            raise CapacityError("The server has no room for batch work; try again later.", reason="batch")
         self._online.add(-places, -size)
         self._batch.add(places, size)
         return self._batch
@@ -98,6 +106,11 @@ class ConcurrencyLimiter:
         """Refuses new requests from now on, and returns once none is in flight."""
         self.draining = True
         await self._idle.wait()
+
+
+def limiter_of(options: ApiOptions, exporter: Exporter) -> ConcurrencyLimiter:
+    """The limiter of a web app."""
+    return ConcurrencyLimiter(options.max_in_flight, options.max_in_flight_bytes, exporter.series(IN_FLIGHT))
 
 
 class Place:

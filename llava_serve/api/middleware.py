@@ -19,13 +19,13 @@ from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.notes import HEADER as NOTES
 from llava_serve.api.notes import header_value
 from llava_serve.api.page_files import PAGE_PATHS
+from llava_serve.api.record import CLIENT_CLOSED_REQUEST, RequestRecord, recorded
 from llava_serve.errors import AccessError, BodyTooLargeError
+from llava_serve.metrics.requests import RequestMetrics
 from llava_serve.types import ImagePart, Query
 from llava_serve.types import Message as Turn
 
 REQUEST_ID = "x-request-id"
-CLIENT_CLOSED_REQUEST = 499
-"""For access logs and metrics: the client is gone."""
 
 OPEN_PATHS = PAGE_PATHS | {"/health", "/ping", "/openapi.json"}
 """Probes have no key, and the page is where users type theirs."""
@@ -35,22 +35,30 @@ _ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 class RequestContextMiddleware:
     """Sets `state.request_id` and `state.arrived` (seconds since the epoch), and returns the id in `X-Request-ID`. What
-    the app adds to the list `state.notes` goes into the header `x-llava-serve-notes`.
+    the app adds to the list `state.notes` goes into the header `x-llava-serve-notes`. `state.record` is the request's
+    record.
 
     Args:
         app: an error that it raises before its first byte is answered here.
+        metrics: get what happens to each request.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
-        notes: list[str] = []
-        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.time(), notes=notes)
+        with recorded(RequestRecord(self._metrics, request_id, scope["method"], _path(scope))) as record:
+            await self._answer(scope, receive, send, record)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        request_id, notes = record.request_id, list[str]()
+        state = {"request_id": request_id, "arrived": time.time(), "notes": notes, "record": record}
+        scope.setdefault("state", {}).update(state)
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
         if len(path := _path(scope)) > 1 and path.endswith("/"):  # answered as without: a redirect could lose a body
@@ -63,6 +71,7 @@ class RequestContextMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id
                 if notes:
@@ -71,14 +80,18 @@ class RequestContextMiddleware:
 
         try:
             await app(scope, receive, send_with_id)
-        except ClientDisconnect:
+        except ClientDisconnect as error:
+            record.failed(error)
             if not started:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_id)
         except Exception as error:
+            record.failed(error)
             log_error(error, request_id)
             if started:
                 raise
             await error_response(error, request_id)(scope, receive, send_with_id)
+        finally:
+            record.endpoint = getattr(scope.get("route"), "path", record.endpoint)
 
 
 class APIKeyMiddleware:

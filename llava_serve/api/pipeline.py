@@ -7,6 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from llava_serve.api.backends import Backend
+from llava_serve.api.record import RequestRecord
 from llava_serve.api.usage import UsageCounter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Asked, Chunk, PreparedPrompt
@@ -21,15 +22,19 @@ class GenerationRequest:
         deadline: seconds since the epoch.
         priority: a smaller number is served earlier.
         cache_salt: requests of different ones share nothing that is cached.
+        record: gets what happens to it.
+        return_timings: the answer has its times.
     """
 
     asked: Asked
     sampling: SamplingParams
     request_id: str
     deadline: float
+    record: RequestRecord
     conv_mode: str | None = None
     priority: int = 0
     cache_salt: str = ""
+    return_timings: bool = False
 
 
 class Generation:
@@ -38,19 +43,35 @@ class Generation:
     Attributes:
         prepared: the prompt.
         counter: the usage so far.
+        record: of the request.
     """
 
-    def __init__(self, prepared: PreparedPrompt, choices: int, groups: AsyncGenerator[list[Chunk]]) -> None:
+    def __init__(
+        self, prepared: PreparedPrompt, choices: int, groups: AsyncGenerator[list[Chunk]], record: RequestRecord
+    ) -> None:
         self.prepared = prepared
         self.counter = UsageCounter(prepared, choices)
+        self.record = record
         self._groups = groups
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
         async for group in self._groups:
+            self._record(group)
             for chunk in group:
                 self.counter.add(chunk)
             yield group
         self.counter.check_complete()
+        self.record.answered()
+
+    def _record(self, group: list[Chunk]) -> None:
+        count = sum(len(chunk.token_ids) for chunk in group)
+        if self.record.first_token_s is None:
+            self.record.first_tokens(count, group[0].stages)
+        elif count:
+            self.record.more_tokens(count)
+        for chunk in group:
+            if chunk.finish_reason is not None:
+                self.record.choice_finished(chunk.finish_reason)
 
 
 @asynccontextmanager
@@ -61,6 +82,9 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
         LlavaServeError: at the block's start if the input is invalid, in the iteration for later errors:
             `EngineDeadError` if the answer ends before it is complete.
     """
+    record = request.record
+    record.model = backend.model_name
+    record.stage("body")
     prepared = await backend.prepare(
         request.asked,
         conv_mode=request.conv_mode,
@@ -68,6 +92,8 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
         cache_salt=request.cache_salt,
         priority=request.priority,
     )
+    record.prompt_tokens = prepared.num_tokens
+    record.stage("hop", prepared.stages)
     groups = backend.generate(
         prepared,
         request.sampling,
@@ -76,4 +102,4 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
         priority=request.priority,
     )
     async with aclosing(groups):
-        yield Generation(prepared, request.sampling.n, groups)
+        yield Generation(prepared, request.sampling.n, groups, record)

@@ -66,6 +66,8 @@ class GenerationFields(Wire):
             nothing from the others. Ours.
         cache_salt: requests share cached prefixes and images only with those of the same salt, as in vLLM. Ours.
         return_token_ids: return the ids of the prompt and the answer; an image's positions have the id -200. vLLM's.
+        return_timings: return how long the stages of the answer took, in milliseconds: in the header `Server-Timing`,
+            and as `timings` in the answer or in the last event of a stream. Ours.
         request_id: names the completion: its id ends with this. vLLM's.
         prompt_logprobs: return the log-probability of each text token of the prompt, and of this many alternatives; not
             in a stream. vLLM's.
@@ -102,6 +104,7 @@ class GenerationFields(Wire):
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
     priority: Integer | None = None
     return_token_ids: bool | None = None
+    return_timings: bool | None = None
     request_id: str | None = None
     prompt_logprobs: Integer | None = None
     response_format: ResponseFormat | None = None
@@ -258,6 +261,7 @@ class ChatCompletion(Answer):
     usage: Usage
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    timings: dict[str, float] | None = None
 
 
 class ChatCompletionChunk(Answer):
@@ -271,6 +275,7 @@ class ChatCompletionChunk(Answer):
     choices: list[ChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
+    timings: dict[str, float] | None = None
 
 
 class ErrorDetail(Answer):

@@ -17,9 +17,11 @@ from llava_serve.api.notes import IgnoredFields
 from llava_serve.api.parse_process import Offload
 from llava_serve.api.pipeline import GenerationRequest
 from llava_serve.api.protocol import ChatRequest, GenerationFields
+from llava_serve.api.record import RequestRecord
 from llava_serve.api.validation import check_priority, conversation_of, parse_request, read_chat, sampling_of
 from llava_serve.config import ApiOptions
 from llava_serve.errors import DeadlineExceededError
+from llava_serve.metrics.requests import RequestMetrics
 from llava_serve.types import Asked, Message
 from llava_serve.wire import Wire, unsupported_fields
 
@@ -37,6 +39,7 @@ class Service:
         backend: what prepares prompts and generates chunks.
         options: access and limits.
         model: that is served.
+        metrics: get what happens to requests.
 
     Args:
         offload: parses large bodies, so that the streams of other requests go on.
@@ -47,6 +50,7 @@ class Service:
         self.options = options
         self._offload = offload
         self.model = ServedModel(backend, options)
+        self.metrics = RequestMetrics(backend.exporter)
         self._ignored = IgnoredFields()
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
@@ -116,6 +120,7 @@ class Service:
             wire,
             asked,
             self.deadline(request, wire.timeout),
+            request.state.record,
             default_max_tokens=default_max_tokens,
             conv_mode=conv_mode,
             client=getattr(request.state, "client", None),
@@ -128,6 +133,7 @@ class Service:
         wire: GenerationFields,
         asked: Asked,
         deadline: float,
+        record: RequestRecord,
         *,
         default_max_tokens: int | None = None,
         conv_mode: str | None = None,
@@ -137,6 +143,7 @@ class Service:
 
         Args:
             deadline: seconds since the epoch.
+            record: of the request.
             client: the name of its API key.
         """
         self.model.check(wire.model)
@@ -148,9 +155,11 @@ class Service:
             sampling=sampling_of(wire, min(defaults, default=None)),
             request_id=uuid.uuid4().hex,
             deadline=deadline,
+            record=record,
             conv_mode=conv_mode,
             priority=priority,
             cache_salt=cache_salt(self.options.cache_scope, client, wire.cache_salt),
+            return_timings=bool(wire.return_timings),
         )
 
 

@@ -34,6 +34,7 @@ class EventSender:
 
     Attributes:
         started: the status 200 is sent; before that, an error may still choose another one.
+        headers: more of them, for when it starts.
 
     Args:
         send: of the ASGI request.
@@ -41,6 +42,7 @@ class EventSender:
 
     def __init__(self, send: Send) -> None:
         self.started = False
+        self.headers: dict[str, str] = {}
         self._send = send
         self._last = 0.0
         self._writing = asyncio.Lock()
@@ -51,7 +53,8 @@ class EventSender:
             self._last = asyncio.get_running_loop().time()
             if not self.started:
                 self.started = True
-                await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                more = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+                await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *more]})
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:

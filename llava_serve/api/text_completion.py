@@ -116,6 +116,7 @@ class TextCompletion(Answer):
     choices: list[TextChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
+    timings: dict[str, float] | None = None
 
 
 class TextShape:

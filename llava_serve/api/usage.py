@@ -17,7 +17,7 @@ class UsageCounter:
 
     def __init__(self, prepared: PreparedPrompt, choices: int) -> None:
         self._prompt = prepared.num_tokens
-        self._image = sum(end - start for start, end in prepared.image_spans)
+        self._image = prepared.num_image_tokens
         self._cached = 0
         self._completion = 0
         self._open = set(range(choices))

@@ -28,6 +28,7 @@ _IN_PROCESS_ONLY = (
     "dtype",
     "compile",
     "api_key",
+    "log_format",
 )
 """On Ray they stand in the config. A key would get into Ray's log there, too; its file's path does no harm."""
 
@@ -62,6 +63,11 @@ def add_to(commands: flags.Commands) -> None:
     parser.add_argument("--port", type=int, help="port to listen on; 8000 by default, 0 for a free one")
     parser.add_argument("--api-key", action="append", metavar="KEY", help="require this API key; repeatable")
     parser.add_argument("--api-key-file", metavar="FILE", help="require one of the API keys in a file, one a line")
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        help="of the log on standard error, with a line for each request: text by default",
+    )
     parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: production, or a file")
     parser.add_argument(
         "--dashboard", type=int, nargs="?", const=8265, metavar="PORT", help="start Ray's dashboard, too"
@@ -120,16 +126,18 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
         from llava_serve.api.app import create_app
         from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend
-        from llava_serve.api.limiter import ConcurrencyLimiter
+        from llava_serve.api.limiter import limiter_of
         from llava_serve.api.parse_process import ParseProcess
         from llava_serve.async_llm import AsyncLLM
+        from llava_serve.cli.log import log_to_stderr
         from llava_serve.probe import check_probes
 
+        log_to_stderr(options.log_format or "text")
         llm = AsyncLLM(model, app_options.engine, image_options=app_options.images.isolated)
         check_probes(llm, app_options.probe)
         backend = InProcessBackend(llm, api.model_name)
         with ParseProcess() as parse:
-            limiter = ConcurrencyLimiter(api.max_in_flight, api.max_in_flight_bytes)
+            limiter = limiter_of(api, backend.exporter)
             server = server_of(create_app(backend, api, limiter, offload=parse), limiter=limiter)
             host, port = listener.getsockname()[:2]
             listener.listen()  # whoever reads the next line can connect

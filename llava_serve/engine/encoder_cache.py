@@ -24,6 +24,9 @@ class EncoderCacheManager:
 
     Args:
         capacity: tiles that are kept beyond those that running requests need.
+
+    Attributes:
+        num_queries, num_hits: images that were pinned, and those of them that were known already.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -32,9 +35,12 @@ class EncoderCacheManager:
         self._idle: OrderedDict[str, None] = OrderedDict()  # without users, least recently used first
         self._idle_tiles = 0
         self._evicted: list[str] = []
+        self.num_queries = self.num_hits = 0
 
     def pin(self, digest: str, tiles: int) -> None:
         """A request needs the image: its features are kept until `unpin`."""
+        self.num_queries += 1
+        self.num_hits += digest in self._images
         image = self._images.setdefault(digest, _CachedImage(tiles))
         image.users += 1
         if digest in self._idle:

@@ -20,9 +20,9 @@ from llava_serve.engine.prefill_budget import CUDA_MIN_TOKENS, MIN_TOKENS, Prefi
 from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Output, PromptLogprobs, RawLogprob, Sequence, SequenceGroup
-from llava_serve.engine.stats import EngineStats
+from llava_serve.engine.stats import Counts, EngineStats
 from llava_serve.errors import CapacityError, DeadlineExceededError, NumericalError, RequestError
-from llava_serve.types import FinishReason
+from llava_serve.types import FinishReason, StageTimes
 
 _logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class Engine:
             salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}".encode(),
         )
         per_tile = spec.image.features_per_tile * spec.feature_width * model.dtype.itemsize
-        encoder_cache = EncoderCacheManager(options.feature_cache_bytes // per_tile)
-        self._scheduler = Scheduler(self._kv, encoder_cache, options.max_num_seqs)
+        self._encoder_cache = EncoderCacheManager(options.feature_cache_bytes // per_tile)
+        self._scheduler = Scheduler(self._kv, self._encoder_cache, options.max_num_seqs)
         least = CUDA_MIN_TOKENS if model.device.type == "cuda" else MIN_TOKENS
         self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles, least)
         self._batch_share = BatchShare(self._prefill_budget)
@@ -52,7 +52,7 @@ class Engine:
         self._groups: dict[str, list[SequenceGroup]] = {}
         self._searches: dict[str, BeamSearch] = {}
         self._arrivals = self._num_sequences = self._num_batch = 0
-        self._steps = self._cached = self._computed = self._generated = 0
+        self._counts = Counts()
 
     @property
     def has_work(self) -> bool:
@@ -71,11 +71,11 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             free_blocks=self._kv.num_available,
             total_blocks=self._kv.num_blocks,
-            cached_tokens=self._cached,
-            computed_tokens=self._computed,
-            generated_tokens=self._generated,
-            steps=self._steps,
             slow_attention=self._runner.slow_attention,
+            preemptions=self._scheduler.preemptions,
+            queried_images=self._encoder_cache.num_queries,
+            cached_images=self._encoder_cache.num_hits,
+            **vars(self._counts),
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -86,7 +86,7 @@ class Engine:
             RequestError: a request of this id is in the engine.
         """
         if not self.has_room(request):
-            raise CapacityError("The server is busy; try again later.")
+            raise CapacityError("The server is busy; try again later.", reason="engine_queue")
         if request.request_id in self._groups:
             raise RequestError(f"A request with the id {request.request_id} is still running.")
         tokens = request.prompt.token_ids.tolist()
@@ -129,13 +129,18 @@ class Engine:
         outputs = self._expire()
         self._scheduler.make_room()
         schedule = self._scheduler.schedule(self._batch_share.step_budget(self._scheduler.load))
+        scheduled = time.perf_counter()
         result = self._runner.run(schedule)
         outputs += self._postprocess(schedule, result)
+        self._counts.schedule_seconds += scheduled - started
         self._observe(schedule, time.perf_counter() - started)
         return outputs
 
     def _observe(self, schedule: Schedule, seconds: float) -> None:
         """Learns what steps cost."""
+        self._counts.steps += 1
+        self._counts.step_seconds += seconds
+        self._counts.computed_sequences += len(schedule.segments)
         decoding, batch = schedule.num_decoding, schedule.num_batch_decoding
         prefill = schedule.num_tokens - decoding
         self._prefill_budget.observe(seconds, decoding, prefill, schedule.num_tiles)
@@ -151,11 +156,13 @@ class Engine:
         ]
         for request_id in expired:
             self.abort(request_id)
+        self._counts.expired += len(expired)
         error = DeadlineExceededError("The request's time was up before its answer was complete.")
         return [Output(request_id, 0, error=error) for request_id in expired]
 
     def _postprocess(self, schedule: Schedule, result: StepResult) -> list[Output]:
         """Samples the next tokens and appends them. What a failed request has computed is not kept."""
+        self._credit_vision(schedule, result.vision_s)
         sequences = [segment.sequence for segment in schedule.segments if segment.needs_sampling]
         sampled = sample_step(result, sequences, self._searches, self.model.dtype)
         outputs = [self._fail(*failed) for failed in failed_requests(sampled.failures, self._scheduler).items()]
@@ -167,6 +174,14 @@ class Engine:
             if self.has(search.group.request.request_id):
                 outputs += self._advance_beams(search.group, extended)
         return outputs
+
+    def _credit_vision(self, schedule: Schedule, seconds: float) -> None:
+        """Adds the tower's time to the groups that needed what it encoded."""
+        if schedule.tile_jobs:
+            digests = {job.digest for job in schedule.tile_jobs}
+            for group in self._scheduler.running:
+                if not digests.isdisjoint(group.pins):
+                    group.timeline.vision_s += seconds
 
     def _fail(self, request_id: str, error: Exception) -> Output:
         """Ends a request with an error."""
@@ -182,8 +197,7 @@ class Engine:
         for sequence, new in prompt_logprobs:
             assert sequence.prompt_logprobs is not None, "they are computed only where they are asked for"
             sequence.prompt_logprobs += new
-        self._steps += 1
-        self._computed += schedule.num_tokens
+        self._counts.computed_tokens += schedule.num_tokens
         for segment in schedule.segments:
             if self.has(segment.sequence.request.request_id):
                 segment.sequence.num_computed = segment.end
@@ -227,10 +241,11 @@ class Engine:
         logprobs: tuple[RawLogprob, ...] | None,
     ) -> Output:
         """The output of a choice; ends it where there is a finish reason."""
-        cached = sequence.num_cached or 0
-        self._generated += len(token_ids)
+        # A beam search has one output, of tokens that need not be the sequence's own.
+        first = sequence.num_output == len(token_ids) or sequence.request.sampling.num_beams > 1
+        stages = self._first_output(sequence) if first else ()
+        self._counts.generated_tokens += len(token_ids)
         if reason is not None:
-            self._cached += cached
             self.abort(sequence.request.request_id, sequence.index)
         return Output(
             request_id=sequence.request.request_id,
@@ -239,9 +254,16 @@ class Engine:
             finish_reason=reason,
             logprobs=logprobs,
             num_prompt_tokens=sequence.num_prompt,
-            num_cached_tokens=cached,
-            prompt_logprobs=sequence.prompt_logprobs if sequence.num_output == len(token_ids) else None,
+            num_cached_tokens=sequence.num_cached or 0,
+            prompt_logprobs=sequence.prompt_logprobs if first else None,
+            stages=stages,
         )
+
+    def _first_output(self, sequence: Sequence) -> StageTimes:
+        """Counts the prompt of a choice that has its first output; returns the stages that led there."""
+        self._counts.add_prompt(sequence.request.prompt, sequence.num_cached or 0, first=sequence.index == 0)
+        groups = self._groups[sequence.request.request_id]
+        return next(group for group in groups if group.sequences[0].index == sequence.index).timeline.stages()
 
     def _end(self, group: SequenceGroup) -> None:
         """Removes a group from the engine and frees what it holds."""

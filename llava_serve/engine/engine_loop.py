@@ -82,6 +82,7 @@ class EngineLoop:
         self._num_sent = self._num_received = 0  # requests put into the inbox, and taken out of it
         self._heartbeat = time.monotonic()
         self._slowest_step_s = _MAX_STALLED_S / _STALLED_STEPS  # nothing is measured
+        self._aborted = 0
         self._dead = False
         built: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(built, build), name="engine", daemon=True)
@@ -97,7 +98,8 @@ class EngineLoop:
 
     def stats(self) -> EngineStats:
         """The state of the engine after its last turn, and how long ago that was."""
-        return dataclasses.replace(self._stats, heartbeat_age_s=time.monotonic() - self._heartbeat)
+        age = time.monotonic() - self._heartbeat
+        return dataclasses.replace(self._stats, aborted=self._aborted, heartbeat_age_s=age)
 
     def submit(self, request: EngineRequest) -> Consumer:
         """Sends a request to the engine. To be called on the event loop that reads its outputs.
@@ -106,7 +108,7 @@ class EngineLoop:
             CapacityError: the queue is full.
         """
         if self.engine.num_requests + self._num_sent - self._num_received >= self.engine.validator.max_sequences:
-            raise CapacityError("The server is busy; try again later.")
+            raise CapacityError("The server is busy; try again later.", reason="engine_queue")
         consumer = Consumer(asyncio.get_running_loop(), asyncio.Queue())
         self._num_sent += 1
         self._inbox.put(_Add(request, consumer))
@@ -195,6 +197,7 @@ class EngineLoop:
         if consumer is None or message.consumer not in (None, consumer):
             return
         self.engine.abort(message.request_id, message.index)
+        self._aborted += message.index is None
         if not self.engine.has(message.request_id):
             del self._consumers[message.request_id]
             self._post({consumer.loop: [(consumer, None)]})

@@ -75,6 +75,7 @@ class OutputProcessor:
             prompt_logprobs=None
             if output.prompt_logprobs is None
             else tuple(map(self._scored, output.prompt_logprobs)),
+            stages=output.stages,
         )
 
     def _scored(self, raw: RawLogprob | None) -> TokenLogprob | None:
@@ -119,6 +120,7 @@ def _join(parts: Sequence[Chunk]) -> Chunk:
         token_ids=tuple(token for part in parts for token in part.token_ids),
         logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
         prompt_logprobs=parts[0].prompt_logprobs,
+        stages=parts[0].stages,
     )
 
 
@@ -133,7 +135,7 @@ def collect(prompt: PreparedPrompt, chunks: Iterable[Chunk]) -> GenerationResult
         outputs=tuple(_completion(choice) for choice in choices),
         num_cached_tokens=choices[0].num_cached_tokens,
         prompt_logprobs=None if scored is None else (None, *scored[1:]),
-        num_image_tokens=sum(end - start for start, end in prompt.image_spans),
+        num_image_tokens=prompt.num_image_tokens,
     )
 
 

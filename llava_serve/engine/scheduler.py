@@ -94,8 +94,8 @@ class Scheduler:
         self._kv = kv
         self._encoder_cache = encoder_cache
         self._max_num_seqs = max_num_seqs
-        self.waiting: list[SequenceGroup] = []
-        self.running: list[SequenceGroup] = []
+        self.waiting, self.running = list[SequenceGroup](), list[SequenceGroup]()
+        self.preemptions = 0  # since the start
 
     @property
     def load(self) -> Running:
@@ -173,8 +173,7 @@ class Scheduler:
         Returns:
             The segments, and the groups that were preempted.
         """
-        segments: list[Segment] = []
-        preempted: list[SequenceGroup] = []
+        segments, preempted = list[Segment](), list[SequenceGroup]()
         for group in list(self.running):
             if group in preempted or (group.batch and not budget.batch):
                 continue
@@ -277,12 +276,14 @@ class Scheduler:
         for at in needed:
             self._encoder_cache.pin(prompt.digests[at], len(prompt.tiles[at]))
         group.pins = tuple(prompt.digests[at] for at in needed)
+        group.timeline.admit()
         self.waiting.remove(group)
         insort(self.running, group, key=lambda other: other.rank)
         return True
 
     def _preempt(self, group: SequenceGroup) -> None:
         """Moves a running group back to the queue. It is recomputed from its tokens."""
+        self.preemptions += 1
         self.running.remove(group)
         self._release(group)
         self.add(group)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
 from llava_serve.config import is_batch
 from llava_serve.engine.grammar import Grammar, Matcher
+from llava_serve.engine.timeline import Timeline
 from llava_serve.errors import LlavaServeError
 from llava_serve.sampling_params import SamplingParams
-from llava_serve.types import IMAGE_TOKEN_ID, FinishReason, PreparedPrompt
+from llava_serve.types import IMAGE_TOKEN_ID, FinishReason, PreparedPrompt, StageTimes
 
 _EXPECTED_OUTPUT = 512
 """Tokens of an answer that may go on to the end of the context."""
@@ -28,6 +30,7 @@ class EngineRequest:
         stop_token_ids: ids that end the answer.
         end_tokens: those of them that are the model's and the template's.
         grammar: that the answer keeps to.
+        arrived: seconds of `time.perf_counter()`.
     """
 
     request_id: str
@@ -40,6 +43,7 @@ class EngineRequest:
     stop_token_ids: frozenset[int]
     end_tokens: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Output:
         finish_reason: set on the choice's last output, and only there.
         prompt_logprobs: on the first output of choice 0, where the request asks for them.
         error: the request has failed; no output of any of its choices follows.
+        stages: on a choice's first output: how long the request took to it; see `Timeline`.
     """
 
     request_id: str
@@ -76,6 +81,7 @@ class Output:
     num_cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     error: LlavaServeError | None = None
+    stages: StageTimes = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -176,6 +182,7 @@ class SequenceGroup:
         sequences: each holds the prompt; until they are forked only the first is computed, for all.
         forked: the sequences have output tokens of their own.
         pins: digests of the images whose features its prefill still needs.
+        timeline: when it came to its stages.
     """
 
     request: EngineRequest
@@ -183,6 +190,10 @@ class SequenceGroup:
     sequences: list[Sequence]
     forked: bool = False
     pins: tuple[str, ...] = ()
+    timeline: Timeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timeline = Timeline(self.request.arrived)
 
     @property
     def active(self) -> list[Sequence]:

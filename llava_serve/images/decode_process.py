@@ -103,7 +103,7 @@ class DecodeProcess:
         if os.preadv(self._memory.fileno(), [tiles.data], 0) != tiles.nbytes:
             raise RuntimeError("Decoding has given fewer tiles than it says.")
         width, height = reply["size"]
-        return CachedTiles((width, height), reply["count"], tiles, reply["digest"])
+        return CachedTiles((width, height), reply["count"], tiles, reply["digest"], tile_s=reply["tile_s"])
 
     def kill(self) -> int:
         """Ends the process, whatever it does, and returns its exit status. May be called again."""

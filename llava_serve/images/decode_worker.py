@@ -83,7 +83,8 @@ def _decode(
             return {"refused": error.args}
         return {"failed": traceback.format_exc()[-_MAX_TRACEBACK:]}
     os.pwrite(memory, np.ascontiguousarray(made.tiles).data, 0)
-    return {"size": made.size, "count": made.count, "shape": made.tiles.shape, "digest": made.digest}
+    shape = made.tiles.shape
+    return {"size": made.size, "count": made.count, "shape": shape, "digest": made.digest, "tile_s": made.tile_s}
 
 
 def _is_memory_error(error: BaseException | None) -> bool:

@@ -60,7 +60,9 @@ class LinkPolicy:
         with self._freed:
             while self._busy[host] >= MAX_PER_HOST:
                 if time.monotonic() >= end:
-                    raise CapacityError("Too many pictures are fetched from one host at this time; try again later.")
+                    raise CapacityError(
+                        "Too many pictures are fetched from one host at this time; try again later.", reason="link_host"
+                    )
                 self._freed.wait(budget.seconds(0.25))
             self._busy[host] += 1
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from cachetools import LRUCache
@@ -19,12 +19,15 @@ class CachedTiles:
         count: positions that it takes in the prompt.
         tiles: uint8 [tiles, height, width, 3]; shared, so never modified.
         digest: identifies the tiles.
+        decode_s, tile_s: seconds that its decoding and its tiling took; 0 from the cache.
     """
 
     size: tuple[int, int]
     count: int
     tiles: NDArray[np.uint8]
     digest: str
+    decode_s: float = field(default=0.0, compare=False)
+    tile_s: float = field(default=0.0, compare=False)
 
 
 class TileCache:

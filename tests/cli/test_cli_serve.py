@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -82,7 +83,7 @@ def test_a_config_that_cannot_be_served_in_process_is_refused(
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
 def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("simsim\n\n sesame \n")
-    keys = ("--api-key", "open", "--api-key-file", tmp_path / "keys")
+    keys = ("--api-key", "open", "--api-key-file", tmp_path / "keys", "--log-format", "json")
     with serve_in_process(MODEL, "--dtype", "bfloat16", "--port", 0, *keys, named=MODEL.name) as (url, process):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         body = {
@@ -111,8 +112,13 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
-        logged = process.stderr.read().splitlines()
-        assert [line for line in logged if not line.endswith(": 503 service_unavailable.")] == []
+        logged = [line for line in map(json.loads, process.stderr) if line["path"] != "/health"]
+        assert [(line["status"], line["level"], line.get("reason")) for line in logged] == [
+            (401, "INFO", "invalid_api_key"),
+            (400, "INFO", "invalid_image"),
+            (200, "INFO", None),
+        ]
+        assert logged[-1]["output_tokens"] == 900
         assert psutil.wait_procs(children, timeout=10)[1] == []
 
 

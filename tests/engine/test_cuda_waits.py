@@ -157,7 +157,7 @@ def test_a_step_of_tiles_alone_waits_for_them(engine: Engine) -> None:
     """Else its time, by which prefill is planned, is that of the launch."""
     add(engine, prompt(image((1, 2, 3), 12), [8]), "image", temperature=0)
     waits, outputs = step(engine)
-    assert engine._computed == 0
+    assert engine._counts.computed_tokens == 0
     assert (waits, outputs) == (1, [])
 
 

@@ -97,7 +97,7 @@ def test_the_application_is_that_of_serve_config_with_the_changes(name: str, fol
 def test_every_process_has_the_production_profile(name: str, tmp_path: Path) -> None:
     profile = tmp_path / "production.env"
     profile.write_text(config.packaged(config.PROFILE, WHEEL))
-    [settings] = [each for each in rendered(name) if each["kind"] == "ConfigMap"]
+    settings = settings_of(name)
     assert {name: value for name, value in settings["data"].items() if name not in OF_PODS} == read_serve_env(profile)
     assert settings["data"].keys() >= OF_PODS
     for group in ray_groups(name):
@@ -154,7 +154,7 @@ def test_the_job_downloads_what_the_application_opens() -> None:
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_a_pod_outlives_its_longest_answer(name: str) -> None:
     longest = max(each["graceful_shutdown_timeout_s"] for each in deployments_of(name))
-    [settings] = [each["data"] for each in rendered(name) if each["kind"] == "ConfigMap"]
+    settings = settings_of(name)["data"]
     for group in ray_groups(name)[1:]:
         ends = group["template"]["spec"]["terminationGracePeriodSeconds"]
         assert longest < float(settings["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < ends
@@ -267,6 +267,13 @@ def restricted(context: Object) -> None:
     assert context["allowPrivilegeEscalation"] is False
     assert context["readOnlyRootFilesystem"] is True
     assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def settings_of(name: str) -> Object:
+    """The pods' settings: the one `ConfigMap` beside the dashboard's."""
+    maps = [each for each in rendered(name) if each["kind"] == "ConfigMap"]
+    [settings] = [each for each in maps if each["metadata"]["name"] != "llava-dashboard"]
+    return settings
 
 
 def deployments_of(name: str) -> list[Object]:

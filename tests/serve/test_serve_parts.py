@@ -22,6 +22,8 @@ from llava_serve.api.middleware import AdmissionMiddleware, RequestContextMiddle
 from llava_serve.deadline import check_deadline, deadline_scope
 from llava_serve.engine.output_processor import join_chunks
 from llava_serve.errors import DeadlineExceededError, EngineDeadError
+from llava_serve.metrics.exporter import NoExporter
+from llava_serve.metrics.requests import RequestMetrics
 from llava_serve.types import Chunk, TokenLogprob
 from support.api_server import wait_until
 
@@ -146,7 +148,7 @@ async def test_a_drain_waits_for_requests_in_flight_and_refuses_new_ones() -> No
         await PlainTextResponse("done")(scope, receive, send)
 
     limiter = ConcurrencyLimiter(1, 1000)
-    app = RequestContextMiddleware(AdmissionMiddleware(answer, limiter, 1000))
+    app = RequestContextMiddleware(AdmissionMiddleware(answer, limiter, 1000), RequestMetrics(NoExporter()))
     first = asyncio.create_task(ask(app))
     await asyncio.sleep(0)
     drained = asyncio.create_task(limiter.drain())

@@ -86,10 +86,10 @@ def test_a_clients_mistake_is_one_line_in_the_log_of_each_tier_that_refuses_it(
         assert refusal.value.code == code
         if tier != "Ingress":
             expected[tier].append(f"{request_id} -- Refused: 400 {code}.")
-        expected["Ingress"].append(f"{request_id} -- Request {request_id}: 400 {code}.")
+        expected["Ingress"].append(f"request_id={request_id} method=POST path=/v1/chat/completions status=400")
     wait_until(lambda: all(line in logged()[tier] for tier, lines in expected.items() for line in lines))
     for tier, text in logged().items():
-        refused = [line for line in text.splitlines() if ": 400 " in line]
+        refused = [line for line in text.splitlines() if ": 400 " in line or "status=400" in line]
         assert len(refused) == len(expected[tier])
         assert all("INFO" in line for line in refused)
         assert not any(mark in text for mark in ("ERROR", "WARNING", "Traceback")), text

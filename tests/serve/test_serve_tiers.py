@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -11,16 +12,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.cluster import replicas
+from support.dashboard import dashboard_series
 from support.demo import DEMO_IMAGE, question
 from support.paths import CONFIG
 
 EXPORTED_AFTER_S = 12
 """Ray's processes export their metrics every ten seconds."""
+
+RARE = {
+    f"ray_llava_{name}_total"
+    for name in (
+        "admission_refusals",
+        "decode_processes_ended",
+        "feature_cache_hits",
+        "preemptions",
+        "requests_aborted",
+        "requests_expired",
+    )
+}
+"""Ray exports a series with its first value, and these requests give none."""
 
 PREPARE = """
 import asyncio, sys, time
@@ -55,19 +71,24 @@ def test_only_the_model_replica_has_torch(client: Any, served: Any, name: str, h
 
 
 @pytest.mark.extended
-def test_ray_exports_the_metrics(client: Any, ray_job: None, wait_until: Callable[[Callable[[], bool]], None]) -> None:
+def test_ray_exports_the_metrics(
+    client: Any, served: Any, ray_job: None, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
     [node] = ray.nodes()
     endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
     def metrics() -> Counter[str]:
         """Of this application, over all replicas: sums of counters, and the counts of histograms."""
         with urllib.request.urlopen(endpoint, timeout=30) as response:
-            families = text_string_to_metric_families(response.read().decode())
+            families = list(text_string_to_metric_families(response.read().decode()))
+        exported.update(family.name for family in families)
         found: Counter[str] = Counter()
         for sample in (sample for family in families for sample in family.samples):
-            if sample.labels.get("application") == "llava" and sample.name.startswith("ray_llava_"):
-                reason = sample.labels.get("finish_reason", "")
-                found[f"{sample.name.removeprefix('ray_llava_')} {reason}".strip()] += int(sample.value)
+            if sample.labels.get("application") == "llava" and sample.name.startswith(("ray_llava_", "ray_vllm_")):
+                tags = [sample.labels[tag] for tag in ("finish_reason", "finished_reason") if tag in sample.labels]
+                found[" ".join([sample.name.removeprefix("ray_"), *tags])] += int(sample.value)
+                if sample.name.startswith("ray_vllm_"):
+                    assert sample.labels["model_name"] == "builtin"
         return found
 
     def ask(max_tokens: int) -> None:
@@ -76,22 +97,32 @@ def test_ray_exports_the_metrics(client: Any, ray_job: None, wait_until: Callabl
             model="builtin", messages=messages, max_tokens=max_tokens, extra_body={"ignore_eos": True}
         )
 
+    exported: set[str] = set()
     ask(1)
     time.sleep(EXPORTED_AFTER_S)  # earlier requests are exported now
     before = metrics()
     ask(3)
     ask(5)
     expected = {
-        "generated_tokens_total": 8,
-        "answers_total length": 2,
-        "first_chunk_seconds_count": 2,
-        "prompts_total": 2,
-        "images_total": 4,
-        "prepare_seconds_count": 2,
+        "llava_output_tokens_total": 8,
+        "vllm_generation_tokens_total": 8,
+        "llava_choices_total length": 2,
+        "vllm_request_success_total length": 2,
+        "llava_time_to_first_token_seconds_count": 2,
+        "vllm_time_to_first_token_seconds_count": 2,
+        "llava_prompts_prepared_total": 2,
+        "llava_images_prepared_total": 4,
+        "llava_tile_cache_hits_total": 4,
+        "llava_prepare_seconds_count": 2,
     }
     wait_until(lambda: all((metrics() - before)[name] >= more for name, more in expected.items()))
     now = metrics()
     assert {name: now[name] - before[name] for name in expected} == expected
+    missing = {name for name in dashboard_series() if re.sub("_(total|bucket|sum|count)$", "", name) not in exported}
+    assert missing <= RARE
+    page = httpx.get(f"{served.url}/metrics", timeout=30).text
+    assert "llava_time_to_first_token_seconds_count" in page
+    assert 'vllm:request_success_total{finished_reason="length",model_name="builtin"}' in page
 
 
 def test_a_port_in_use_is_one_clear_sentence(served: Any) -> None:

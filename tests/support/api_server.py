@@ -21,6 +21,7 @@ from llava_serve.api.http_server import server_of
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import ApiOptions, EngineOptions
+from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
 from llava_serve.types import Asked, Chunk, Message, PreparedPrompt, Query, RawPrompt
@@ -72,6 +73,7 @@ class PacedBackend:
         working: requests that are being prepared or generated.
         asked: the messages and `conv_mode` of each request that was prepared.
         samplings, deadlines, priorities: of the requests, in order.
+        exporter: of the web app's metrics.
     """
 
     words: Sequence[str] = ("A ", "red ", "circle.")
@@ -87,6 +89,7 @@ class PacedBackend:
     samplings: list[SamplingParams] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
+    exporter: PrometheusExporter = field(default_factory=lambda: PrometheusExporter("paced"))
 
     async def prepare(
         self, asked: Asked, *, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0

@@ -42,6 +42,7 @@ class StepResult:
         finite: bool [checked], on the device: there were none.
         prompt_logprobs: of sequences whose request asks for them, those that the step's prefill gives.
         failures: of what the step has tried.
+        vision_s: seconds in the vision tower, as this thread sees them: a GPU may go on with it meanwhile.
     """
 
     logits: torch.Tensor
@@ -49,6 +50,7 @@ class StepResult:
     finite: torch.Tensor
     prompt_logprobs: list[tuple[Sequence, PromptLogprobs]]
     failures: StepFailures
+    vision_s: float
 
 
 class ModelRunner:
@@ -106,7 +108,9 @@ class ModelRunner:
         for digest in schedule.evicted:
             self._encoder.features.pop(digest, None)
         failures = StepFailures()
+        began = time.perf_counter()
         digests, finite = self._encoder.encode(schedule.tile_jobs, failures.images)
+        vision_s = time.perf_counter() - began
         self._memory.copy(schedule.copies)
         scored: list[ScoredPrompt] = []
         logits = self._forward(schedule, scored, failures) if schedule.segments else torch.empty(0, 0)
@@ -120,6 +124,7 @@ class ModelRunner:
             torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool),
             [(each.sequence, each.logprobs) for each in scored],
             failures,
+            vision_s,
         )
 
     def _forward(self, schedule: Schedule, scored: list[ScoredPrompt], failures: StepFailures) -> torch.Tensor:
