@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -54,7 +56,7 @@ class Processor:
         self._tile_cache = TileCache(options.cache_bytes)
         self._image = spec.image if options.max_tiles is None else spec.image.limited(options.max_tiles)
         self._decoder: Decoder = (
-            IsolatedDecoder(options, self._image, count_ended=lambda: self.metrics.decoding_ended())
+            IsolatedDecoder(options, self._image, count_ended=partial(_count_ended, weakref.ref(self)))
             if options.isolate
             else InProcessDecoder(options, self._image)
         )
@@ -252,3 +254,9 @@ def _stages(images: Sequence[CachedTiles], seconds: float) -> StageTimes:
 def _salted(digest: str, cache_salt: str) -> str:
     """A digest that only prompts of the same salt share."""
     return blake2b(f"{digest} {cache_salt}".encode(), digest_size=16).hexdigest() if cache_salt else digest
+
+
+def _count_ended(processor: weakref.ref[Processor]) -> None:
+    """A decoding has ended by force. Its decoder must not keep the processor, which ends it when it is given up."""
+    if (counting := processor()) is not None:
+        counting.metrics.decoding_ended()

@@ -30,8 +30,8 @@ rest of it counts for `prefill`.
 
 Each request is a line of the logger `llava_serve.access`, also in the ingress replica's log: id, method, path, status,
 outcome, seconds, model, tokens, time to the first token, and why it failed. With Serve's
-`logging_config: {encoding: JSON}`, and in-process with `--log-format json`, these are fields. No line has a question,
-an answer, a picture or a key.
+`logging_config: {encoding: JSON}`, and in-process with `--log-format json`, these are fields. No line has a
+question, an answer, a picture or a key.
 """
 
 TIERS = {

@@ -47,6 +47,7 @@ def url() -> Iterator[str]:
 def test_every_operation_is_described() -> None:
     assert set(OPERATIONS) == {
         "GET /health",
+        "GET /metrics",
         "GET /ping",
         "GET /v1/models",
         "GET /v1/models/{name}",

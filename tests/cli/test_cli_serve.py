@@ -112,13 +112,14 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
-        logged = [line for line in map(json.loads, process.stderr) if line["path"] != "/health"]
-        assert [(line["status"], line["level"], line.get("reason")) for line in logged] == [
-            (401, "INFO", "invalid_api_key"),
-            (400, "INFO", "invalid_image"),
-            (200, "INFO", None),
+        logged = [json.loads(line) for line in process.stderr]
+        assert {line["level"] for line in logged} == {"INFO"}
+        requests = [line for line in logged if line["logger"] == "llava_serve.access" and line["path"] != "/health"]
+        assert [(line["status"], line.get("reason"), line.get("output_tokens")) for line in requests] == [
+            (401, "invalid_api_key", None),
+            (400, "invalid_image", 0),
+            (200, None, 900),
         ]
-        assert logged[-1]["output_tokens"] == 900
         assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
