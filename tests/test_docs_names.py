@@ -14,8 +14,8 @@ from llava_serve.api.protocol import ChatRequest, StreamOptions
 from llava_serve.api.text_completion import CompletionRequest
 from llava_serve.api.tokenization import DetokenizeRequest, TokenizeRequest
 from llava_serve.api.validation import parse_request
+from llava_serve.app_options import AppOptions
 from llava_serve.cli import command_parser
-from llava_serve.config import AppOptions
 from llava_serve.errors import UnsupportedParameterError
 from support.code_blocks import CodeBlock, code_blocks
 from support.paths import ROOT
