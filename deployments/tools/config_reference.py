@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from llava_serve.app_options import Probe
 from llava_serve.config import (
     ApiOptions,
     EngineOptions,
@@ -29,6 +30,7 @@ GROUPS: tuple[tuple[str, str, type[Options]], ...] = (
     ("args.images", "Images", ImageOptions),
     ("args.images.links", "A host of links", LinkHost),
     ("args.api", "Access and limits", ApiOptions),
+    ("args.probe", "Probes", Probe),
     ("request_router_kwargs", "The router", RoutingOptions),
 )
 """Where the options stand in a config, a heading, and their type."""
@@ -40,7 +42,8 @@ INTRODUCTION = """# Configuration
 The config is Ray Serve's own. The application's options stand under `args`; an unknown one is refused by name. Begin
 with the config that ships (`llava-serve serve --print-config > mine.yaml`); its comments explain what Ray reads: ports,
 replicas, autoscaling, resources. In Python, the same options are `ModelOptions`, `EngineOptions`, `ImageOptions` of
-`llava_serve`; `llava-serve ask`, `chat` and `serve --in-process` take the frequent ones as flags.
+`llava_serve`; `llava-serve ask`, `chat` and `serve --in-process` take the frequent ones as flags. Some change without a
+restart, in a deployment's `user_config`: see [Changing what runs](operations.md).
 """
 
 

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
@@ -46,14 +47,27 @@ def test_requests_in_flight_are_finished() -> None:
                 pieces.append(chunk.choices[0].delta.content or "")
                 finish.append(chunk.choices[0].finish_reason)
 
+    health: list[int] = []
+
+    def probe(url: str) -> None:
+        """Until nothing listens any more."""
+        with contextlib.suppress(httpx.TransportError):
+            while True:
+                health.append(httpx.get(f"{url}/health", timeout=60).status_code)
+                time.sleep(0.1)
+
     with local_cluster(config, num_cpus=2) as running:
         readers = [threading.Thread(target=read, args=(running.url,)) for _ in range(4)]
-        for reader in readers:
-            reader.start()
+        prober = threading.Thread(target=probe, args=(running.url,))
+        for thread in (*readers, prober):
+            thread.start()
         assert begun.wait(60)
-    for reader in readers:
-        reader.join(60)
+    for thread in (*readers, prober):
+        thread.join(60)
     assert finish.count("length") == len(readers)
+    assert health[0] == 200
+    assert 503 in health
+    assert 200 not in health[health.index(503) :]
 
 
 def test_rays_own_command_runs_the_config(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
 from support.cluster import replica_logs, replicas
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
-from support.paths import CHECKPOINTS, CONFIG
+from support.paths import BUILTIN, CHECKPOINTS, CONFIG
 from support.rollout import deploy
 
 pytestmark = pytest.mark.extended
@@ -50,8 +51,8 @@ class Application:
         return httpx.post(f"{self.running.url}/v1/chat/completions", json=body, timeout=120)
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Clients ask while the block runs; each answer must be right."""
+    def asked(self, refusal: str = DEMO_ANSWER) -> Iterator[None]:
+        """Clients ask while the block runs; each answer must be right, or this refusal."""
         ended = threading.Event()
         answers: list[str] = []
 
@@ -71,7 +72,7 @@ class Application:
             ended.set()
             for client in clients:
                 client.join()
-        assert [answer for answer in answers if DEMO_ANSWER not in answer] == []
+        assert [answer for answer in answers if DEMO_ANSWER not in answer and refusal not in answer] == []
         assert len(answers) > NUM_CLIENTS
 
 
@@ -123,4 +124,14 @@ def test_changed_arguments_replace_every_replica_and_fail_no_request(application
     with application.asked():
         assert application.deploy(engine={"max_num_seqs": 16})["status"] == "RUNNING"
         after = application.pids()
+    assert all(not before[tier] & after[tier] for tier in TIERS)
+
+
+def test_another_model_replaces_every_replica_with_no_wrong_answer(application: Application, tmp_path: Path) -> None:
+    before = application.pids()
+    shutil.copytree(BUILTIN, tmp_path / "other")
+    with application.asked(refusal="The model is being replaced; try again later."):
+        assert application.deploy(model=str(tmp_path / "other"), api={"model_name": "builtin"})["status"] == "RUNNING"
+        after = application.pids()
+        assert DEMO_ANSWER in application.answer().text
     assert all(not before[tier] & after[tier] for tier in TIERS)
