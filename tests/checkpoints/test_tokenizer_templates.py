@@ -28,8 +28,8 @@ PHI = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for m in loop_messages %}{% set content = '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set loop_messages = messages %}{% for m in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
