@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llava_serve.checkpoints.files import gigabytes
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.stored_tensor import StoredTensor
 from llava_serve.checkpoints.weight_mapping import stored_name
@@ -124,6 +125,14 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
         modules_to_not_convert=["lm_head"],
         quantization_config=eight if quantization == "8bit" else four,
     )
+    # The experts of a layer are one tensor, and no linear layers.
+    if experts := sum(parameter.numel() for parameter in language_model.parameters() if parameter.ndim == 3):
+        _log.warning(
+            "The experts of this mixture are not quantized: they stay in %s and take %s. --load-8bit and --load-4bit "
+            "save memory in its other layers only.",
+            str(dtype).removeprefix("torch."),
+            gigabytes(experts * dtype.itemsize),
+        )
 
 
 def quiet_bitsandbytes() -> None:

@@ -160,6 +160,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, spans: Sequence[Span]) -> list[int]:
         ids = [int(self._pieces.bos_id())] if self._add_bos else []
         starts_chunk = True
+        if ids and spans and spans[0] == Control(self._pieces.id_to_piece(ids[0])):  # a chat template writes it
+            spans = spans[1:]
         for span in spans:
             if isinstance(span, Text):
                 ids += self._encode_text(span.text, dummy_prefix=starts_chunk or self._legacy)

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration
 
 from support.paths import TESTS
-from support.quantized_files import write_bitsandbytes, write_fp8
+from support.quantized_files import write_fp8
 from support.random_llava import write_llava
 from support.tiny_hf import FAMILY, MODELS, Tiny, write_model
 
@@ -29,8 +29,8 @@ _LARGE = {"hidden": 2048, "intermediate": 5632, "layers": 6, "shards": 3}
 
 
 def wide(tiny: Tiny) -> Tiny:
-    """The same kind of model with about 100 million parameters. bitsandbytes takes 64 weights of a row together."""
-    return replace(tiny, text=tiny.text | _WIDE, tower_width=64)
+    """The same kind of model with about 100 million parameters."""
+    return replace(tiny, text=tiny.text | _WIDE)
 
 
 PLAIN = {
@@ -45,9 +45,9 @@ EVERY, HALF = ("float32", "bfloat16", "float16"), ("bfloat16",)
 CASES = {
     **dict.fromkeys(("safetensors", "bin", "onevision", "mixture"), EVERY),
     **dict.fromkeys(("vip", "granite", "gemma", "fp8"), HALF),
-    **dict.fromkeys(("adapter", "4bit"), ("float32", "bfloat16")),
+    "adapter": ("float32", "bfloat16"),
 }
-"""The precisions that a kind is loaded in."""
+"""The precisions that a kind is loaded in. Not 4-bit files: bitsandbytes packs them for a CPU at the first call."""
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,6 @@ def folder_of_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
             write_model(folder, PLAIN[kind])
         elif kind == "adapter":
             write_adapter(folder, write("plain"))
-        elif kind == "4bit":
-            write_bitsandbytes(folder, write("plain"), 4, torch.bfloat16, skipped=None)
         elif kind == "fp8":
             write_fp8(folder, write("plain"))
         else:

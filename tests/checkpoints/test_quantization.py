@@ -21,6 +21,7 @@ from llava_serve.config import EngineOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.model.llava import Llava
 from support.random_llava import write_llava
+from support.tiny_hf import Tiny, write_model
 from support.variants import all_logits, copy, merged_by_peft, prepare, read, write
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -143,3 +144,15 @@ def test_without_bitsandbytes_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # how Python marks a module that cannot be imported
     with pytest.raises(CheckpointError, match=r"pip install llava-serve\[quantization\]"):
         Llava.load(open_checkpoint(str(folder)), quantization=quantization)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_experts_stay_as_they_are_and_that_is_said(kind: Any, tmp_path: Path, caplog: Any) -> None:
+    write_model(tmp_path / "mixture", Tiny("llava", "mixtral", text={"num_local_experts": 4, "intermediate_size": 128}))
+    model = Llava.load(open_checkpoint(str(tmp_path / "mixture")), quantization=kind)
+    assert len(quantized_layers(model.language_model)) == 2 * 4
+    experts = [tensor for tensor in model.language_model.parameters() if tensor.ndim == 3]
+    assert {tensor.dtype for tensor in experts} == {torch.float32}
+    assert len(experts) == 2 * 2
+    assert "experts of this mixture are not quantized: they stay in float32" in caplog.text
