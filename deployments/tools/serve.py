@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         with local_cluster(config, profile=profile, tell=partial(print, flush=True)) as running:
             try:
                 print(*listening(running.process.pid, running.ports), sep="\n")
+                print(f"The model is on {', '.join(running.devices)}.", flush=True)
+                if running.warning:
+                    print(f"WARNING: {running.warning}", file=sys.stderr, flush=True)
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)

@@ -109,9 +109,12 @@ def serve() -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "deployments.tools.serve", "--config", str(CONFIG), "--port", str(free_port())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
+    lines: list[str] = []
     for line in process.stdout:
+        lines.append(line)
         if line.startswith("Serving on"):
             break
+    assert any(line.startswith("The model is on ") for line in lines)
     return process
 
 

@@ -52,6 +52,11 @@ def resolve_device(asked: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """`cpu`, or `cuda:0` and the GPU's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 def resolve_dtype(asked: str, device: torch.device, declared: str, *, quantized: bool = False) -> torch.dtype:
     """`auto` is float32 on a CPU, and on CUDA the checkpoint's own half precision, else bfloat16. With weights that are
     quantized in the files it is the checkpoint's own precision everywhere: their layers were made for it."""
