@@ -40,4 +40,4 @@ def unused_gpus(config: Mapping[str, Any], found: float, devices: Sequence[str])
 
 
 def _asks_for_cpu(application: Mapping[str, Any]) -> bool:
-    return application.get("args", {}).get("device") == "cpu"
+    return bool(application.get("args", {}).get("device") == "cpu")
