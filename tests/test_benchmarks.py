@@ -21,6 +21,7 @@ COMMANDS = [
     "engine_costs gaps",
     "engine_costs memory",
     "engine_costs steps",
+    "gpu_round",
     "hostile",
     "linear",
     "overhead",
@@ -33,6 +34,8 @@ COMMANDS = [
 PARTS = {
     "__init__",
     "counted",
+    "gpu_kernels",
+    "gpu_model",
     "hostile_inputs",
     "in_process",
     "make_checkpoint",

@@ -41,7 +41,7 @@ def test_a_config_for_the_cpu_takes_no_gpu() -> None:
     assert unused_gpus(config, 1, ["cpu"]) is None
 
 
-def test_a_gpu_that_no_replica_uses_is_told() -> None:
+def test_a_gpu_that_no_replica_uses_is_warned_of() -> None:
     config = parse_config()
     warning = unused_gpus(config, 1, ["cpu"])
     assert warning is not None

@@ -101,10 +101,10 @@ def measured_peak(device: torch.device, work: Callable[[], object]) -> int:
     """Bytes that a call allocates on a GPU at its peak, beyond what is allocated before it."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    held = torch.cuda.memory_allocated(device)
     work()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - held
     torch.cuda.empty_cache()
     return peak
 
