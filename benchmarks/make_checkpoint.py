@@ -92,8 +92,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def make_checkpoint(size: Size, folder: Path, device: str = "cpu") -> None:
-    """Writes config, tokenizer, processor and random bfloat16 weights."""
+def make_checkpoint(size: Size, folder: Path, device: str = "cpu", *, weights: bool = True) -> None:
+    """Writes config, tokenizer, processor and random bfloat16 weights; without `weights` nothing is computed."""
     torch.manual_seed(0)
     hidden, intermediate, layers, heads = size.text
     text = LlamaConfig(
@@ -114,7 +114,7 @@ def make_checkpoint(size: Size, folder: Path, device: str = "cpu") -> None:
         "tokenizer": tokenizer, "patch_size": 14, "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1, "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
-    with torch.device(device):
+    with torch.device(device if weights else "meta"):
         torch.set_default_dtype(torch.bfloat16)
         model: Any
         if size.anyres:
@@ -125,7 +125,11 @@ def make_checkpoint(size: Size, folder: Path, device: str = "cpu") -> None:
             model = LlavaForConditionalGeneration(LlavaConfig(**common))
             processor = LlavaProcessor(image_processor=CLIPImageProcessor(size=edges, crop_size=crop), **settings)
         torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
+    if weights:
+        model.save_pretrained(folder)
+    else:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

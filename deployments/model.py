@@ -127,6 +127,10 @@ class LlavaModel:
         """The engine's statistics: the fields of `EngineStats`."""
         return dataclasses.asdict(self._llm.stats())
 
+    async def device(self) -> str:
+        """Where this replica runs, as `AsyncLLM.device`."""
+        return self._llm.device
+
     def __del__(self) -> None:
         if hasattr(self, "_llm"):
             self._llm.close()

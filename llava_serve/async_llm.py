@@ -22,7 +22,7 @@ from llava_serve.config import (
 )
 from llava_serve.deadline import deadline_in
 from llava_serve.engine.engine_loop import EngineLoop
-from llava_serve.engine.executor.build import build_engine
+from llava_serve.engine.executor.build import build_engine, device_name
 from llava_serve.engine.output_processor import OutputProcessor, collect
 from llava_serve.engine.stats import EngineStats
 from llava_serve.inputs import CallOptions, Images, images_and_sampling
@@ -77,6 +77,11 @@ class AsyncLLM:
     def healthy(self) -> bool:
         """The engine's loop is alive, and has not been in the same turn for longer than a step can take."""
         return self._loop.healthy
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: `cpu`, or `cuda:0` and the GPU's name."""
+        return device_name(self._loop.engine.model.device)
 
     def stats(self) -> EngineStats:
         """The state of the engine after its last turn, and how long ago that was."""

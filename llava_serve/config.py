@@ -97,8 +97,8 @@ class EngineOptions(Options):
         max_model_len: positions of a prompt and its answer; None takes the checkpoint's context.
         max_batch_tokens: positions computed per step, prefill and decode together.
         max_batch_tiles: tiles through the vision tower per step.
-        kv_cache_bytes: memory of the KV cache on a CPU.
-        gpu_memory_fraction: of the free memory, for the KV cache on CUDA.
+        kv_cache_bytes: memory of the KV cache; None is 1 GiB on a CPU, and on CUDA what the largest step leaves.
+        gpu_memory_fraction: of what the largest step leaves, for the KV cache on CUDA; `kv_cache_bytes` overrides it.
         feature_cache_bytes: memory of the image-feature cache.
         block_size: positions per block.
         prefix_caching: keep and reuse the KV of prompts.
@@ -112,7 +112,7 @@ class EngineOptions(Options):
     max_model_len: int | None = Field(default=None, ge=2)
     max_batch_tokens: int = Field(default=2048, ge=16)
     max_batch_tiles: int = Field(default=8, ge=1)
-    kv_cache_bytes: int = Field(default=1 << 30, ge=1)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
     feature_cache_bytes: int = Field(default=256 << 20, ge=0)
     block_size: int = Field(default=16, ge=1)

@@ -44,6 +44,8 @@ class LocalCluster:
         ray_address: for other Ray jobs on this machine that have the token.
         log: the output of Ray and the replicas.
         ports: what the ports that the config and the profile choose are for.
+        devices: of the model's replicas.
+        warning: what is odd about them.
     """
 
     url: str
@@ -51,6 +53,8 @@ class LocalCluster:
     log: Path
     ports: Mapping[int, str]
     process: subprocess.Popen[bytes]
+    devices: list[str]
+    warning: str | None
 
     def wait(self) -> None:
         """Never returns: raises `LocalClusterError` when the application has ended by itself."""
@@ -110,7 +114,10 @@ def local_cluster(
     try:
         local = "127.0.0.1" if host == "0.0.0.0" else host
         url = f"http://{local}:{port}"
-        running = LocalCluster(url, wait_for_ready(process, url, report, log, tell), log, ports, process)
+        reported = wait_for_ready(process, url, report, log, tell)
+        # In a job's process Ray replaces 127.0.0.1 by the machine's own address, where nothing listens.
+        address = str(reported["ray_address"]).replace("127.0.0.1:", "0.0.0.0:")
+        running = LocalCluster(url, address, log, ports, process, reported["devices"], reported["warning"])
         ready = True
         yield running
     except Exception:
@@ -151,21 +158,20 @@ def environment(token: str) -> dict[str, str]:
 
 def wait_for_ready(
     process: subprocess.Popen[bytes], url: str, report: Path, log: Path, tell: Callable[[str], None] | None
-) -> str:
-    """Returns Ray's address once all replicas run and `/health` responds; raises `LocalClusterError` if they cannot."""
+) -> dict[str, Any]:
+    """The last report, once all replicas run and `/health` responds; raises `LocalClusterError` if they cannot."""
     deadline = time.monotonic() + START_TIMEOUT_S
     last = ""
     while time.monotonic() < deadline:
         ended = process.poll() is not None  # checked before the report, which the process may have written at its end
-        reported = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"stage": ""}
+        reported: dict[str, Any] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"stage": ""}
         stage = reported.get("stage")
         if stage is None:
             if reported["failure"] is not None:
                 raise cannot_start(reported["failure"], log)
             with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                # In a job's process Ray replaces 127.0.0.1 by the machine's own address, where nothing listens.
-                return str(reported["ray_address"]).replace("127.0.0.1:", "0.0.0.0:")
+                return reported
         elif ended:
             raise cannot_start(log.read_text(encoding="utf-8", errors="replace"), log)
         elif tell and stage and stage != last:

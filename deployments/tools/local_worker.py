@@ -13,9 +13,13 @@ import threading
 from pathlib import Path
 
 import ray
+import yaml
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 from ray.serve.scripts import run as serve_run
+
+from ..model import LlavaModel
+from .gpus import reserve_gpus, unused_gpus
 
 APPLICATION = "llava"
 OBJECT_STORE_BYTES = 256 << 20
@@ -51,10 +55,25 @@ def main() -> int:
         _temp_dir=str(options.ray_dir),
     )
     _report(options.report, stage="Ray runs; Serve starts")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    reserve_gpus(config, gpus)
+    options.config.write_text(yaml.safe_dump(config), encoding="utf-8")
     try:
         serve_run.main(["--non-blocking", str(options.config)], standalone_mode=False)
         failure = _wait_for_running(stop, options.report)
-        _report(options.report, ray_address=ray.get_runtime_context().gcs_address, failure=failure)
+        devices = (
+            []
+            if failure
+            else serve.get_deployment_handle(LlavaModel.__name__, APPLICATION).broadcast("device").results()
+        )
+        _report(
+            options.report,
+            ray_address=ray.get_runtime_context().gcs_address,
+            failure=failure,
+            devices=devices,
+            warning=unused_gpus(config, gpus, devices),
+        )
         if failure is None:
             stop.wait()
             print("Draining: new requests are refused, and requests in flight are finished.", flush=True)
@@ -93,7 +112,7 @@ def _stage(application: ApplicationStatusOverview) -> str:
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
-def _report(path: Path, **report: str | None) -> None:
+def _report(path: Path, **report: str | list[str] | None) -> None:
     """Writes the report atomically."""
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(report), encoding="utf-8")

@@ -78,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         ) as running:
             try:
                 print(*listening(running.process.pid, running.ports), sep="\n")
+                print(f"The model is on {', '.join(running.devices)}.", flush=True)
+                if running.warning:
+                    print(f"WARNING: {running.warning}", file=sys.stderr, flush=True)
                 print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
                 if options.dashboard is not None:
                     address = f"http://127.0.0.1:{options.dashboard}"

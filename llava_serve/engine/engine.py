@@ -11,8 +11,9 @@ from llava_serve.config import EngineOptions, is_batch
 from llava_serve.engine.batch_share import BatchShare
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.encoder_cache import EncoderCacheManager
+from llava_serve.engine.executor.kv_memory import num_blocks
 from llava_serve.engine.executor.model import VisionLanguageModel
-from llava_serve.engine.executor.model_runner import ModelRunner, StepResult, num_blocks
+from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
 from llava_serve.engine.executor.sampling_step import sample_step
 from llava_serve.engine.failures import failed_requests, request_failure
 from llava_serve.engine.kv_cache import KVCache

@@ -216,7 +216,7 @@ def test_the_fast_kernel_has_the_parameters_that_it_is_called_with(alibi: bool) 
 
 
 @pytest.mark.parametrize("wrong", [{"no_such": 1}, {"seqused_k": 3}])
-def test_a_wrong_call_is_told_from_a_kernel_that_refuses(wrong: dict[str, Any]) -> None:
+def test_a_wrong_call_is_no_refusal_of_the_kernel(wrong: dict[str, Any]) -> None:
     query = torch.zeros(4, 8, 64)
     with pytest.raises(RuntimeError) as fault:
         varlen._OPERATION(query, query, query, None, None, 1, 1, 0.0, False, False, **wrong)

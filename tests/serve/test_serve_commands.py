@@ -133,6 +133,7 @@ def serve(*flags: object, env: dict[str, str] | None = None) -> subprocess.Popen
     stages = [line.strip() for line in printed if line.startswith("  ")]
     assert stages[0] == "Ray runs; Serve starts"
     assert any(line.startswith("starting: ") for line in stages)
+    assert any(line.startswith("The model is on ") for line in printed)
     return process
 
 

@@ -10,6 +10,7 @@ import torch
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions, ModelOptions
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.executor.kv_memory import CPU_BYTES
 from llava_serve.engine.executor.packed_linear import pack_linears
 from llava_serve.errors import CheckpointError
 from llava_serve.model.llava import Llava
@@ -27,7 +28,7 @@ def build_engine(model: ModelOptions, engine: EngineOptions) -> Engine:
     spec = open_checkpoint(model)
     spec = spec.limited_to(engine.max_model_len)
     dtype = resolve_dtype(model.dtype, device, spec.torch_dtype, quantized=spec.quantization is not None)
-    kv_cache_bytes = engine.kv_cache_bytes if device.type == "cpu" else 0  # CUDA's takes what is left
+    kv_cache_bytes = engine.kv_cache_bytes or (CPU_BYTES if device.type == "cpu" else 0)  # CUDA's takes what is left
     llava = Llava.load(spec, device, dtype, model.quantization, kv_cache_bytes=kv_cache_bytes)
     if device.type == "cpu":
         pack_linears(llava)
@@ -50,6 +51,11 @@ def resolve_device(asked: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise CheckpointError(f"There is no device {asked} (CUDA devices that torch finds: {found}); choose cpu.")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or `cuda:0` and the GPU's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def resolve_dtype(asked: str, device: torch.device, declared: str, *, quantized: bool = False) -> torch.dtype:

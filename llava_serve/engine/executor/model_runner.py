@@ -26,7 +26,6 @@ from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.scheduler import Schedule, Segment
 from llava_serve.engine.sequence import PromptLogprobs, Sequence
-from llava_serve.errors import CheckpointError
 from llava_serve.model.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
 
@@ -65,7 +64,7 @@ class ModelRunner:
         self._block_size = block_size = options.block_size
         self._encoder = ImageEncoder(model)
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
-        layers, kv_heads, head_dim = _kv_shape(model)
+        layers, kv_heads, head_dim = kv_shape(model)
         positions = blocks * block_size
         self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
         self._decoder = Decoder(model.language_model, compile=options.compile and model.device.type == "cpu")
@@ -89,7 +88,7 @@ class ModelRunner:
             CheckpointError: there is no compiler, or the decoder does not compute what transformers computes.
         """
         self._decoder.warm_up(self._dummy_step)
-        check_decoder(self._model, self._decoder, _kv_shape(self._model))
+        check_decoder(self._model, self._decoder, kv_shape(self._model))
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
         for _ in range(2):
@@ -102,6 +101,23 @@ class ModelRunner:
         dummy = PackedSequence(0, 1, base=self._memory.layers[0][0].shape[1] - 1, start=0)
         step = PackedStep(self._memory, [dummy], self._model.dtype, self._model.device, num_tokens - 1)
         return self._model.embed(torch.zeros_like(step.positions)), step
+
+    @torch.inference_mode()
+    def run_largest(self, options: EngineOptions) -> torch.Tensor:
+        """Computes, on zeros, a step of the most tiles, positions and sampled sequences. The KV pool has room for it.
+
+        Returns:
+            Its logits [sampled, vocabulary].
+        """
+        tiles = torch.zeros(options.max_batch_tiles, *self._model.spec.image.crop_size, 3, dtype=torch.uint8)
+        features = self._model.tower_features(to_device(tiles, self._model.device))
+        most, length = options.max_batch_tokens, self._model.spec.context_length
+        sequences = [PackedSequence(at, min(length, most - at), at, 0) for at in range(0, most, length)]
+        step = PackedStep(self._memory, sequences, self._model.dtype, self._model.device)
+        hidden = self._decoder.forward(self._model.embed(torch.zeros_like(step.positions)), step)
+        logits = self._logits(hidden, [*range(min(most, options.max_num_seqs))])
+        del features  # a step holds them to its end
+        return logits
 
     def run(self, schedule: Schedule) -> StepResult:
         """Computes a step."""
@@ -249,39 +265,10 @@ def _decodes(segment: Segment) -> bool:
     )
 
 
-def _kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
+def kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
     """(layers, kv heads, head dim) of the language model's cache."""
     config = model.language_model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, kv_heads, head_dim
-
-
-def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
-    """Blocks of the KV cache: within `kv_cache_bytes` on a CPU, on CUDA a share of the memory that steps leave free.
-
-    Raises:
-        CheckpointError: there is no memory for one block.
-    """
-    layers, kv_heads, head_dim = _kv_shape(model)
-    budget = options.kv_cache_bytes
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(model.device)[0] - _step_bytes(model, options)
-        budget = int(free * options.gpu_memory_fraction)
-    blocks = budget // (options.block_size * layers * 2 * kv_heads * head_dim * model.dtype.itemsize)
-    if blocks < 1:
-        where = "kv_cache_bytes is too small for it" if model.device.type == "cpu" else "the model takes all of it"
-        raise CheckpointError(f"There is no memory for a KV cache: {where}.")
-    return blocks
-
-
-def _step_bytes(model: VisionLanguageModel, options: EngineOptions) -> int:
-    """An upper bound of the largest step's memory beside weights and KV cache: cached features, activations, logits
-    with their sorted copies, and what libraries and graphs hold."""
-    config = model.language_model.config
-    wide: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations: int = options.max_batch_tokens * (4 * wide + 10 * config.hidden_size) * model.dtype.itemsize
-    logits: int = 4 * options.max_num_seqs * config.vocab_size * 8
-    return options.feature_cache_bytes + activations + logits + (512 << 20)

@@ -119,8 +119,8 @@ def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> None:
         columns += added.keys()
         values += added.values()
     if at:
-        rows, tokens = _on(logits, [at, columns])
-        logits.index_put_((rows, tokens), _on(logits, values, logits.dtype), accumulate=True)
+        where = _on(logits, [at, columns]).unbind(0)
+        logits.index_put_(where, _on(logits, values, logits.dtype), accumulate=True)
 
 
 def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:

@@ -57,7 +57,7 @@ def sample_step(
     failed_images = dict(step.failures.images)
     sampled = SampledStep([], [], StepFailures(failed, failed_images))
     own = [sequences[index] for index in single]
-    tokens, finite = _sample_each(_rows(step.logits, single) if beams else step.logits, own, step.finite)
+    tokens, finite = _sample_each(_chosen(step.logits, single) if beams else step.logits, own, step.finite)
     for checked, is_finite in zip(step.checked, finite, strict=True):
         if is_finite:
             continue
@@ -74,7 +74,7 @@ def sample_step(
     for name, indices in beams.items():
         if name in failed:
             continue
-        extended = attempt(partial(_extend, searches[name], _rows(step.logits, indices)))
+        extended = attempt(partial(_extend, searches[name], _chosen(step.logits, indices)))
         if isinstance(extended, Exception):
             failed[name] = extended
         else:
@@ -82,7 +82,7 @@ def sample_step(
     return sampled
 
 
-def _rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
+def _chosen(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
     return logits.index_select(0, to_device(torch.tensor(indices, dtype=torch.long), logits.device))
 
 
