@@ -9,7 +9,6 @@ import ray
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
-from llava_serve.metrics.pictures import PictureMetrics
 from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
@@ -33,7 +32,7 @@ class ImagePreprocessor:
         spec = spec.limited_to(max_model_len)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
         processor = Processor(spec, images.isolated)
-        processor.metrics = PictureMetrics(RayExporter(spec.name))
+        processor.metrics.export_to(RayExporter(spec.name))
         self._processor = ThreadedProcessor(processor, _num_cpus())
 
     @returns_failure
