@@ -11,7 +11,6 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
-from llava_serve.metrics.pictures import PictureMetrics
 from llava_serve.processor import Processor
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
@@ -45,7 +44,7 @@ class ImagePreprocessor:
         self._spec = spec.limited_to(max_model_len)
         self._prompt_key = model.prompt_key
         self._model_tier = model_tier
-        self._metrics = PictureMetrics(RayExporter(self._spec.name))
+        self._exporter = RayExporter(self._spec.name)
         self._live = LiveConfig("ImagePreprocessor", images, self._apply)
         self._apply(images)
 
@@ -60,7 +59,7 @@ class ImagePreprocessor:
         """Replaces the processor. The one before it ends its processes when its last request has ended, and with it
         the last reference to it."""
         processor = Processor(self._spec, images.isolated)
-        processor.metrics = self._metrics
+        processor.metrics.export_to(self._exporter)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
         self._processor = ThreadedProcessor(processor, _num_cpus())
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -21,7 +19,7 @@ from llava_serve.images.fetch import ImageSource, read_local_source, read_reques
 from llava_serve.images.isolated import IsolatedDecoder
 from llava_serve.images.tile_cache import CachedTiles, TileCache
 from llava_serve.images.tiles import num_tiles
-from llava_serve.metrics.pictures import PictureMetrics
+from llava_serve.metrics.images import ImageMetrics
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.prompt_layout import PromptLayout, PromptRenderer, check_ids
 from llava_serve.text.tokenizer import load_tokenizer
@@ -44,11 +42,11 @@ class Processor:
     """Prepares prompts for one checkpoint. It caches the tiles of the most recent images; safe for several threads.
 
     Attributes:
-        metrics: get what it measures; to be set before the first prompt.
+        metrics: get what it measures; they are exported once they know where.
     """
 
     def __init__(self, spec: CheckpointSpec, options: ImageOptions) -> None:
-        self.metrics = PictureMetrics()
+        self.metrics = ImageMetrics()
         self.spec = spec
         self.options = options
         self.tokenizer = load_tokenizer(spec.tokenizer)
@@ -56,7 +54,7 @@ class Processor:
         self._tile_cache = TileCache(options.cache_bytes)
         self._image = spec.image if options.max_tiles is None else spec.image.limited(options.max_tiles)
         self._decoder: Decoder = (
-            IsolatedDecoder(options, self._image, count_ended=partial(_count_ended, weakref.ref(self)))
+            IsolatedDecoder(options, self._image, count_ended=self.metrics.decoding_ended)
             if options.isolate
             else InProcessDecoder(options, self._image)
         )
@@ -254,9 +252,3 @@ def _stages(images: Sequence[CachedTiles], seconds: float) -> StageTimes:
 def _salted(digest: str, cache_salt: str) -> str:
     """A digest that only prompts of the same salt share."""
     return blake2b(f"{digest} {cache_salt}".encode(), digest_size=16).hexdigest() if cache_salt else digest
-
-
-def _count_ended(processor: weakref.ref[Processor]) -> None:
-    """A decoding has ended by force. Its decoder must not keep the processor, which ends it when it is given up."""
-    if (counting := processor()) is not None:
-        counting.metrics.decoding_ended()

@@ -8,7 +8,6 @@ from contextlib import aclosing
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.engine.metrics import EngineMetrics
 from llava_serve.errors import EngineDeadError
-from llava_serve.metrics.pictures import PictureMetrics
 from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
@@ -31,7 +30,7 @@ class InProcessBackend:
         self._processor = llm.processor  # made now: the first request finds a process that decodes
         self._model_name = model_name or llm.model_name
         self.exporter = PrometheusExporter(self._model_name)
-        self._processor.processor.metrics = PictureMetrics(self.exporter)
+        self._processor.processor.metrics.export_to(self.exporter)
         engine = EngineMetrics(self.exporter)
         self.exporter.collect_by(lambda: engine.update(llm.stats()))
 

@@ -30,7 +30,7 @@ _UNSUPPORTED_KEYS = (
 )
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
-_ROWS = 256
+_PART = 256
 """Of a weight, whose sum is made at once."""
 
 Stored = tuple[tuple[int, ...], Callable[[], Tensor]]
@@ -77,10 +77,10 @@ class Delta:
         product = self.scratch.product(b.float(), a.float()).mul_(self.scale)
         merged = torch.empty_like(weight)
         # By rows: torch converts what it adds to another precision, and would do so with the whole tensor.
-        for start in range(0, len(weight), _ROWS):
-            rows = slice(start, start + _ROWS)
-            added = product[rows].to(weight.dtype) if self.rounded else product[rows]
-            merged[rows] = added.add_(weight[rows])
+        for start in range(0, len(weight), _PART):
+            part = slice(start, start + _PART)
+            added = product[part].to(weight.dtype) if self.rounded else product[part]
+            merged[part] = added.add_(weight[part])
         return merged
 
 

@@ -6,11 +6,14 @@ from llava_serve.metrics import definitions as metrics
 from llava_serve.metrics.exporter import Exporter, NoExporter
 
 
-class PictureMetrics:
+class ImageMetrics:
     """Of one process; for several threads."""
 
-    def __init__(self, exporter: Exporter | None = None) -> None:
-        exporter = exporter or NoExporter()
+    def __init__(self) -> None:
+        self.export_to(NoExporter())
+
+    def export_to(self, exporter: Exporter) -> None:
+        """Exports there from now on."""
         self._prompts = exporter.series(metrics.PROMPTS)
         self._seconds = exporter.series(metrics.PREPARE_SECONDS)
         self._images = exporter.series(metrics.IMAGES)
