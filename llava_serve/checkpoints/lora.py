@@ -30,8 +30,8 @@ _UNSUPPORTED_KEYS = (
 )
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
-_PART = 256
-"""Of a weight, whose sum is made at once."""
+_STRIP = 256
+"""How many output features of a weight are added at once."""
 
 Stored = tuple[tuple[int, ...], Callable[[], Tensor]]
 
@@ -76,11 +76,11 @@ class Delta:
         a, b = (factor().to(weight.dtype) if self.rounded else factor() for factor in (self.a, self.b))
         product = self.scratch.product(b.float(), a.float()).mul_(self.scale)
         merged = torch.empty_like(weight)
-        # By rows: torch converts what it adds to another precision, and would do so with the whole tensor.
-        for start in range(0, len(weight), _PART):
-            part = slice(start, start + _PART)
-            added = product[part].to(weight.dtype) if self.rounded else product[part]
-            merged[part] = added.add_(weight[part])
+        # In strips: torch converts what it adds to another precision, and would do so with the whole tensor.
+        for start in range(0, len(weight), _STRIP):
+            strip = slice(start, start + _STRIP)
+            added = product[strip].to(weight.dtype) if self.rounded else product[strip]
+            merged[strip] = added.add_(weight[strip])
         return merged
 
 

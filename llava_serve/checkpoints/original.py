@@ -89,7 +89,9 @@ def read_original(
     )
     choice = choose_template(name_for_templates(name), content)
     judged = read_chat_template(tokenizer.folder, tokenizer, options.conv_mode) if choice.key == CHAT_TEMPLATE else None
-    guess = None if judged is None else f"The template is a guess: {choice.reason}. --conv-mode chooses another."
+    guess = None
+    if judged is not None and options.conv_mode is None:
+        guess = f"The template is a guess: {choice.reason}. --conv-mode chooses another."
     return CheckpointSpec(
         name=name,
         path=folder,

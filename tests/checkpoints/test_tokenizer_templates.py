@@ -36,6 +36,8 @@ LLAMA_3 = (
 LLAMA_2 = "{% for m in messages %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
 Write = Callable[..., Path]
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def written(llava_15: Path) -> Write:
@@ -88,7 +90,9 @@ def test_the_tokenizers_template_is_the_guess(
     assert ids[:start] == theirs(before, add_special_tokens=False)["input_ids"]  # one BOS
     assert ids[start:end] == [IMAGE_TOKEN_ID] * (end - start)
     assert ids[end:] == theirs(after, add_special_tokens=False)["input_ids"]
-    assert opened(folder, conv_mode="llava_v1").conv_mode == "llava_v1"
+    chosen = opened(folder, conv_mode="llava_v1")
+    assert chosen.conv_mode == "llava_v1"
+    assert not any("guess" in note for note in chosen.notes)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,3 @@ def test_an_answer_ends_at_the_token_that_closes_a_turn(folder_of: Any, tmp_path
     assert (answer.token_ids[-1], answer.finish_reason) == (end, "stop")
     ignored = dataclasses.replace(settings, ignore_eos=True)
     assert len(llm.generate("What is it?", sampling=ignored).token_ids) == 12
-
-
-torch.set_num_threads(1)
