@@ -62,11 +62,7 @@ def main() -> int:
     try:
         serve_run.main(["--non-blocking", str(options.config)], standalone_mode=False)
         failure = _wait_for_running(stop, options.report)
-        devices = (
-            []
-            if failure
-            else serve.get_deployment_handle(LlavaModel.__name__, APPLICATION).broadcast("device").results()
-        )
+        devices = _devices() if failure is None else []
         _report(
             options.report,
             ray_address=ray.get_runtime_context().gcs_address,
@@ -110,6 +106,12 @@ def _stage(application: ApplicationStatusOverview) -> str:
     starting = [name for name in application.deployments if name not in ready]
     parts = {"ready": ready, "starting": starting}
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+
+
+def _devices() -> list[str]:
+    """Where the model's replicas run."""
+    devices: list[str] = serve.get_deployment_handle(LlavaModel.__name__, APPLICATION).broadcast("device").results()
+    return devices
 
 
 def _report(path: Path, **report: str | list[str] | None) -> None:
