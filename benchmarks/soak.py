@@ -167,10 +167,11 @@ def title(process: psutil.Process) -> str:
     command = process.cmdline()
     if not command:
         return "ended"
-    if command[0].startswith("ray::"):
-        return command[0].removeprefix("ray::").split()[0].removeprefix("ServeReplica:llava:")
-    module = command[command.index("-m") + 1] if "-m" in command else Path(command[-1 if "python" in command[0] else 0])
-    return str(module).rpartition("/")[2].rpartition(".")[2] or command[0]
+    if command[0].startswith("ray::"):  # and then the class and, while it works, the method
+        return command[0].removeprefix("ray::").removeprefix("ServeReplica:llava:").split(".")[0].split()[0]
+    if "-m" in command:
+        return command[command.index("-m") + 1].rpartition(".")[2]
+    return next((Path(each).stem for each in command if each.endswith(".py")), Path(command[0]).name)
 
 
 def memory(points: list[tuple[float, float]]) -> dict[str, float]:

@@ -49,7 +49,7 @@ def write_launcher(path: Path, loopback_ports: Iterable[int] = ()) -> None:
     lines = (
         "#!/bin/sh",
         "for given; do",
-        f'  if [ "$last" = -f ]; then {edit} "$given"; grep -q use_backend "$given" || {no_routes} "$given"; fi',
+        f'  if [ "$last" = -f ]; then {edit} "$given"; grep -Eq "^ *use_backend" "$given" || {no_routes} "$given"; fi',
         "  last=$given",
         "done",
         f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"',

@@ -61,8 +61,9 @@ class Asker:
     async def ask(self, *images: bytes, begun: asyncio.Event | None = None, **fields: Any) -> Outcome:
         """One question about the images, greedy. `begun` is set with the first byte of a stream."""
         body = {"model": "builtin", "messages": question(DEMO_QUESTION, *images), "temperature": 0, **fields}
+        data, headers = io.BytesIO(json.dumps(body).encode()), {"Content-Type": "application/json"}
         try:
-            async with self._session.post(self._url, json=body) as response:
+            async with self._session.post(self._url, data=data, headers=headers) as response:
                 text = b""
                 async for piece in response.content.iter_any():
                     text += piece
