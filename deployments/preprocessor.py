@@ -45,6 +45,7 @@ class ImagePreprocessor:
         self._prompt_key = model.prompt_key
         self._model_tier = model_tier
         self._exporter = RayExporter(self._spec.name)
+        self._num_threads = _num_cpus()
         self._live = LiveConfig("ImagePreprocessor", images, self._apply)
         self._apply(images)
 
@@ -61,7 +62,7 @@ class ImagePreprocessor:
         processor = Processor(self._spec, images.isolated)
         processor.metrics.export_to(self._exporter)
         # As many requests at once as the replica has cores: each holds one decoded image, in a process of its own.
-        self._processor = ThreadedProcessor(processor, _num_cpus())
+        self._processor = ThreadedProcessor(processor, self._num_threads)
 
     @returns_failure
     async def prepare(
@@ -101,7 +102,7 @@ class ImagePreprocessor:
 
 def _num_cpus() -> int:
     """The cores that Serve has given to this replica; a part of one is one."""
-    if not ray.is_initialized():
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return 1
     cpus: float = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     return max(1, math.ceil(cpus))

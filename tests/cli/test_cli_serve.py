@@ -89,7 +89,7 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
         body = {
             "model": "llava-v1.5-tiny",
             "messages": [{"role": "user", "content": "Hello"}],
-            "max_tokens": 900,
+            "max_tokens": 400,
             "ignore_eos": True,
             "stream": True,
         }
