@@ -19,7 +19,7 @@ from llava_serve.errors import DeadlineExceededError, LlavaServeError, RequestEr
 from llava_serve.llm import LLM
 from llava_serve.openai_messages import read_messages
 from llava_serve.results import GenerationResult
-from llava_serve.types import Chunk
+from llava_serve.types import PROMPT_VERSION, Chunk
 from support.api_server import BODY, PATH, PacedBackend, app_over, error_of
 from support.paths import GOLDEN
 
@@ -175,7 +175,7 @@ def test_a_prompt_of_another_release_is_refused_by_name(llm: LLM) -> None:
     del state["stop"]  # a release that had no such field
     old = prepared.__class__.__new__(prepared.__class__)
     old.__setstate__(state | {"version": 1, "grid": 7})
-    with pytest.raises(LlavaServeError, match=r"layout 1 .* layout 2"):
+    with pytest.raises(LlavaServeError, match=f"layout 1 .* layout {PROMPT_VERSION}"):
         llm.run([pickle.loads(pickle.dumps(prepared)), old])
     assert llm.run([pickle.loads(pickle.dumps(prepared))], GREEDY)[0].token_ids
 
