@@ -4,6 +4,7 @@
     git worktree add /tmp/before HEAD~20
     python -m benchmarks.compare /tmp/bench/60m --before /tmp/before
     python -m benchmarks.compare /tmp/bench/60m --without-max-tokens
+    python -m benchmarks.compare /tmp/bench/60m --structured
 
 Each server runs alone on the machine, one after the other, several rounds, in bfloat16.
 """
@@ -38,6 +39,9 @@ from llava_serve.bench.workload import Workload, make_conversations
 ROOT = Path(__file__).resolve().parent.parent
 OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
 WITHOUT = "llava-serve without max_tokens"
+STRUCTURED = "llava-serve structured"
+ANY_TEXT = {"structured_outputs": {"regex": r"(.|\n)*"}}
+"""A form that every text has: the same answers, with a mask for each token."""
 STOPS = list(" etaoinsrhldcu.")
 """Most texts soon have one of them."""
 
@@ -99,7 +103,7 @@ def measure(
     name = model if server == THEIRS else Path(model).name
     workload = Workload(requests=requests_, repeated_images=float(same), seed=seed)
     with running(server, checkout, model, device) as (url, pid):
-        extra = {} if server == THEIRS else {"ignore_eos": True}
+        extra = {} if server == THEIRS else {"ignore_eos": True} | (ANY_TEXT if server == STRUCTURED else {})
         client = StoppedClient(url, name, server == WITHOUT, extra) if stopped else Client(url, name, extra=extra)
         report = asyncio.run(send(client, workload, clients))
         peak = peak_memory_mb(pid)
@@ -152,6 +156,11 @@ def main() -> None:
         action="store_true",
         help="ours with the longest answers given beside ours without, instead of transformers' server",
     )
+    parser.add_argument(
+        "--structured",
+        action="store_true",
+        help="ours beside ours with a form for each answer, instead of transformers'",
+    )
     parser.add_argument("--output", type=Path)
     parser.set_defaults(same_picture=[8])
     args = parse(parser, clients=[1], per_client=1, rounds=1, same_picture=[])
@@ -162,8 +171,9 @@ def main() -> None:
 def compare(model: str, args: argparse.Namespace) -> None:
     """Runs all rounds of all cases, and prints the ratios."""
     without = args.without_max_tokens
-    other = WITHOUT if without else BEFORE if args.before else THEIRS
-    checkouts = {OURS: ROOT, BEFORE: args.before and args.before.resolve(), THEIRS: ROOT, WITHOUT: ROOT}
+    other = STRUCTURED if args.structured else WITHOUT if without else BEFORE if args.before else THEIRS
+    older = args.before and args.before.resolve()
+    checkouts = {OURS: ROOT, BEFORE: older, THEIRS: ROOT, WITHOUT: ROOT, STRUCTURED: ROOT}
     runs = []
     cases = [(clients, False) for clients in args.clients] + [(clients, True) for clients in args.same_picture]
     for round_ in range(args.rounds):

@@ -15,6 +15,7 @@ COMMANDS = [
     "batch_class",
     "client_hop",
     "compare",
+    "compare --structured",
     "compare --without-max-tokens",
     "decode_hop",
     "engine_costs bookkeeping",
