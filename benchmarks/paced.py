@@ -142,6 +142,8 @@ class ModelTier(Protocol):
 
     def health(self) -> Awaitable[Failure | None]: ...
 
+    async def device(self) -> str: ...
+
 
 class PacedModel:
     """Stands in for `LlavaModel`: has the same methods, and answers at the pace of the question's order."""
@@ -168,6 +170,10 @@ class PacedModel:
 
     async def health(self) -> None:
         """Always healthy."""
+
+    async def device(self) -> str:
+        """None that it would use."""
+        return "cpu"
 
 
 async def paced(order: Order, stamps: dict[str, float], tokens: int) -> AsyncGenerator[Chunk]:
