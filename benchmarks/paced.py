@@ -68,6 +68,7 @@ class StampedIngress(Ingress):
         super().__init__(model_name, options, preprocessor, model)
         self._backend = StampedBackend(model_name, preprocessor, model)
         self._backend.timeout_s = options.default_timeout_s
+        self._apply(options)
 
 
 class StampedBackend(HandleBackend):
@@ -99,9 +100,9 @@ class StampedBackend(HandleBackend):
 class StampedPreprocessor(ImagePreprocessor):
     """The real picture tier with a clock around the work."""
 
-    def __init__(self, model: ModelOptions, images: ImageOptions) -> None:
-        super().__init__(model, images)
-        self._processor.processor = StampedProcessor(self._processor.processor.spec, images.isolated)
+    def _apply(self, images: ImageOptions) -> None:
+        super()._apply(images)
+        self._processor.processor = StampedProcessor(self._spec, images.isolated)
 
     async def prepare(
         self, asked: Asked, conv_mode: str | None, deadline: float, cache_salt: str = "", priority: int = 0

@@ -118,7 +118,7 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
         assert [(line["status"], line.get("reason"), line.get("output_tokens")) for line in requests] == [
             (401, "invalid_api_key", None),
             (400, "invalid_image", 0),
-            (200, None, 900),
+            (200, None, body["max_tokens"]),
         ]
         assert psutil.wait_procs(children, timeout=10)[1] == []
 
