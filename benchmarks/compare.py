@@ -41,7 +41,7 @@ OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
 WITHOUT = "llava-serve without max_tokens"
 STRUCTURED = "llava-serve structured"
 ANY_TEXT = {"structured_outputs": {"regex": r"(.|\n)*"}}
-"""A form that every text has: the same answers, with a mask for each token."""
+"""A form that every text has: answers as without it (a random model hardly ever ends one), with a mask per token."""
 STOPS = list(" etaoinsrhldcu.")
 """Most texts soon have one of them."""
 
@@ -103,7 +103,7 @@ def measure(
     name = model if server == THEIRS else Path(model).name
     workload = Workload(requests=requests_, repeated_images=float(same), seed=seed)
     with running(server, checkout, model, device) as (url, pid):
-        extra = {} if server == THEIRS else {"ignore_eos": True} | (ANY_TEXT if server == STRUCTURED else {})
+        extra = {THEIRS: {}, STRUCTURED: ANY_TEXT}.get(server, {"ignore_eos": True})
         client = StoppedClient(url, name, server == WITHOUT, extra) if stopped else Client(url, name, extra=extra)
         report = asyncio.run(send(client, workload, clients))
         peak = peak_memory_mb(pid)
