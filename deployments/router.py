@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 from cachetools import LRUCache
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from llava_serve.config import RoutingOptions
 from llava_serve.types import PreparedPrompt
@@ -38,6 +39,26 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
     def initialize_state(self, **options: int) -> None:
         """Called by Serve with the config's `request_router_kwargs`: the fields of `RoutingOptions`."""
         self._affinity = Affinity(RoutingOptions(**options).slack)
+        self._in_flight: Counter[ReplicaID] = Counter()
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._in_flight[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called once for each call, also for one that could not be sent: hence never below 0."""
+        if self._in_flight[replica_id] > 1:
+            self._in_flight[replica_id] -= 1
+        else:
+            del self._in_flight[replica_id]
+
+    def load(self, replica_id: ReplicaID) -> int:
+        """Requests of a replica: what it last said, and at least this process's own.
+
+        Serve's cache alone is too low in a burst: each reply overwrites it with how many the replica had when it took
+        that call, and those still on their way are lost from the count.
+        """
+        return max(self.replica_queue_len_cache.get(replica_id) or 0, self._in_flight[replica_id])
 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
@@ -48,7 +69,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
         if pending_request is None or not replicas:
             return [list(candidate_replicas)]
         pending_request.routing_context.should_backoff = True  # if all are at capacity: Serve does not wait by itself
-        loads = {name: self.replica_queue_len_cache.get(each.replica_id) or 0 for name, each in replicas.items()}
+        loads = {name: self.load(each.replica_id) for name, each in replicas.items()}
         first = self._affinity.choose(key_of(pending_request), loads)
         return [[replicas.pop(first)], list(replicas.values())]
 

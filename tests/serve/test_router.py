@@ -6,9 +6,11 @@ import random
 from collections import Counter
 
 import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve.request_router import ReplicaID
 
 from deployments import router
-from deployments.router import Affinity
+from deployments.router import Affinity, AffinityRouter
 
 SLACK = 4
 
@@ -98,3 +100,20 @@ def test_distinct_keys_are_balanced_as_by_two_random_choices(replicas: int) -> N
         return total / 5000
 
     assert excess(by_affinity) < 1.1 * excess(by_chance)
+
+
+async def test_a_burst_counts_before_the_replicas_reply() -> None:
+    tier = DeploymentID("LlavaModel", "llava")
+    router = AffinityRouter(tier, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    router.initialize_state(slack=SLACK)
+    replica = ReplicaID("one", tier)
+    for _ in range(3):
+        router.on_send_request(replica)
+    router.on_new_queue_len_info(replica, 1)  # it took the first while two were on their way
+    assert router.load(replica) == 3
+    router.on_new_queue_len_info(replica, 5)  # other processes call it, too
+    assert router.load(replica) == 5
+    router.on_new_queue_len_info(replica, 0)
+    for left in (2, 1, 0, 0):
+        router.on_request_completed(replica, "any")
+        assert router.load(replica) == left
