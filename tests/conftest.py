@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -23,6 +24,8 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # After a test's Ray has ended, Serve's threads in this process must not start another.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+# A shell starts what runs in the background with SIGINT ignored, and all that the tests start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
