@@ -149,15 +149,27 @@ def app_over(backend: PacedBackend, **options: Any) -> Iterator[httpx.Client]:
 
 
 @contextmanager
-def builtin_over_http() -> Iterator[httpx.Client]:
-    """A client of a server with the model that ships."""
+def builtin_llm() -> Iterator[AsyncLLM]:
+    """The model that ships."""
     llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
     try:
-        app = create_app(InProcessBackend(llm), ApiOptions())
-        with serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
-            yield web
+        yield llm
     finally:
         llm.close()
+
+
+@contextmanager
+def llm_over_http(llm: AsyncLLM) -> Iterator[httpx.Client]:
+    """A client of a server with this model."""
+    with serving(create_app(InProcessBackend(llm), ApiOptions())) as url, httpx.Client(base_url=url, timeout=60) as web:
+        yield web
+
+
+@contextmanager
+def builtin_over_http() -> Iterator[httpx.Client]:
+    """A client of a server with the model that ships."""
+    with builtin_llm() as llm, llm_over_http(llm) as web:
+        yield web
 
 
 def ask_paced(web: httpx.Client, **fields: Any) -> httpx.Response:
