@@ -9,7 +9,8 @@ import pytest
 from openai import OpenAI
 
 from llava_serve.async_llm import AsyncLLM
-from support.api_server import builtin_llm, llm_over_http, official
+from support.api_server import official
+from support.builtin_server import builtin_llm, llm_over_http
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llava_serve.errors import CapacityError, EngineDeadError
 from llava_serve.metrics.definitions import METRICS, STAGES
-from support.api_server import BODY, PATH, PacedBackend, app_over, builtin_over_http, official
+from support.api_server import BODY, PATH, PacedBackend, app_over, official
+from support.builtin_server import builtin_over_http
 from support.dashboard import dashboard_series
 from support.demo import DEMO_IMAGE, question
 
