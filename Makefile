@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
 LIBRARY := llava_serve deployments
-BESIDE := tests benchmarks examples
+BESIDE := tests benchmarks testbed examples
 PYTEST := $(BIN)/python -m pytest -q
 
 .PHONY: help setup demo serve test test-extended test-faults test-slow check check-training docs eval-builtin clean

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-CHECKED = ("llava_serve", "deployments", "tests", "benchmarks", "examples")
+CHECKED = ("llava_serve", "deployments", "tests", "benchmarks", "testbed", "examples")
 LIBRARY = ("llava_serve", "deployments")
 
 WORDS = {

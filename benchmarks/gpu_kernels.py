@@ -27,14 +27,14 @@ def synchronize(device: str) -> None:
 
 def timed(call: Callable[[], object], device: str, times: int = 20) -> float:
     """Median milliseconds of a call, the device's work included."""
-    seen = []
+    taken = []
     for _ in range(times + 3):
         synchronize(device)
         began = time.perf_counter()
         call()
         synchronize(device)
-        seen.append(1e3 * (time.perf_counter() - began))
-    return median(seen[3:])
+        taken.append(1e3 * (time.perf_counter() - began))
+    return median(taken[3:])
 
 
 def environment(device: str, size: int) -> dict[str, Any]:

@@ -206,10 +206,10 @@ def profile(args: argparse.Namespace) -> Figures:
     count = min(64, max(args.batches))
     engine = make_engine(random_llava(args.size, args.device), count)
     fill(engine, count, args.prompt, 200)
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (args.device == "cuda")]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (args.device == "cuda")]) as profiled:
         step_times(engine, 3)
     key = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    print(seen.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70), file=sys.stderr)
+    print(profiled.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70), file=sys.stderr)
     began = time.process_time(), time.perf_counter()
     step_times(engine, args.steps)
     spent = time.process_time() - began[0], time.perf_counter() - began[1]

@@ -1,4 +1,4 @@
-"""What a hostile request does to its neighbours: eight good streams, while each of `benchmarks.hostile_inputs` is sent.
+"""What a hostile request does to its neighbours: eight good streams, while each of `testbed.hostile_inputs` is sent.
 
     python -m benchmarks.hostile [--serve default] [--serve production.env] [--output benchmarks/results/hostile.json]
 
@@ -26,13 +26,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from benchmarks.hostile_inputs import HOSTILE, Hostile, error_code, picture_url, send
-from benchmarks.in_process import in_process_server
 from benchmarks.options import make_parser, parse
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
 from deployments.tools.serve_env import read_serve_env
 from llava_serve.bench.client import Client, Trace
+from testbed.hostile_inputs import HOSTILE, Hostile, error_code, picture_url, send
+from testbed.in_process import in_process_server
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "llava_serve" / "builtin" / "demo.png"

@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import hostile_inputs as inputs
-from benchmarks.hostile_inputs import TURN, ask_about, chat, chunk, flat_png, picture_url, post, raw_get
 from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_lines
 from llava_serve.api.app import create_app
@@ -31,6 +29,8 @@ from llava_serve.api.http_server import server_of
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions
+from testbed import hostile_inputs as inputs
+from testbed.hostile_inputs import TURN, ask_about, chat, chunk, flat_png, picture_url, post, raw_get
 
 SIZES = 5
 FITTED = 3

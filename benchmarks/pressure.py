@@ -3,7 +3,7 @@
     python -m benchmarks.pressure [--profile production.env] [--rate 60] [--output benchmarks/results/pressure.json]
 
 The application of `serve_config.yaml` with a lower limit of requests in flight and two more endpoints
-(`benchmarks.counted`), under Serve's defaults and then under each profile. The load is open-loop: 200 clients at a
+(`testbed.counted`), under Serve's defaults and then under each profile. The load is open-loop: 200 clients at a
 fixed rate, each with a picture of its own. Then clients disconnect from long answers one after the other, streamed and
 not; the time is from closing the socket until the engine reports that it is empty, polled every few milliseconds.
 """
@@ -22,11 +22,11 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.counted import counted_config
 from benchmarks.options import make_parser, parse
 from deployments.tools.local_cluster import local_cluster
 from deployments.tools.serve_env import read_serve_env
 from llava_serve.bench.workload import make_image
+from testbed.counted import counted_config
 
 TOKENS = 64
 LONG = 1500

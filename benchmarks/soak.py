@@ -29,12 +29,12 @@ import aiohttp
 import numpy as np
 import psutil
 
-from benchmarks.counted import counted_config
 from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_times
 from benchmarks.soak_requests import KINDS, Scene, request_of, scenes
 from deployments.tools.local_cluster import LocalCluster, local_cluster
 from deployments.tools.serve_env import read_serve_env
+from testbed.counted import counted_config
 
 SAMPLE_S = 5.0
 SETTLED_S = 60.0

@@ -1,10 +1,14 @@
-"""Every benchmark runs with `--smoke`, and prints a figure."""
+"""Every benchmark runs with `--smoke`, and prints a figure; what is kept of one is right."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import subprocess
 import sys
+from functools import cache
+from statistics import linear_regression
 from typing import Any
 
 import pytest
@@ -35,12 +39,9 @@ COMMANDS = [
 ]
 PARTS = {
     "__init__",
-    "counted",
     "docs_plots",
     "gpu_kernels",
     "gpu_model",
-    "hostile_inputs",
-    "in_process",
     "make_checkpoint",
     "options",
     "paced",
@@ -49,13 +50,14 @@ PARTS = {
     "soak_requests",
 }
 """Modules that the benchmarks share, and the one that draws their results."""
+LINES: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "linear.json").read_text("utf-8"))["kinds"]
+"""Processor time against size, by kind of input: the kept results of `benchmarks.linear`."""
 
 
-@pytest.mark.extended
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_benchmark_prints_a_figure(command: str, request: pytest.FixtureRequest) -> None:
-    served: Any = request.getfixturevalue("served") if "{url}" in command else None
-    name, *arguments = command.format(url=served and served.url).split()
+@cache
+def printed(command: str) -> str:
+    """What a benchmark prints."""
+    name, *arguments = command.split()
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--smoke"],
         cwd=ROOT,
@@ -65,8 +67,30 @@ def test_a_benchmark_prints_a_figure(command: str, request: pytest.FixtureReques
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    figures = [float(figure) for figure in re.findall(r"(?<=: )[\d.]+\b", done.stdout)]
-    assert any(figure > 0 for figure in figures), done.stdout
+    return done.stdout
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_benchmark_prints_a_figure(command: str, request: pytest.FixtureRequest) -> None:
+    served: Any = request.getfixturevalue("served") if "{url}" in command else None
+    stdout = printed(command.format(url=served and served.url))
+    figures = [float(figure) for figure in re.findall(r"(?<=: )[\d.]+\b", stdout)]
+    assert any(figure > 0 for figure in figures), stdout
+
+
+@pytest.mark.extended
+def test_the_kept_lines_are_those_that_are_measured() -> None:
+    assert LINES.keys() == json.loads(printed("linear"))["kinds"].keys()
+
+
+def test_the_kept_lines_are_straight_and_no_input_is_a_fault() -> None:
+    """The times themselves are kept results: a busy machine would fail a test."""
+    assert not [name for name, line in LINES.items() if line["status"] >= 500]
+    for name, line in LINES.items():
+        size, taken = zip(*[map(math.log, point) for point in line["points"][-3:]], strict=True)
+        assert line["exponent"] == pytest.approx(linear_regression(size, taken).slope, abs=0.006), name
+        assert line["exponent"] < 1.25, name
 
 
 def test_every_benchmark_is_run() -> None:

@@ -61,7 +61,7 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_file_compiles_without_a_warning(python: str) -> None:
-    folders = ["llava_serve", "deployments", "tests", "benchmarks", "examples", "training"]
+    folders = ["llava_serve", "deployments", "tests", "benchmarks", "testbed", "examples", "training"]
     done = subprocess.run(
         [python, "-W", "error", "-c", COMPILE, *folders], cwd=ROOT, capture_output=True, text=True, check=False
     )

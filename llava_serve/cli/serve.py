@@ -122,7 +122,7 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
 
         model, api = app_options.model_options, app_options.api
         open_checkpoint(model).limited_to(app_options.engine.max_model_len)
-        check_open(host, has_keys=accepted_keys(api) is not None)  # keys that cannot be used are told here, too
+        check_open(host, has_keys=accepted_keys(api) is not None)  # keys that cannot be used are reported here, too
         from llava_serve.api.app import create_app
         from llava_serve.api.http_server import server_of
         from llava_serve.api.in_process import InProcessBackend

@@ -37,7 +37,7 @@ _FAULTS: tuple[tuple[str, str], ...] = (
     ("limit", "it is too complex"),
     ("noextension", "nothing that ends matches it"),
 )
-"""What the library's message has in it, and what the caller is told."""
+"""What the library's message has in it, and what is reported to the caller."""
 _UNSUPPORTED_KEYS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 

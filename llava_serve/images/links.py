@@ -1,4 +1,4 @@
-"""Links to pictures in requests: which are followed, and what a caller is told about those that are not."""
+"""Links to pictures in requests: which are followed, and the reason that a caller gets for those that are not."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,23 +11,12 @@ from openai import APIError, OpenAI
 from openai.types.responses import ResponseCompletedEvent
 
 from llava_serve.errors import EngineDeadError
-from support.api_server import PATH, PacedBackend, app_over, builtin_over_http, error_of, official
+from support.api_server import PATH, PacedBackend, app_over, error_of, official
 from support.demo import DEMO_IMAGE, data_url
 
 URL = data_url(DEMO_IMAGE.read_bytes())
 PICTURE = {"type": "input_image", "image_url": URL, "detail": "auto"}
 RED, BLUE = "The circle is red.", "The square is blue."
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[httpx.Client]:
-    with builtin_over_http() as web:
-        yield web
-
-
-@pytest.fixture(scope="module")
-def client(web: httpx.Client) -> OpenAI:
-    return official(web)
 
 
 def turn(role: str, *parts: dict[str, Any] | str) -> Any:

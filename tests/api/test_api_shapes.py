@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from llava_serve.api.app import create_app
-from llava_serve.api.in_process import InProcessBackend
-from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
-from support.api_server import PATH, error_of, serving
+from support.api_server import PATH, error_of
 from support.demo import DEMO_IMAGE, data_url
 
 PNG = DEMO_IMAGE.read_bytes()
@@ -25,15 +20,6 @@ ASKED = {"role": "user", "content": [PICTURE, WORDS]}
 ANSWERED = {"role": "assistant", "content": "The circle is red."}
 SQUARE = {"role": "user", "content": "What colour is the square?"}
 RED, BLUE = "The circle is red.", "The square is blue."
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[httpx.Client]:
-    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    app = create_app(InProcessBackend(llm), ApiOptions())
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
-        yield web
-    llm.close()
 
 
 def answer(web: httpx.Client, messages: list[Any], **fields: Any) -> dict[str, Any]:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from support.api_server import builtin_over_http, error_of, official
+from support.api_server import error_of
 
 ASKED = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[httpx.Client]:
-    with builtin_over_http() as web:
-        yield web
-
-
-@pytest.fixture(scope="module")
-def client(web: httpx.Client) -> OpenAI:
-    return official(web)
 
 
 @pytest.fixture(scope="module")

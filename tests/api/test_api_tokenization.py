@@ -11,7 +11,7 @@ import pytest
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
+from llava_serve.config import ApiOptions
 from llava_serve.types import Chunk
 from support.api_server import PATH, error_of, serving
 from support.demo import DEMO_IMAGE, data_url
@@ -31,10 +31,8 @@ class CountedBackend(InProcessBackend):
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[CountedBackend]:
-    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    yield CountedBackend(llm)
-    llm.close()
+def backend(llm: AsyncLLM) -> CountedBackend:
+    return CountedBackend(llm)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from benchmarks.hostile_inputs import HOSTILE, ask_about, picture_url, send
-from benchmarks.in_process import in_process_server
 from support.bad_requests import bad_requests
 from support.demo import DEMO_ANSWER, DEMO_IMAGE
+from testbed.hostile_inputs import HOSTILE, ask_about, picture_url, send
+from testbed.in_process import in_process_server
 
 GOOD = ask_about(picture_url(DEMO_IMAGE.read_bytes()), max_tokens=16, temperature=0)
 LEAKS = re.compile(

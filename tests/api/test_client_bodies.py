@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from support.api_server import builtin_over_http
 from support.clients import CLIENTS
 from support.demo import DEMO_IMAGE
 
@@ -23,12 +21,6 @@ OBJECTS = {
     "/v1/completions": "text_completion",
     "/v1/responses": "response",
 }
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[httpx.Client]:
-    with builtin_over_http() as web:
-        yield web
 
 
 def test_every_client_has_recorded_requests() -> None:

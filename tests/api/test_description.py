@@ -18,10 +18,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from benchmarks.in_process import in_process_server
 from llava_serve.api.app import create_app
 from llava_serve.config import ApiOptions
 from support.api_server import PacedBackend
+from testbed.in_process import in_process_server
 
 CHECKS = [
     not_a_server_error,

@@ -13,13 +13,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llava_serve.api.app import create_app
-from llava_serve.api.in_process import InProcessBackend
-from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
 from llava_serve.errors import CapacityError, EngineDeadError
 from llava_serve.metrics.definitions import METRICS, STAGES
-from support.api_server import BODY, PATH, PacedBackend, app_over, official, serving
+from support.api_server import BODY, PATH, PacedBackend, app_over, official
+from support.builtin_server import builtin_over_http
 from support.dashboard import dashboard_series
 from support.demo import DEMO_IMAGE, question
 
@@ -42,15 +39,8 @@ def _named(name: str, labels: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def web() -> Iterator[httpx.Client]:
     """A server of its own, so that its counts are those of these tests' requests."""
-    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    try:
-        with (
-            serving(create_app(InProcessBackend(llm), ApiOptions())) as url,
-            httpx.Client(base_url=url, timeout=60) as client,
-        ):
-            yield client
-    finally:
-        llm.close()
+    with builtin_over_http() as web:
+        yield web
 
 
 def test_the_counts_of_known_requests_are_exact(web: httpx.Client) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, Request, expect
 
-from support.api_server import builtin_over_http, serving
+from support.api_server import serving
 from support.browser import ask, expect_answers
 from support.paths import BUILTIN
 from support.prefix_proxy import below
@@ -26,10 +25,9 @@ RIGHT_OF_CIRCLE = "There is a blue square to the right of the circle."
 LEFT_OF_SQUARE = "There is a red circle to the left of the square."
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with builtin_over_http() as web:
-        yield f"{web.base_url}/"
+@pytest.fixture
+def url(web: httpx.Client) -> str:
+    return f"{web.base_url}/"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,7 +11,7 @@ from openai import OpenAI
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions
 from llava_serve.types import PreparedPrompt, RawPrompt, TokenLogprob
-from support.api_server import PATH, builtin_over_http, error_of, official
+from support.api_server import PATH, error_of
 from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
 
 TEXT = "The circle is red, and the square is blue"
@@ -20,26 +19,15 @@ MESSAGES = question(DEMO_QUESTION, DEMO_IMAGE.read_bytes())
 
 
 @pytest.fixture(scope="module")
-def web() -> Iterator[httpx.Client]:
-    with builtin_over_http() as web:
-        yield web
-
-
-@pytest.fixture(scope="module")
-def client(web: httpx.Client) -> OpenAI:
-    return official(web)
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
+def library() -> LLM:
     return LLM("builtin", engine=EngineOptions(num_threads=1))
 
 
-def expected(llm: LLM, asked: Any, count: int = 2) -> list[TokenLogprob | None]:
+def expected(library: LLM, asked: Any, count: int = 2) -> list[TokenLogprob | None]:
     """The scores of a prompt by the library, which tests/engine compares with transformers."""
-    prepared: PreparedPrompt = llm.processor.prepare(asked)
+    prepared: PreparedPrompt = library.processor.prepare(asked)
     sampling = SamplingParams(temperature=0, prompt_logprobs=count, max_new_tokens=1)
-    scored = llm.run([prepared], sampling)[0].prompt_logprobs
+    scored = library.run([prepared], sampling)[0].prompt_logprobs
     assert scored is not None
     return list(scored)
 
@@ -66,8 +54,8 @@ def check_positions(found: list[Any], scored: list[TokenLogprob | None]) -> None
         assert (own["rank"] == 1) == (str(entry.token_id) == str(entry.top[0][0]))
 
 
-def test_a_text_is_scored_without_an_answer(web: httpx.Client, llm: LLM) -> None:
-    scored = expected(llm, RawPrompt(TEXT))
+def test_a_text_is_scored_without_an_answer(web: httpx.Client, library: LLM) -> None:
+    scored = expected(library, RawPrompt(TEXT))
     answer = complete(web, echo=True, logprobs=2, max_tokens=0)
     (choice,) = answer["choices"]
     assert choice["text"] == TEXT
@@ -105,9 +93,9 @@ def test_an_answer_follows_the_echo(web: httpx.Client, client: OpenAI, stream: b
     assert answered[-len(alone["logprobs"]["tokens"]) :] == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-3)
 
 
-def test_who_counts_tokens_gets_one_entry_for_each(web: httpx.Client, llm: LLM) -> None:
+def test_who_counts_tokens_gets_one_entry_for_each(web: httpx.Client, library: LLM) -> None:
     """lm-eval cuts the context off by its number of tokens, and the one token of the answer, whatever it is."""
-    chat = llm.processor.prepare(llm.processor.read("Hello"))
+    chat = library.processor.prepare(library.processor.read("Hello"))
     ended = complete(web, prompt=chat.token_ids.tolist(), max_tokens=64, return_token_ids=True)["choices"][0]
     ids = [*chat.token_ids.tolist(), *ended["token_ids"]]  # the answer ends: the next token is its end, without a text
     for prompt in (ids[:-1], ids):
@@ -130,8 +118,8 @@ def test_echo_without_logprobs_and_of_several_answers(web: httpx.Client) -> None
     assert error_of(response)["param"] == "n"
 
 
-def test_prompt_logprobs_in_vllms_form(web: httpx.Client, llm: LLM) -> None:
-    scored = expected(llm, RawPrompt(TEXT))
+def test_prompt_logprobs_in_vllms_form(web: httpx.Client, library: LLM) -> None:
+    scored = expected(library, RawPrompt(TEXT))
     both = complete(web, prompt_logprobs=2, n=2, max_tokens=2)["choices"]
     for choice in both:
         check_positions(choice["prompt_logprobs"], scored)
@@ -142,14 +130,14 @@ def test_prompt_logprobs_in_vllms_form(web: httpx.Client, llm: LLM) -> None:
     assert {len(top) for top in mixed["logprobs"]["top_logprobs"][1:]} <= {5, 6}
 
 
-def test_a_chat_with_a_picture_is_scored(web: httpx.Client, llm: LLM) -> None:
+def test_a_chat_with_a_picture_is_scored(web: httpx.Client, library: LLM) -> None:
     body = {"messages": MESSAGES, "temperature": 0, "prompt_logprobs": 2, "return_token_ids": True}
     plain = web.post(PATH, json=body | {"prompt_logprobs": None}).json()
     for _ in range(2):  # the second finds the prompt in the cache
         answer = web.post(PATH, json=body).json()
         assert answer["choices"] == plain["choices"]
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-        check_positions(answer["prompt_logprobs"], expected(llm, llm.processor.read(MESSAGES)))
+        check_positions(answer["prompt_logprobs"], expected(library, library.processor.read(MESSAGES)))
         absent = [at for at, each in enumerate(answer["prompt_logprobs"]) if each is None]
         assert absent == [0, *(at for at, token in enumerate(answer["prompt_token_ids"]) if token == -200)]
     assert "prompt_logprobs" not in plain

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from llava_serve.api.app import create_app
 from llava_serve.api.in_process import InProcessBackend
 from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
+from llava_serve.config import ApiOptions
 from support.api_server import PATH, error_of, serving
 from support.demo import DEMO_IMAGE, data_url
 
@@ -37,19 +36,6 @@ class Circle(BaseModel):
 
     colour: Literal["green", "blue", "red"]
     is_round: bool
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[AsyncLLM]:
-    made = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def web(llm: AsyncLLM) -> Iterator[httpx.Client]:
-    with serving(create_app(InProcessBackend(llm), ApiOptions())) as url, httpx.Client(base_url=url, timeout=60) as web:
-        yield web
 
 
 def ask(web: httpx.Client, **fields: Any) -> httpx.Response:

@@ -21,7 +21,8 @@ from llava_serve.bench.report import differences, percentiles, summarise, table
 from llava_serve.bench.workload import Workload, make_conversations
 from llava_serve.cli import main
 from llava_serve.errors import CapacityError
-from support.api_server import PacedBackend, app_over, builtin_over_http, serving
+from support.api_server import PacedBackend, app_over, serving
+from support.builtin_server import builtin_over_http
 from support.paths import ROOT
 
 TEXT_ONLY = ["--images", "0", "--warmup", "0"]

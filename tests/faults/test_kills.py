@@ -22,9 +22,10 @@ from PIL import Image
 
 from deployments.tools.local_cluster import LocalCluster, local_cluster
 from deployments.tools.serve_env import read_serve_env
-from support.bursts import at_rest, counted_config, remaining
+from support.bursts import at_rest, remaining
 from support.faults import Asker, Load, Outcome, fault_under_load, holdings, kill, large_picture, processes_of
 from support.paths import ROOT
+from testbed.counted import counted_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

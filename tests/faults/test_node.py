@@ -19,9 +19,10 @@ import pytest
 import yaml
 
 from deployments.tools.local_cluster import LocalCluster, environment, local_cluster
-from support.bursts import counted_config, remaining
+from support.bursts import remaining
 from support.faults import fault_under_load, processes_of
 from support.paths import ROOT
+from testbed.counted import counted_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

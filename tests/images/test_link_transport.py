@@ -60,9 +60,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n"
 )
 def test_servers_that_do_wrong(server: PictureServer, answer: Any, why: str) -> None:
     server.answers["/wrong"] = answer
-    began = time.monotonic()
+    # Those that hang do so for good: without a limit this would not return.
     assert refusal(near(server, limits=QUICK, max_bytes=50_000), url_of(server, "/wrong")) == why
-    assert time.monotonic() - began < 2.5
 
 
 def test_a_length_that_is_too_short_cuts(server: PictureServer) -> None:
@@ -92,13 +91,16 @@ def test_nobody_listens(server: PictureServer) -> None:
 
 
 def test_a_name_server_that_does_not_answer() -> None:
+    over, answered = threading.Event(), threading.Event()
+
     def resolve(host: str, port: int) -> list[Address]:
-        time.sleep(1.5)
+        over.wait(60)
+        answered.set()
         return [ip_address("127.0.0.1")]
 
-    began = time.monotonic()
     assert refusal(reader("pictures.test", names=resolve, limits=QUICK), "http://pictures.test/") == HOST_REFUSED
-    assert time.monotonic() - began < 1
+    assert not answered.is_set()
+    over.set()
 
 
 def test_a_deadline_ends_a_read(server: PictureServer) -> None:
@@ -111,7 +113,6 @@ def test_a_deadline_ends_a_read(server: PictureServer) -> None:
 
     with pytest.raises(DeadlineExceededError):
         fetch(near(server), url_of(server, "/silent"), check)
-    assert time.monotonic() < end + 1
     assert server.left.wait(2)
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from deployments.tools.local_cluster import local_cluster
 from deployments.tools.serve_env import read_serve_env
-from support.bursts import at_rest, burst, counted_config, remaining
+from support.bursts import at_rest, burst, remaining
 from support.paths import ROOT
+from testbed.counted import counted_config
 
 CLIENTS = 100
 WITHIN_S = 0.4

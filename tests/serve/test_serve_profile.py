@@ -22,9 +22,10 @@ from deployments.tools.config import read_config
 from deployments.tools.listening import listening
 from deployments.tools.local_cluster import free_port, local_cluster
 from deployments.tools.serve_env import ServeEnvError, read_serve_env
-from support.bursts import at_rest, burst, counted_config, remaining
+from support.bursts import at_rest, burst, remaining
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG, ROOT
+from testbed.counted import counted_config
 
 PROFILE = ROOT / "production.env"
 

@@ -1,4 +1,4 @@
-"""The web app on a real socket, and a backend whose pace and failures a test sets."""
+"""The web app on a real socket, and a backend whose pace and failures a test sets. It imports no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from starlette.types import ASGIApp
 
 from llava_serve.api.app import create_app
 from llava_serve.api.http_server import server_of
-from llava_serve.api.in_process import InProcessBackend
-from llava_serve.async_llm import AsyncLLM
-from llava_serve.config import ApiOptions, EngineOptions
+from llava_serve.config import ApiOptions
 from llava_serve.metrics.prometheus import PrometheusExporter
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.tokenization import ModelDescription, TokenizedPrompt
@@ -146,18 +144,6 @@ def app_over(backend: PacedBackend, **options: Any) -> Iterator[httpx.Client]:
     """A client of the web app over a backend; the options are those of `ApiOptions`."""
     with serving(create_app(backend, ApiOptions(**options))) as url, httpx.Client(base_url=url) as web:
         yield web
-
-
-@contextmanager
-def builtin_over_http() -> Iterator[httpx.Client]:
-    """A client of a server with the model that ships."""
-    llm = AsyncLLM("builtin", EngineOptions(kv_cache_bytes=64 << 20, num_threads=1))
-    try:
-        app = create_app(InProcessBackend(llm), ApiOptions())
-        with serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
-            yield web
-    finally:
-        llm.close()
 
 
 def ask_paced(web: httpx.Client, **fields: Any) -> httpx.Response:

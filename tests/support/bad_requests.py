@@ -8,10 +8,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.hostile_inputs import PATH, TURN, ask_about, chat, flat_png, jpeg_scans, picture_url, post, raw_get
 from llava_serve.api.protocol import ChatRequest
 from support.broken_images import FILES, broken
 from support.odd_images import chunk
+from testbed.hostile_inputs import PATH, TURN, ask_about, chat, flat_png, jpeg_scans, picture_url, post, raw_get
 
 HUGE = 10**400
 VALUES: dict[str, Any] = {

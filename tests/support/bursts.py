@@ -10,10 +10,7 @@ from typing import Any
 
 from openai import APIConnectionError, APITimeoutError, AsyncOpenAI
 
-from deployments.tools.config import read_config
-from deployments.tools.local_cluster import free_port
 from support.demo import DEMO_IMAGE, DEMO_QUESTION, question
-from support.paths import CONFIG
 
 LONG = 1500
 """Tokens of an answer that no client waits for: one that ran on would show in the engine's count by itself."""
@@ -50,18 +47,8 @@ async def burst(url: str, clients: int, within_s: float) -> None:
         await asyncio.gather(*(read_until_timeout(client, s, stream=n % 2 == 0) for n, s in enumerate(timeouts)))
 
 
-def counted_config() -> dict[str, Any]:
-    """`serve_config.yaml` on a free port with the endpoints of `benchmarks.counted`, and one replica per tier."""
-    config = read_config(CONFIG, port=free_port())
-    (application,) = config["applications"]
-    application["import_path"] = "benchmarks.counted:build_app"
-    for deployment in application["deployments"]:
-        deployment.pop("autoscaling_config", None)
-    return config
-
-
 def remaining(url: str) -> dict[str, Any]:
-    """What remains of all requests: see `benchmarks.counted`."""
+    """What remains of all requests: see `testbed.counted`."""
     with urllib.request.urlopen(f"{url}/remaining", timeout=60) as response:
         counts: dict[str, Any] = json.loads(response.read())
     return counts

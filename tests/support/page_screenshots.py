@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from support.api_server import builtin_over_http
 from support.browser import chromium
+from support.builtin_server import builtin_over_http
 from support.paths import ROOT
 
 FOLDER = ROOT / "docs" / "images"

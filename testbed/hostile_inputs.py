@@ -1,4 +1,4 @@
-"""Requests that cost little to send and would cost much to serve: what `benchmarks.hostile` sends, and the tests."""
+"""Requests that cost little to send and would cost much to serve: what `benchmarks.hostile` and the tests send."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The application with two more endpoints: `GET /remaining` counts what remains of all requests, in every tier, and
 `GET /engine` has the engine's statistics.
 
-For `benchmarks.pressure` and the burst tests. One replica per tier; all tiers are the real ones.
+One replica per tier; all tiers are the real ones.
 """
 
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
@@ -36,7 +36,7 @@ def counted_config(**api: Any) -> dict[str, Any]:
     """
     config = read_config(CONFIG, port=free_port())
     (application,) = config["applications"]
-    application["import_path"] = "benchmarks.counted:build_app"
+    application["import_path"] = "testbed.counted:build_app"
     application["args"]["api"].update(api)
     for deployment in application["deployments"]:
         deployment.pop("autoscaling_config", None)
