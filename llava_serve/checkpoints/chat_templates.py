@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import control_tokens, tokenizer_template
+from llava_serve.checkpoints.tokenizer_files import control_tokens
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.chat_probe import Judgement, judge
 from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.templates import TEMPLATES
 
+_DEFAULT = "default"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The tokens that transformers gives a template by name."""
 
@@ -25,7 +27,7 @@ def read_chat_template(folder: Path, tokenizer: TokenizerSpec, conv_mode: str | 
             another template that does no harm.
     """
     try:
-        return _judged(find_template(folder), tokenizer)
+        return _judged(_default(find_templates(folder), folder), tokenizer)
     except CheckpointError:
         if conv_mode in TEMPLATES:
             return None
@@ -44,20 +46,23 @@ def _judged(text: str, tokenizer: TokenizerSpec) -> Judgement | None:
     return judge(template)
 
 
-def find_template(folder: Path) -> str:
-    """The text of the template named `default`, or of the only one, in transformers' order of the files; empty if there
-    is none.
-
-    Raises:
-        CheckpointError: there are several, and none is named `default`.
-    """
+def find_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by name, in transformers' order of the files; a template without a name is
+    `default`."""
     for name in ("processor_config.json", "chat_template.json"):
         if (template := read_json(folder, name, optional=True).get("chat_template")) is not None:
-            return _default(template, folder)
+            return _by_name(template)
     named = {path.stem: path.read_text("utf-8-sig") for path in folder.glob("additional_chat_templates/*.jinja")}
     if (folder / "chat_template.jinja").is_file():
-        named["default"] = (folder / "chat_template.jinja").read_text("utf-8-sig")
-    return _default(named, folder) if named else tokenizer_template(folder)
+        named[_DEFAULT] = (folder / "chat_template.jinja").read_text("utf-8-sig")
+    return named or _by_name(read_json(folder, "tokenizer_config.json", optional=True).get("chat_template"))
+
+
+def none_is_default(templates: Mapping[str, str]) -> str | None:
+    """What is said of chat templates of which none is named `default`; None of others."""
+    if not templates or _DEFAULT in templates:
+        return None
+    return f"are named {', '.join(sorted(templates))}, and none is named {_DEFAULT}"
 
 
 def writes_chat_tokens(template: str, tokenizer: TokenizerSpec) -> bool:
@@ -66,17 +71,19 @@ def writes_chat_tokens(template: str, tokenizer: TokenizerSpec) -> bool:
     return any(token in template for token in tokens)
 
 
-def _default(template: Any, folder: Path) -> str:
-    if isinstance(template, str):
-        return template
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}
-    if "default" not in template:
-        raise CheckpointError(
-            f"The chat templates in {folder} are named {', '.join(sorted(template))}, and none is named default: name "
-            "the one to use so."
-        )
-    return str(template["default"])
+def _default(templates: Mapping[str, str], folder: Path) -> str:
+    if fault := none_is_default(templates):
+        raise CheckpointError(f"The chat templates in {folder} {fault}: name the one to use so, or choose --conv-mode.")
+    return templates.get(_DEFAULT, "")
+
+
+def _by_name(written: Any) -> dict[str, str]:
+    """Templates by name: a text, a dictionary or a list of named ones."""
+    if isinstance(written, list):
+        written = {each["name"]: each["template"] for each in written}
+    if not isinstance(written, dict):
+        written = {} if written is None else {_DEFAULT: written}
+    return {str(name): str(template) for name, template in written.items()}
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

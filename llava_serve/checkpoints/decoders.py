@@ -91,8 +91,8 @@ def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
 
 def rotary_types(text: dict[str, Any]) -> Iterator[str]:
     """How rotary positions are scaled: `rope_parameters` since transformers 5, in some models by the kind of layer, and
-    `rope_scaling` before."""
-    settings = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    `rope_scaling` before, which transformers prefers where a file has both."""
+    settings = text.get("rope_scaling") or text.get("rope_parameters") or {}
     by_kind = [one for one in settings.values() if isinstance(one, dict)]
     for one in by_kind or [settings]:
         yield str(one.get("rope_type") or one.get("type") or "default")

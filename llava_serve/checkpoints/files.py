@@ -51,7 +51,8 @@ def weight_files(folder: Path) -> list[Path]:
             for path in paths:
                 if not path.is_file():
                     raise CheckpointError(
-                        f"{path.name} is missing in {folder}, though {stem}.index.json names it; copy it there."
+                        f"{path.name} is missing in {folder}, though {stem}.index.json names it; copy it "
+                        f"there{_or_unite(folder)}."
                     )
             return paths
         if (folder / stem).is_file():
@@ -78,15 +79,27 @@ def _without_index(folder: Path, stem: str) -> list[Path]:
         count = int(shards[0].stem.rpartition("-")[2])
         expected = [folder / f"{name}-{i:05}-of-{count:05}.{kind}" for i in range(1, count + 1)]
         if missing := [path.name for path in expected if path not in shards]:
-            raise CheckpointError(f"{missing[0]} is missing in {folder}, and so is {stem}.index.json; copy both there.")
+            raise CheckpointError(
+                f"{missing[0]} is missing in {folder}, and so is {stem}.index.json; copy both there{_or_unite(folder)}."
+            )
     return shards
 
 
 def no_weights(folder: Path) -> str:
     """The start of a message on a folder without weights; it names what training leaves instead."""
-    steps = next(iter(sorted(folder.glob("global_step*"))), None)
-    hint = f" but DeepSpeed's {steps.name}, which its zero_to_fp32.py turns into them" if steps else ""
+    step = training_step(folder)
+    hint = f" but DeepSpeed's {step}, which its zero_to_fp32.py turns into them" if step else ""
     return f"{folder} holds no weights{hint}"
+
+
+def _or_unite(folder: Path) -> str:
+    step = training_step(folder)
+    return f", or make the weights of DeepSpeed's {step} with its zero_to_fp32.py" if step else ""
+
+
+def training_step(folder: Path) -> str | None:
+    """The folder that DeepSpeed leaves in that of a training run: it holds the weights in parts."""
+    return next((path.name for path in sorted(folder.glob("global_step*"))), None)
 
 
 def first_file(folder: Path, *names: str) -> Path | None:

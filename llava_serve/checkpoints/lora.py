@@ -24,11 +24,18 @@ _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save)?(?:\.default)?(?:\.base_layer)?\.(?P<last>weight|bias)")
 """A head or embeddings with factors of their own are saved as a whole, too, as `base_layer`."""
 
-_UNSUPPORTED_KEYS = (
-    *("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias"),
-    *("layer_replication", "target_parameters"),
+_KNOWN_KEYS = frozenset(
+    (
+        *("peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping", "revision", "runtime_config"),
+        *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "ensure_weight_tying"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        *("trainable_token_indices", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
+    )
 )
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Of adapter_config.json: those whose meaning the merge follows, or that do not matter to it. Any other one that is set
+may change what the adapter adds."""
+_KEEP_THE_BASE = (None, "true", "false", "gaussian", "eva", "orthogonal")
+"""Initializations after which the base is what it was; others subtract from it what they put into the factors."""
 
 _STRIP = 256
 """How many output features of a weight are added at once."""
@@ -175,16 +182,17 @@ def _delta(
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"adapter_config.json is of type {config['peft_type']}; only LORA is supported.")
-    for key in _UNSUPPORTED_KEYS:
-        if config.get(key):
+    for key in sorted(config.keys() - _KNOWN_KEYS):
+        if config[key]:
             raise CheckpointError(
                 f"adapter_config.json sets {key}, which is not supported; merge the adapter with PEFT and load the "
                 "result."
             )
-    if str(config.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+    initialization = config.get("init_lora_weights")
+    if (initialization if initialization is None else str(initialization).lower()) not in _KEEP_THE_BASE:
         raise CheckpointError(
-            f"adapter_config.json sets init_lora_weights to {config['init_lora_weights']!r}: the adapter adds to a "
-            "base that its initialization changed. Merge it with PEFT and load the result."
+            f"adapter_config.json sets init_lora_weights to {initialization!r}: the adapter may add to a base "
+            "that its initialization changed. Merge it with PEFT and load the result."
         )
     for key in ("r", "lora_alpha"):
         if key not in config:

@@ -8,7 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from llava_serve.checkpoints.chat_templates import find_template, read_chat_template, writes_chat_tokens
+from llava_serve.checkpoints.chat_templates import (
+    find_templates,
+    none_is_default,
+    read_chat_template,
+    writes_chat_tokens,
+)
 from llava_serve.checkpoints.companions import find_tower, unused_adapter
 from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
 from llava_serve.checkpoints.families import ORIGINAL_CLASSES, original_decoder
@@ -76,7 +81,8 @@ def read_original(
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
     defaults = DECODERS[decoder]
-    own = find_template(tokenizer.folder)
+    templates = find_templates(tokenizer.folder)
+    own = templates.get("default", "\n".join(templates.values()))
     content = Content(
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
@@ -92,6 +98,8 @@ def read_original(
     guess = None
     if judged is not None and options.conv_mode is None:
         guess = f"The template is a guess: {choice.reason}. --conv-mode chooses another."
+    elif judged is None and (fault := none_is_default(templates)):
+        guess = f"The tokenizer's chat templates {fault}: none is used."
     return CheckpointSpec(
         name=name,
         path=folder,

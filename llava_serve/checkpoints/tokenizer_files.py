@@ -16,6 +16,8 @@ from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.errors import CheckpointError
 
+_MARKUP = re.compile(r"<\S+>|\[\S+\]")
+
 
 def read_tokenizer(folder: Path, extra: list[str], image_token: str | None = None) -> TokenizerSpec:
     """Describes the tokenizer of a folder.
@@ -80,28 +82,22 @@ def has_token(spec: TokenizerSpec, token: str) -> bool:
 
 def control_tokens(spec: TokenizerSpec) -> tuple[str, ...]:
     """The names of the tokens that are found in a text as a whole: those that were added to the vocabulary, and in
-    `tokenizer.model` also its control and user-defined pieces. Runs of white space are text."""
+    `tokenizer.model` also its control pieces and its markup. Runs of white space are text."""
     if spec.kind == "tokenizers":
         names = [token.content for token in load_fast(spec.folder).get_added_tokens_decoder().values()]
     else:
         pieces = load_sentencepiece(spec.folder)
         ids = range(pieces.get_piece_size())
-        names = [str(pieces.id_to_piece(i)) for i in ids if pieces.is_control(i) or _is_user_defined(pieces, i)]
+        names = [str(pieces.id_to_piece(i)) for i in ids if pieces.is_control(i)] + markup(pieces)
     return tuple(name for name in (*names, *spec.added_tokens) if name.strip())
 
 
-def _is_user_defined(pieces: sentencepiece.SentencePieceProcessor, token_id: int) -> bool:
-    return re.fullmatch(r"<\|.+\|>", pieces.id_to_piece(token_id)) is not None
-
-
-def tokenizer_template(folder: Path) -> str:
-    """The chat template in `tokenizer_config.json`, the one named `default` of several; empty if there is none."""
-    template = read_json(folder, "tokenizer_config.json", optional=True).get("chat_template")
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else ""
+def markup(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
+    """The pieces of `tokenizer.model` that sentencepiece finds in any text and that are names of tokens, such as
+    `<|im_start|>`, `<start_of_turn>` and `[INST]`. Other user-defined pieces, without brackets, are text."""
+    proto = ModelProto.FromString(pieces.serialized_model_proto())
+    user_defined = ModelProto.SentencePiece.USER_DEFINED
+    return [each.piece for each in proto.pieces if each.type == user_defined and _MARKUP.fullmatch(each.piece)]
 
 
 def _behind_vocabulary(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_serve.checkpoints.experts import join_experts
-from llava_serve.checkpoints.files import first_file, weight_files
+from llava_serve.checkpoints.files import first_file, training_step, weight_files
 from llava_serve.checkpoints.lora import read_adapter
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.stored_tensor import StoredTensor
@@ -154,10 +154,10 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
-        CheckpointError: damaged, no weights file, or a pickle with code (which does not run).
+        CheckpointError: damaged, no weights file, a pickle with code (which does not run), or with an empty tensor.
     """
     try:
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path.name} in {path.parent} holds more than tensors, or is damaged. It is refused, and nothing in it "
@@ -167,6 +167,13 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path.name} is missing in {path.parent}; copy it there.") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name} in {path.parent} is damaged or cut off; download it again.") from error
+    if empty := [tensor.name for tensor in tensors.values() if 0 in tensor.shape]:
+        raise CheckpointError(
+            f"{empty[0]} in {path} is empty, as {len(empty)} of its {len(tensors)} tensors are: DeepSpeed (ZeRO-3) has "
+            f"saved it without gathering it. Make the weights from its {training_step(path.parent) or 'global_step'} "
+            "folder with its zero_to_fp32.py."
+        )
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:

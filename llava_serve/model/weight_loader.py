@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llava_serve.checkpoints.files import gigabytes
+from llava_serve.checkpoints.files import gigabytes, training_step
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.stored_tensor import StoredTensor
 from llava_serve.checkpoints.weight_mapping import stored_name
@@ -167,6 +167,8 @@ def check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: se
     advice = "Download it again, or correct its config.json."
     if any(name.endswith((".qweight", ".qzeros")) for name in surplus):
         advice = "The weights are quantized already, by AWQ or GPTQ: take the original ones, and --load-4bit."
+    elif missing and (step := training_step(spec.base or spec.path)):
+        advice = f"DeepSpeed's {step} holds all of them in parts: make the weights with its zero_to_fp32.py."
     elif spec.adapter is not None:
         advice = "Name the base that it was trained on with model_base (--model-base); "
         advice += f"{spec.base} is another, or incomplete."
@@ -232,11 +234,6 @@ def _place(
 
 
 def _read(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
-    if 0 in stored.shape and 0 not in shape:
-        raise CheckpointError(
-            f"{stored.name} in {stored.file} is empty: DeepSpeed (ZeRO-3) has saved it without gathering it. Make the "
-            "weights from its global_step folder with its zero_to_fp32.py."
-        )
     if stored.shape != shape:
         raise CheckpointError(
             f"{stored.name} in {stored.file} is {stored.shape}, but config.json asks for {shape}: correct config.json, "

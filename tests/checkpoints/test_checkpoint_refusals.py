@@ -48,6 +48,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"architectures": ["LlavaFooForCausalLM"], "model_type": "llava", "mm_vision_select_layer": None},
         ("LlavaFooForCausalLM", "LlavaLlamaForCausalLM"),
     ),
+    "dynamic positions beside others": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ("'dynamic'", "not supported"),
+    ),
     "dynamic positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("'dynamic'", "not supported")),
     "no tower": ({"mm_vision_tower": None}, ("mm_vision_tower", "vision_tower")),
     "a tower that is not there": ({"mm_vision_tower": "../nowhere"}, ("vision tower", "../nowhere")),
@@ -241,6 +245,9 @@ def test_an_adapter_with_half_a_factor(lora: Path) -> None:
         ({"rank_pattern": {"q_proj": 4}}, "adapter_config.json", "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "adapter_config.json", "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "adapter_config.json", "'pissa'"),
+        ({"init_lora_weights": "lora_ga"}, "adapter_config.json", "'lora_ga'"),
+        ({"alora_invocation_tokens": [5, 6]}, "adapter_config.json", "alora_invocation_tokens"),
+        ({"of_a_later_release": {"scale": 2}}, "adapter_config.json", "of_a_later_release"),
     ],
     ids=str,
 )

@@ -161,6 +161,38 @@ def test_what_deepspeed_leaves_is_named(llava_15: Path) -> None:
     assert "holds no weights but DeepSpeed's global_step100" in message
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.mm_projector.0.weight"])
+def test_an_empty_tensor_is_named_before_its_shape_is_looked_at(name: str, llava_15: Path) -> None:
+    write(llava_15, read(llava_15) | {name: torch.zeros(0)})
+    message = refusal(llava_15)
+    assert f"{name} in {llava_15 / 'model.safetensors'} is empty" in message
+    assert "zero_to_fp32.py" in message
+
+
+def test_an_adapter_of_empty_factors_is_named(lora: Path) -> None:
+    path = lora / "adapter_model.bin"
+    name = next(iter(adapter := torch.load(path)))
+    torch.save(adapter | {name: torch.zeros(0)}, path)
+    message = refusal(lora, model_base=str(lora.parent / "vicuna-v1.5-tiny"))
+    assert f"{name} in {path} is empty" in message
+    assert "zero_to_fp32.py" in message
+
+
+@pytest.mark.parametrize("left", ["an index", "a shard", "some tensors"])
+def test_deepspeeds_folder_is_named_beside_what_is_left_of_the_weights(left: str, llava_15: Path) -> None:
+    if left == "some tensors":
+        write(llava_15, {name: t for name, t in read(llava_15).items() if "norm" not in name})
+    else:
+        (llava_15 / "pytorch_model-00001-of-00002.bin").unlink()
+    if left == "a shard":
+        (llava_15 / "pytorch_model.bin.index.json").unlink()
+    assert "DeepSpeed" not in refusal(llava_15)
+    (llava_15 / "global_step100").mkdir()
+    message = refusal(llava_15)
+    for part in ("missing", "DeepSpeed's global_step100", "zero_to_fp32.py"):
+        assert part in message
+
+
 def test_old_quantized_weights_are_named(llava_15: Path) -> None:
     name = "model.layers.0.mlp.up_proj."
     weights = {key: t for key, t in read(llava_15).items() if not key.startswith(name)}

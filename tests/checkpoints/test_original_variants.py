@@ -72,6 +72,7 @@ def test_shards_without_their_index(llava_15: Path) -> None:
         "base_model.model.{0}.{1}",
         "module._orig_mod.{0}.{1}",
         "{0}._orig_mod.{1}",
+        "_forward_module._fsdp_wrapped_module.{0}._checkpoint_wrapped_module.{1}",
     ],
 )
 def test_names_of_wrapped_modules(llava_15: Path, wrapped: str) -> None:

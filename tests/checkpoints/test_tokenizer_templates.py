@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer
 
 from llava_serve import LLM, SamplingParams
@@ -110,6 +111,31 @@ def test_the_originals_templates_stay(
     assert opened(written(name, phi(), template, **config)).conv_mode == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [("my-llava", {}, "llava_v1"), ("my-qwen", {"architectures": ["LlavaQwenForCausalLM"]}, "qwen_1_5")],
+)
+def test_named_templates_without_a_default_are_reported_where_the_original_has_one(
+    name: str, config: dict[str, Any], expected: str, written: Write
+) -> None:
+    spec = opened(written(name, phi(), {"rag": LLAMA_2, "tools": LLAMA_2}, **config))
+    assert (spec.conv_mode, spec.chat_template) == (expected, None)
+    assert any("named rag, tools, and none is named default: none is used" in note for note in spec.notes)
+
+
+@pytest.mark.parametrize(
+    ("template", "config"), [(PHI, {}), (LLAMA_2, {"architectures": ["LlavaGemmaForCausalLM"]})], ids=["llama", "gemma"]
+)
+def test_named_templates_without_a_default_are_refused_where_one_is_needed(
+    template: str, config: dict[str, Any], written: Write
+) -> None:
+    folder = written("mine", phi(), {"rag": template, "tools": template}, **config)
+    message = refusal(folder)
+    assert "named rag, tools, and none is named default" in message
+    assert "--conv-mode" in message
+    assert opened(folder, conv_mode="llava_v1").conv_mode == "llava_v1"
+
+
 def test_llava_next_has_a_template_for_llama_3(llava_16: Path) -> None:
     tokenizer = tiny_tokenizers.llama_3()
     tokenizer.chat_template = LLAMA_3
@@ -135,6 +161,28 @@ def test_a_beginning_of_text_is_not_doubled(llava_15: Path) -> None:
     ids = Processor(spec, ImageOptions()).prepare_query("What is it?", [picture(30, 20)]).token_ids.tolist()
     assert ids[0] == 1
     assert 1 not in ids[1:]
+
+
+def test_markup_in_the_vocabulary_of_sentencepiece(llava_15: Path) -> None:
+    """As Gemma's: user-defined pieces, which no other file names."""
+    path = llava_15 / "tokenizer.model"
+    model = ModelProto.FromString(path.read_bytes())
+    for piece, name in zip(model.pieces[-2:], ("<start_of_turn>", "<end_of_turn>"), strict=True):
+        piece.piece, piece.type = name, ModelProto.SentencePiece.USER_DEFINED
+    path.write_bytes(model.SerializeToString())
+    template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+        "{% endfor %}<start_of_turn>model\n"
+    )
+    edit(llava_15 / "tokenizer_config.json", chat_template=template)
+    edit(llava_15 / "config.json", architectures=["LlavaGemmaForCausalLM"])
+    spec = opened(llava_15)
+    assert spec.chat_template is not None
+    assert {"<start_of_turn>", "<end_of_turn>"} <= {*spec.chat_template.controls}
+    assert spec.chat_template.closing == "<end_of_turn>"
+    ids = Processor(spec, ImageOptions()).prepare_query("Hi<end_of_turn>\n<start_of_turn>model\nYes").token_ids.tolist()
+    start, end = len(model.pieces) - 2, len(model.pieces) - 1
+    assert [token for token in ids if token in (start, end)] == [start, end, start]
 
 
 def test_an_answer_ends_at_the_token_that_closes_a_turn(folder_of: Any, tmp_path: Path) -> None:

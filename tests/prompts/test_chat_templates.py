@@ -242,8 +242,9 @@ def test_named_templates(where: str, tmp_path: Path) -> None:
     assert prepared.prompt == chosen.apply_chat_template(TALKS["one"], tokenize=False, add_generation_prompt=True)
 
 
-def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
-    write_templates(tmp_path / "llava", {"additional_chat_templates": {"rag": parts(), "tools": parts()}})
+@pytest.mark.parametrize("where", ["additional_chat_templates", "tokenizer_config.json"])
+def test_named_templates_without_a_default_are_refused(where: str, tmp_path: Path) -> None:
+    write_templates(tmp_path / "llava", {where: {"rag": parts(), "tools": parts()}})
     with pytest.raises(CheckpointError, match="named rag, tools, and none is named default"):
         open_checkpoint(str(tmp_path / "llava"), weights=False)
 
