@@ -1,4 +1,5 @@
-"""Which values of fields that this server does not support ask for nothing: of OpenAI's API, vLLM's and llama.cpp's."""
+"""Which values of fields that this server does not support ask for nothing: of OpenAI's API, vLLM's, SGLang's and
+llama.cpp's."""
 
 from __future__ import annotations
 
@@ -23,12 +24,34 @@ NEUTRAL_FIELDS: Mapping[str, Neutral] = {
             "keep_alive",
             "metadata",
             "parallel_tool_calls",
+            "prediction",
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
+            "reasoning_budget",
+            "reasoning_format",
             "safety_identifier",
+            "separate_reasoning",
             "session_id",
             "spaces_between_special_tokens",
+            "stream_reasoning",
+            "thinking_token_budget",
+        ),
+        anything,
+    ),
+    # settings of llama.cpp's samplers, each of which is off unless a field below turns it on
+    **dict.fromkeys(
+        (
+            "adaptive_decay",
+            "dry_allowed_length",
+            "dry_base",
+            "dry_penalty_last_n",
+            "dry_sequence_breakers",
+            "dynatemp_exponent",
+            "mirostat_eta",
+            "mirostat_tau",
+            "repeat_last_n",
+            "xtc_threshold",
         ),
         anything,
     ),
@@ -43,10 +66,14 @@ NEUTRAL_FIELDS: Mapping[str, Neutral] = {
     "reasoning_effort": one_of("none"),
     "service_tier": one_of("auto", "default"),
     "skip_special_tokens": one_of(True),
+    "thinking": one_of({"type": "disabled"}),
     "verbosity": one_of("medium"),
     "web_search_options": one_of(),  # OpenAI searches for an empty object
     # sampling that changes nothing
-    **dict.fromkeys(("best_of", "length_penalty", "repeat_penalty", "tfs_z", "typical_p", "typical"), one_of(1)),
+    **dict.fromkeys(
+        ("best_of", "length_penalty", "num_return_sequences", "repeat_penalty", "tfs_z", "typical_p", "typical"),
+        one_of(1),
+    ),
     **dict.fromkeys(
         (
             "dry_multiplier",
@@ -56,6 +83,7 @@ NEUTRAL_FIELDS: Mapping[str, Neutral] = {
             "min_keep",
             "min_new_tokens",
             "mirostat",
+            "n_indent",
             "n_keep",
             "n_probs",
             "no_repeat_ngram_size",
@@ -64,6 +92,7 @@ NEUTRAL_FIELDS: Mapping[str, Neutral] = {
         ),
         one_of(0),
     ),
-    "n_predict": one_of(-1),
+    **dict.fromkeys(("adaptive_target", "id_slot", "n_predict", "slot_id"), one_of(-1)),
+    **dict.fromkeys(("t_max_predict_ms", "top_n_sigma"), one_of(-1, 0)),
 }
 """By field. Fields without an entry go by `nothing`."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llava_serve.api.field_types import AnyLimit, Integer, Limit, Seed, Stops
+from llava_serve.api.field_types import AnyLimit, Bias, Integer, Limit, Seed, Stops, TokenIds
 from llava_serve.api.neutral import NEUTRAL_FIELDS
 from llava_serve.api.structured import ResponseFormat, StructuredOutputs
 from llava_serve.errors import RequestError
@@ -16,8 +16,6 @@ from llava_serve.wire import Wire, one_of
 
 MAX_SALT = 256
 """Characters; vLLM's documentation asks for 43."""
-MAX_TOKEN_IDS = 1024
-"""Of `logit_bias` and `stop_token_ids`: the work for them is done at every token."""
 
 
 class StreamOptions(Wire):
@@ -86,9 +84,9 @@ class GenerationFields(Wire):
     top_p: float | None = None
     min_p: float | None = None
     stop: Stops = None
-    stop_token_ids: Annotated[list[Integer], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    logit_bias: Bias = None
     seed: Seed = None
     n: Integer | None = None
     presence_penalty: float | None = None

@@ -41,6 +41,11 @@ _FAULTS: tuple[tuple[str, str], ...] = (
 _UNSUPPORTED_KEYS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
+def too_complex() -> RequestError:
+    """Of a form whose compiled grammar passes a limit, or fails, while it is followed."""
+    return RequestError("The form that the answer must have is too complex to be followed.")
+
+
 class Grammar:
     """A compiled grammar. Each sequence follows it with a matcher of its own."""
 
@@ -78,7 +83,7 @@ class Matcher:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy()
         if self._matcher.is_error():
-            raise RequestError("The form that the answer must have is too complex to be followed.")
+            raise too_complex()
         accepting = self._matcher.is_accepting()
         for token in (self._end_bit, *self._end_tokens):
             at, bit = token // 8, 1 << token % 8
@@ -90,14 +95,18 @@ class Matcher:
             raise RequestError("The form that the answer must have needs a text that the model has no tokens for.")
         return bits
 
-    def advance(self, token: int) -> None:
-        """Takes the token that was sampled.
+    def advance(self, token: int) -> bool:
+        """Takes a sampled token where it may come next. False where it may not; then nothing has changed.
 
         Raises:
-            RequestError: it is not allowed, or following it passes a limit.
+            RequestError: following it passes a limit.
         """
-        if token not in self._end_tokens and not self._matcher.consume_token(token):
-            raise RequestError("The form that the answer must have is too complex to be followed.")
+        if token in self._end_tokens:
+            return self._matcher.is_accepting()
+        taken = self._matcher.try_consume_tokens([token]) == 1
+        if self._matcher.is_error():
+            raise too_complex()
+        return taken
 
 
 class GrammarCompiler:

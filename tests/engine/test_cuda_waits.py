@@ -175,7 +175,7 @@ def test_a_grammar_is_applied_without_a_wait() -> None:
 
     request = EngineRequest("r", prompt([1]), SamplingParams(), None, 0, 0, 9, frozenset())
     with counted() as waits:
-        mask_tokens(torch.empty(1, 5, device=META), [Sequence(request, 0, [1], matcher=Grammar())])  # type: ignore[arg-type]
+        mask_tokens(torch.empty(1, 5, device=META), [Sequence(request, 0, [1], matcher=Grammar())], [0])  # type: ignore[arg-type]
     assert (waits.to_host, waits.to_device) == (0, 0)
 
 

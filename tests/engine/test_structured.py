@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import re
 import threading
+from collections import Counter
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import EngineOptions
 from llava_serve.engine import grammar
+from llava_serve.engine.executor import sampler
+from llava_serve.engine.executor.model_runner import StepResult
+from llava_serve.engine.executor.sampling_step import sample_step
+from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.grammar import GrammarCompiler, Matcher
 from llava_serve.engine.scheduler import Scheduler
-from llava_serve.engine.sequence import SequenceGroup
+from llava_serve.engine.sequence import EngineRequest, Sequence, SequenceGroup
 from llava_serve.errors import LlavaServeError, RequestError, UnsupportedParameterError
 from llava_serve.llm import LLM
 from llava_serve.sampling_params import SamplingParams
@@ -25,10 +32,12 @@ from llava_serve.structured_output import StructuredOutput
 from llava_serve.types import Conversation, Message, TextPart
 from support.demo import DEMO_IMAGE
 from support.paths import CHECKPOINTS
-from support.tiny_engine import engine, outcomes
+from support.tiny_engine import engine, outcomes, prompt
 
 NAMES = ("llava-v1.5-tiny", "llava-mpt-tiny", "llava-v1.6-34b-tiny")
 """A tokenizer of sentencepiece, a byte-level one, and one with control tokens of its own."""
+BYTES = 3 + 256
+"""Leading tokens of sentencepiece's vocabulary: three control tokens, and the bytes."""
 COLOUR = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}, "required": ["colour"]} | {
     "additionalProperties": False
 }
@@ -62,6 +71,11 @@ TREE = {
 def llm(name: str) -> LLM:
     where = name if name == "builtin" else str(CHECKPOINTS / name)
     return LLM(where, device="cpu", dtype="float32", engine=EngineOptions(num_threads=1, kv_cache_bytes=64 << 20))
+
+
+def byte(letter: str) -> int:
+    """The token of a byte, in a vocabulary of sentencepiece."""
+    return 3 + ord(letter)
 
 
 def sampling(form: StructuredOutput, **fields: Any) -> SamplingParams:
@@ -147,7 +161,8 @@ def test_preemption_does_not_advance_a_matcher(monkeypatch: pytest.MonkeyPatch) 
     assert preempted
 
 
-def test_a_failure_of_a_matcher_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["allowed", "advance"])
+def test_a_failure_of_a_matcher_fails_its_request_only(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     subject = llm("llava-v1.5-tiny")
     one = subject.processor.prepare_query("Who?", [])
     form = StructuredOutput(regex="[a-z]{20}")
@@ -155,21 +170,77 @@ def test_a_failure_of_a_matcher_fails_its_request_only(monkeypatch: pytest.Monke
     asked = [(one, sampling(form, seed=at)) for at in range(2)]
     free = outcomes(engine(subject.engine.model), *requests)
     failing: list[Matcher] = []
-    allowed = Matcher.allowed
+    works = getattr(Matcher, part)
 
-    def fails(self: Matcher) -> Any:
+    def fails(self: Matcher, *token: int) -> Any:
         if not failing:
             failing.append(self)
         if self is failing[0]:
             raise ValueError("/a/path")
-        return allowed(self)
+        return works(self, *token)
 
-    monkeypatch.setattr(Matcher, "allowed", fails)
+    monkeypatch.setattr(Matcher, part, fails)
     first, second, *others = outcomes(engine(subject.engine.model), *asked, *requests)
     assert isinstance(first, LlavaServeError)
     assert "path" not in first.message
     assert isinstance(second, list)
     assert others == free
+
+
+def test_a_greedy_answer_is_that_of_a_mask_at_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = llm("llava-v1.5-tiny")
+    forms = [StructuredOutput(json=PERSON), StructuredOutput(regex="[a-z ]{3,20}[.]"), StructuredOutput(json=TREE)]
+    asked = [sampling(form, temperature=0, max_new_tokens=60) for form in forms]
+    questions = ["Who?", "What is it?", "Why?"]
+    quick = subject.generate(questions, sampling=asked)
+    monkeypatch.setattr(sampler, "_truncates", lambda _: True)
+    masked = subject.generate(questions, sampling=asked)
+    assert [one.token_ids for one in quick] == [one.token_ids for one in masked]
+    assert all(one.text for one in quick)
+
+
+def test_tokens_that_are_allowed_take_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Matcher] = []
+    allowed = Matcher.allowed
+
+    def counted(self: Matcher) -> Any:
+        masks.append(self)
+        return allowed(self)
+
+    monkeypatch.setattr(Matcher, "allowed", counted)
+    form = StructuredOutput(regex="The circle is [a-z]+.")
+    for fields in ({"temperature": 0}, {"temperature": 0.1, "seed": 3}):
+        result = llm("builtin").generate("What colour is the circle?", [str(DEMO_IMAGE)], sampling(form, **fields))
+        assert result.text == "The circle is red."
+        assert not masks
+    llm("builtin").generate("What colour is the circle?", [str(DEMO_IMAGE)], sampling(form, top_p=0.5))
+    assert len(masks) == len(result.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"), [({}, "ace"), ({"top_p": 0.8}, "ac"), ({"min_p": 0.2}, "ac"), ({"temperature": 0.5}, "ace")]
+)
+def test_sampled_tokens_have_the_distribution_that_the_grammar_leaves(fields: dict[str, Any], left: str) -> None:
+    """Of 4,000 tokens with a seed each, over the vocabulary's bytes: three letters of six are allowed."""
+    count, logit_of = 4000, {"a": 1.0, "b": 2.0, "c": 0.5, "d": 0.0, "e": -1.0, "f": 1.5}
+    grammar = GrammarCompiler(llm("llava-v1.5-tiny").spec, BYTES).compile(StructuredOutput(regex="[ace]x"))
+    logits = torch.full((1, BYTES), -30.0)
+    for letter, logit in logit_of.items():
+        logits[0, byte(letter)] = logit
+    asked = SamplingParams(structured=StructuredOutput(regex="[ace]x"), **fields)
+    requests = [
+        EngineRequest(str(seed), prompt([1]), asked, None, 0, seed, 9, frozenset(), frozenset(), grammar)
+        for seed in range(count)
+    ]
+    step = StepResult(logits.expand(count, -1), [], torch.ones(0, dtype=torch.bool), [], StepFailures(), 0.0)
+    sampled = sample_step(step, [Sequence(one, 0, [1]) for one in requests], {}, torch.float32)
+    found = Counter(token.token_id for _, token in sampled.tokens)
+    weights = {letter: math.exp(logit_of[letter] / asked.temperature) for letter in left}
+    assert found.total() == count
+    assert found.keys() == {byte(letter) for letter in left}
+    for letter, weight in weights.items():
+        share = weight / sum(weights.values())
+        assert abs(found[byte(letter)] / count - share) < 4 * math.sqrt(share * (1 - share) / count)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -18,10 +18,10 @@ _PARTIAL_SORT = 256
 """Best tokens that are sorted before the whole vocabulary is."""
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on its arguments only: SplitMix64's finaliser over the three."""
+def uniform(seed: int, *words: int) -> float:
+    """A number in [0, 1) that depends on its arguments only: SplitMix64's finaliser over them."""
     state = seed & _MASK
-    for word in (choice, position):
+    for word in words:
         state = (state + 0x9E3779B97F4A7C15 * (word + 1)) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -29,13 +29,19 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor) -> tuple[list[RawLogprob], list[bool]]:
+def sample(
+    logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor, *, again: bool = False
+) -> tuple[list[RawLogprob], list[bool]]:
     """Samples one token per sequence. A GPU is waited for once, and once more where `_truncate` has sorted too few.
 
     Args:
         logits: [sequences, vocabulary] in float32 or float64; not changed.
         sequences: those of the logits, in their order.
         flags: bool [any]. They are copied from the device with the tokens.
+        again: the sequences' first tokens were refused by their grammars. Now these mask the logits, and the noise is
+            another one. Before, grammars mask only where the sampling is truncated. Elsewhere the tokens have the same
+            distribution (or greedy are the same ones) if they are sampled from all, and again where that is not
+            allowed; and a model that knows its form is seldom refused, while a mask takes long.
 
     Returns:
         The tokens, and the flags. Log-probabilities are the model's own, before temperature, penalties and grammars;
@@ -44,16 +50,21 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
     if not sequences:
         return [], flags.cpu().tolist()
     adjusted = logits
-    if any(_adjusts(sequence) for sequence in sequences):
+    masked = [
+        index
+        for index, sequence in enumerate(sequences)
+        if sequence.matcher is not None and (again or _truncates(sequence.request.sampling))
+    ]
+    if masked or any(_adjusts(sequence) for sequence in sequences):
         adjusted = logits.clone()
         adjust(adjusted, sequences)
-        mask_tokens(adjusted, sequences)
+        mask_tokens(adjusted, sequences, masked)
     asked: dict[int, list[int]] = {}  # sequences by the number of alternatives
     for index, sequence in enumerate(sequences):
         if (count := sequence.request.sampling.logprobs) is not None:
             asked.setdefault(count, []).append(index)
     for sort_all in (False, True):
-        tokens, sufficient = _sample_tokens(adjusted, sequences, sort_all=sort_all)
+        tokens, sufficient = _sample_tokens(adjusted, sequences, sort_all=sort_all, again=again)
         tables = [_logprobs(logits, tokens, indices, count) for count, indices in asked.items()]
         ids, sorted_enough, checked, *columns = to_host([tokens, sufficient, flags, *tables])
         if all(sorted_enough):
@@ -69,18 +80,18 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor)
 
 
 def _sample_tokens(
-    logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool
+    logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [sequences], and bool [any] on the device: `_truncate` has sorted enough."""
     chosen = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     if len(chosen) == len(sequences):
-        return _random_sample(logits, sequences, sort_all=sort_all)
+        return _random_sample(logits, sequences, sort_all=sort_all, again=again)
     best = logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
     if not chosen:
         return best, torch.ones(0, dtype=torch.bool, device=logits.device)
     where = _on(logits, chosen)
     own = [sequences[index] for index in chosen]
-    sampled, sufficient = _random_sample(logits.index_select(0, where), own, sort_all=sort_all)
+    sampled, sufficient = _random_sample(logits.index_select(0, where), own, sort_all=sort_all, again=again)
     return best.index_copy_(0, where, sampled), sufficient
 
 
@@ -97,7 +108,12 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, indices: list[int], co
 def _adjusts(sequence: Sequence) -> bool:
     sampling = sequence.request.sampling
     penalized = sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
-    return penalized or bool(sampling.logit_bias) or _must_go_on(sequence) or sequence.matcher is not None
+    return penalized or bool(sampling.logit_bias) or _must_go_on(sequence)
+
+
+def _truncates(sampling: SamplingParams) -> bool:
+    """Which tokens may be sampled depends on the others."""
+    return not sampling.greedy and bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
 
 
 def _must_go_on(sequence: Sequence) -> bool:
@@ -153,7 +169,7 @@ def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
 
 
 def _random_sample(
-    logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool
+    logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse transform sampling: the noise of a sequence is one number, whatever the batch and the device.
 
@@ -174,7 +190,8 @@ def _random_sample(
         if _answers_at_once(logits) and not sufficient.all():
             kept, sufficient = _truncate(own, chosen, sort_all=True)
         logits.index_copy_(0, where, kept)
-    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output) for sequence in sequences]
+    draw = (1,) if again else ()
+    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *draw) for sequence in sequences]
     # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = _column(noise, mass) * mass[:, -1:]

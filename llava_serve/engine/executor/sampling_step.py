@@ -15,6 +15,7 @@ from llava_serve.engine.executor.model_runner import StepResult
 from llava_serve.engine.executor.sampler import best_candidates, sample
 from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
+from llava_serve.engine.grammar import too_complex
 from llava_serve.engine.sequence import RawLogprob, Sequence
 from llava_serve.model.numerics import numerical_error
 
@@ -57,7 +58,8 @@ def sample_step(
     failed_images = dict(step.failures.images)
     sampled = SampledStep([], [], StepFailures(failed, failed_images))
     own = [sequences[index] for index in single]
-    tokens, finite = _sample_each(_chosen(step.logits, single) if beams else step.logits, own, step.finite)
+    logits = _chosen(step.logits, single) if beams else step.logits
+    tokens, finite = _sample_each(logits, own, step.finite)
     for checked, is_finite in zip(step.checked, finite, strict=True):
         if is_finite:
             continue
@@ -65,11 +67,11 @@ def sample_step(
             failed_images.setdefault(checked, numerical_error(dtype))
         else:
             failed.setdefault(checked.request.request_id, numerical_error(dtype))
-    for sequence, token in zip(own, tokens, strict=True):
-        error = token if isinstance(token, Exception) else _advance(sequence, token)
-        if error is not None:
-            failed.setdefault(sequence.request.request_id, error)
-        elif not isinstance(token, Exception):
+    tokens = [failed.get(sequence.request.request_id, token) for sequence, token in zip(own, tokens, strict=True)]
+    for sequence, token in zip(own, _follow(logits, own, tokens), strict=True):
+        if isinstance(token, Exception):
+            failed.setdefault(sequence.request.request_id, token)
+        else:
             sampled.tokens.append((sequence, token))
     for name, indices in beams.items():
         if name in failed:
@@ -86,9 +88,29 @@ def _chosen(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
     return logits.index_select(0, to_device(torch.tensor(indices, dtype=torch.long), logits.device))
 
 
-def _advance(sequence: Sequence, token: RawLogprob) -> Exception | None:
-    """Moves a sequence's matcher on. Once per sampled token: what preemption computes again is not sampled."""
-    return None if sequence.matcher is None else attempt(partial(sequence.matcher.advance, token.token_id))
+def _follow(
+    logits: torch.Tensor, sequences: list[Sequence], tokens: list[RawLogprob | Exception]
+) -> list[RawLogprob | Exception]:
+    """Moves the matchers on, once per sampled token: what preemption computes again is not sampled. For a token that
+    is not allowed another one is sampled."""
+    followed = [*map(_advance, sequences, tokens)]
+    if refused := [index for index, token in enumerate(followed) if token is None]:
+        own = [sequences[index] for index in refused]
+        no_flags = torch.ones(0, dtype=torch.bool, device=logits.device)
+        again, _ = _sample_each(_chosen(logits, refused), own, no_flags, again=True)
+        for index, sequence, token in zip(refused, own, again, strict=True):
+            followed[index] = _advance(sequence, token)
+    return [token or too_complex() for token in followed]
+
+
+def _advance(sequence: Sequence, token: RawLogprob | Exception) -> RawLogprob | Exception | None:
+    """The token, or why the sequence has none; None where its grammar does not allow it."""
+    if sequence.matcher is None or isinstance(token, Exception):
+        return token
+    allowed = attempt(partial(sequence.matcher.advance, token.token_id))
+    if isinstance(allowed, Exception):
+        return allowed
+    return token if allowed else None
 
 
 def _extend(search: BeamSearch, logits: torch.Tensor) -> list[Extension] | Hypothesis:
@@ -96,15 +118,16 @@ def _extend(search: BeamSearch, logits: torch.Tensor) -> list[Extension] | Hypot
 
 
 def _sample_each(
-    logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor
+    logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor, *, again: bool = False
 ) -> tuple[list[RawLogprob | Exception], list[bool]]:
     """As `sample`. If that fails, samples one by one: each sequence gets its token or its own exception."""
-    batch = attempt(partial(sample, logits, sequences, flags))
+    batch = attempt(partial(sample, logits, sequences, flags, again=again))
     if not isinstance(batch, Exception):
         return [*batch[0]], batch[1]
     each: list[RawLogprob | Exception] = []
     for index, sequence in enumerate(sequences):
-        single = attempt(partial(sample, logits[index : index + 1], [sequence], flags[:0]))
+        row = logits[index : index + 1]
+        single = attempt(partial(sample, row, [sequence], flags[:0], again=again))
         each.append(single if isinstance(single, Exception) else single[0][0])
     if not any(isinstance(one, Exception) for one in each):
         _logger.error("The tokens of a step could not be sampled as a batch, but one by one.", exc_info=batch)

@@ -9,18 +9,17 @@ from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.sequence import Sequence
 
 
-def mask_tokens(logits: torch.Tensor, sequences: list[Sequence]) -> None:
-    """Makes the logits of tokens that a sequence's grammar does not allow -inf, in place.
-
-    Sequences without a grammar are left as they are.
+def mask_tokens(logits: torch.Tensor, sequences: list[Sequence], masked: list[int]) -> None:
+    """Makes the logits of tokens that the grammars of some sequences do not allow -inf, in place.
 
     Args:
         logits: [sequences, vocabulary].
+        masked: indices of the sequences whose grammars are applied.
 
     Raises:
         RequestError: a sequence cannot go on within its grammar.
     """
-    allowed = {at: one.matcher.allowed() for at, one in enumerate(sequences) if one.matcher is not None}
+    allowed = {at: matcher.allowed() for at in masked if (matcher := sequences[at].matcher) is not None}
     if not allowed:
         return
     packed = np.full((len(sequences), len(next(iter(allowed.values())))), 0xFF, np.uint8)  # the others: all tokens
