@@ -90,7 +90,7 @@ class KeyFile:
     def _read(self) -> tuple[object, Names]:
         version = self._version_now()  # first: what is written after it is read at the next look
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
             raise RequestError(f"The file of API keys {self._path} cannot be read.") from None
         return version, read_keys(lines, f"The file of API keys {self._path}")
@@ -154,7 +154,7 @@ def _read_key(line: str) -> tuple[bytes, str]:
     name, colon, key = line.partition(":")
     if not colon or line.startswith(_HASHED):
         name, key = "", line
-    if not key or re.search(r"\s", key) or not (_NAME.fullmatch(name) or key == line):
+    if not key or " " in key or not key.isprintable() or not (_NAME.fullmatch(name) or key == line):
         raise ValueError
     if key.startswith(_HASHED):
         digest = bytes.fromhex(key.removeprefix(_HASHED))

@@ -39,10 +39,12 @@ class Directory:
     Attributes:
         order: of bytes, `<` or `>`.
         entries: tag to (type, count, value as it lies in the file).
+        cut: tags whose value lies outside the file.
     """
 
     order: str
     entries: dict[int, tuple[int, int, bytes]] = field(default_factory=dict)
+    cut: set[int] = field(default_factory=set)
 
     def numbers(self, tag: int) -> tuple[float, ...]:
         """The first numbers of a tag; empty where it is absent, or holds none."""
@@ -91,6 +93,8 @@ def read_directory(data: bytes, wanted: Iterable[int]) -> Directory:
             (where,) = struct.unpack_from(order + offset_format, data, where)
         if where + size <= len(data):
             directory.entries.setdefault(tag, (kind, count, data[where : where + size]))
+        else:
+            directory.cut.add(tag)
     return directory
 
 

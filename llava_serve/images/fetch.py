@@ -8,6 +8,7 @@ import io
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,10 +74,16 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
         return _read_data_url(source, options)
     if is_link(source):
         return _download(str(source), options)
+    if not isinstance(source, str | Path):
+        raise InvalidImageError(
+            "A picture is a path, a link, a data: URL, encoded bytes, a PIL image or an array of pixels; "
+            f"got {type(source).__name__}."
+        )
     try:
         return Path(source).expanduser().read_bytes()
-    except OSError as error:
-        raise InvalidImageError(f"The picture {source} cannot be read: {error.strerror or 'no such file'}.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # the latter two are of names that no file can have
+        cause = getattr(error, "strerror", None) or "no such file"
+        raise InvalidImageError(f"The picture {source} cannot be read: {cause}.") from error
 
 
 def _read_data_url(url: str, options: ImageOptions) -> bytes:
@@ -98,12 +105,24 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
 def _encode(image: Image.Image) -> bytes:
     """A PIL image as bytes that decode as its file does. One whose pixels nobody has looked at yet is its file; else
     the pixels are written without loss, turned and scaled as decoding would."""
-    if (data := _file_of(image)) is not None:
-        return data
-    orientation, key = exif_orientation(image.info.get("exif") or b""), image.info.get("transparency")
-    if isinstance(key, int | tuple) and (image.mode in ("L", "RGB") or image.mode.startswith("I;16")):
+    try:
+        return _file_of(image) or _encode_pixels(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow reads the pixels only now
+        raise InvalidImageError("The pixels of the PIL image cannot be read.") from error
+
+
+def _encode_pixels(image: Image.Image) -> bytes:
+    exif, key = image.info.get("exif"), image.info.get("transparency")
+    if "transparency" in image.info and not _is_key(image.mode, key):  # it says nothing
+        image = image.copy()
+        del image.info["transparency"]
+    elif key is not None and image.mode != "P":
         image = add_key(image, key if isinstance(key, tuple) else (key,))
-    image = turn_upright(to_8_bits(image), orientation)
+    image = turn_upright(to_8_bits(image), exif_orientation(exif) if isinstance(exif, bytes) else 1)
+    if image.mode == "La":  # Pillow converts it to this mode only
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
     elif image.mode not in ("1", "L", "P", "RGB"):
@@ -111,6 +130,16 @@ def _encode(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=1)
     return out.getvalue()
+
+
+def _is_key(mode: str, key: Any) -> bool:
+    """Whether this is the transparency of an image without an alpha band: of a palette, or one colour."""
+    if mode == "P" and isinstance(key, bytes):
+        return len(key) <= 256
+    colour = key if mode == "RGB" and isinstance(key, tuple) and len(key) == 3 else (key,)
+    has_key = mode in ("L", "P") or mode.startswith("I;16") or len(colour) == 3
+    most = 0xFF if mode == "P" else 0xFFFF
+    return has_key and all(isinstance(each, int) and 0 <= each <= most for each in colour)
 
 
 def _file_of(image: Image.Image) -> bytes | None:

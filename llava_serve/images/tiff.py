@@ -24,11 +24,22 @@ from llava_serve.images.opened import Opened, loaded
 from llava_serve.images.pixels import Samples, scale
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
-_STRIP_OFFSETS, _CHANNELS, _STRIP_BYTES, _LEAST, _GREATEST = 273, 277, 279, 280, 281
+_STRIP_OFFSETS, _CHANNELS, _STRIP_ROWS, _STRIP_BYTES, _LEAST, _GREATEST = 273, 277, 278, 279, 280, 281
 _PLANAR, _PREDICTOR, _EXTRA, _FORMAT, _LEAST_SAMPLE, _GREATEST_SAMPLE = 284, 317, 338, 339, 340, 341
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _KEPT = {
-    *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIP_OFFSETS, _CHANNELS, 278, _STRIP_BYTES),
+    *(
+        _WIDTH,
+        _HEIGHT,
+        _BITS,
+        _COMPRESSION,
+        _PHOTOMETRIC,
+        _FILL_ORDER,
+        _STRIP_OFFSETS,
+        _CHANNELS,
+        _STRIP_ROWS,
+        _STRIP_BYTES,
+    ),
     *(_PLANAR, 292, 293, _PREDICTOR, 320, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, 332, _EXTRA, _FORMAT),
     *(347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),  # of JPEG, and of YCbCr
 }
@@ -40,6 +51,8 @@ _KINDS = {1: "u", 2: "i", 3: "f"}
 _KIND_NAMES = {1: "unsigned", 2: "signed", 3: "float"}
 _INVERTED, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _SHORT, _LONG = 3, 4
+_OLD_JPEG = 6
+"""Its pixels may lie in one stream that no strip names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +95,8 @@ def open_tiff(data: bytes, options: ImageOptions) -> Opened:
     """
     found = read_directory(data, _KEPT | _READ_HERE)
     width, height = found.number(_WIDTH, 0), found.number(_HEIGHT, 0)
-    if width < 1 or height < 1:
-        raise ValueError("no size")
+    if width < 1 or height < 1 or found.cut & _KEPT or _lacks_strips(found, width, height):
+        raise ValueError("cut off")
     kept = replace(found, entries={tag: entry for tag, entry in found.entries.items() if tag in _KEPT})
     orientation = valid_orientation(found)
     if found.number(_TILE_WIDTH, 1) * found.number(_TILE_HEIGHT, 1) > options.max_pixels:
@@ -101,6 +114,19 @@ def open_tiff(data: bytes, options: ImageOptions) -> Opened:
             f"at most {4 * options.max_pixels:,} bytes are accepted."
         )
     return Opened((width, height), lambda: _load_deep(data, kept, layout), orientation)
+
+
+def _lacks_strips(directory: Directory, width: int, height: int) -> bool:
+    """Whether the file names fewer strips or tiles than cover the image. What is missing would be black."""
+    number = directory.number
+    if _TILE_OFFSETS in directory.entries:
+        across, down = -(-width // max(1, number(_TILE_WIDTH, 0))), -(-height // max(1, number(_TILE_HEIGHT, 0)))
+        needed, tag = across * down, _TILE_OFFSETS
+    else:
+        needed, tag = -(-height // (number(_STRIP_ROWS, 0) or height)), _STRIP_OFFSETS
+    planes = number(_CHANNELS, 1) if number(_PLANAR, 1) == 2 else 1
+    _, named, _ = directory.entries.get(tag, (0, 0, b""))
+    return named < needed * planes and number(_COMPRESSION, 1) != _OLD_JPEG
 
 
 def _bits(directory: Directory) -> tuple[int, ...]:

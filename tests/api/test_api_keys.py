@@ -73,6 +73,9 @@ def test_the_forms_of_a_key(line: str, name: str) -> None:
         f"jo:sha256:{digest(KEY)[2:]}",
         "sha256:secret-word",
         f"{'n' * 65}:{KEY}",
+        f"\ufeff{KEY}",
+        f"web:{KEY}\0",
+        "\0".join(KEY),
     ],
 )
 def test_a_line_that_is_no_key_is_named_by_its_number_and_not_quoted(line: str) -> None:
@@ -92,6 +95,12 @@ def test_the_environment_has_the_same_forms() -> None:
     assert keys.name_of(KEY.encode()) == f"key-{digest(KEY)[:8]}"
     assert keys.name_of(b"web") is None
     assert accepted_keys(ApiOptions(), {}) is None
+
+
+@pytest.mark.parametrize("text", ["\ufeffweb:{}\n", "\ufeff# mine\r\nweb:{}\r\n", "web:{}"])
+def test_a_file_that_windows_wrote(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys").write_bytes(text.format(KEY).encode())
+    assert KeyFile(tmp_path / "keys").names() == read_keys([f"web:{KEY}"], "")
 
 
 @pytest.mark.parametrize("empty", ["", ",", "# none\n"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +15,7 @@ from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
 from llava_serve.images.decode import decode_image
 from support.broken_images import FILES, broken
+from support.odd_images import GREY, SCENE, encoded, tiff
 
 OPTIONS = ImageOptions(max_pixels=1_000_000)
 LEAKS = re.compile(
@@ -46,6 +50,37 @@ def test_broken_files(name: str) -> None:
 def test_what_lacks_pixels_is_refused(name: str, percent: int) -> None:
     data = FILES[name]
     assert outcome(data[: len(data) * percent // 100]) == "refused"
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 32}, {"planar": True}, {"order": ">"}], ids=str)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_a_tiff_that_names_too_few_of_its_parts_is_refused(dtype: str, options: dict[str, Any]) -> None:
+    """Pillow leaves what it does not find black."""
+    whole = tiff(np.asarray(SCENE).astype(dtype), **options)
+    assert outcome(whole) == "read"
+    order = options.get("order", "<")
+    (at,) = struct.unpack_from(order + "I", whole, 4)
+    (count,) = struct.unpack_from(order + "H", whole, at)
+    short, changed = bytearray(whole), 0
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        if struct.unpack_from(order + "H", whole, entry)[0] in (273, 324):  # offsets of strips, of tiles
+            (offsets,) = struct.unpack_from(order + "I", whole, entry + 4)
+            struct.pack_into(order + "I", short, entry + 4, offsets - 1)
+            changed += 1
+    assert changed == 1
+    assert outcome(bytes(short)) == "refused"
+
+
+@pytest.mark.parametrize("compression", ["raw", "zstd", "lzma", "group4"])
+def test_a_tiff_whose_directory_is_cut_is_damaged_and_no_strange_kind(compression: str) -> None:
+    data = encoded(GREY.convert("1") if compression == "group4" else SCENE, "TIFF", compression=compression)
+    refusals = set()
+    for kept in range(len(data) // 2, len(data) - 20, 7):
+        try:
+            decode_image(data[:kept], OPTIONS)  # what is cut may be metadata
+        except InvalidImageError as error:
+            refusals.add(error.message)
+    assert refusals == {"The TIFF image is damaged or cut off."}
 
 
 @pytest.mark.extended

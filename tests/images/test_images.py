@@ -226,6 +226,27 @@ def test_local_sources_are_equal(tmp_path: Path) -> None:
         read_local_source(np.zeros((4, 4)), OPTIONS)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [5, None, ["a.png"], io.BytesIO(b"a"), "a\0b", "a\ud800", "~nobody-of-this-name/a.png", "a" * 9999, "", "http://"],
+)
+def test_what_is_no_source_of_a_picture_is_refused_in_a_sentence(source: Any) -> None:
+    with pytest.raises(InvalidImageError, match=r"(?s)^(A|The) picture .*\.$"):
+        read_local_source(source, OPTIONS)
+
+
+def test_a_pil_image_without_pixels_is_refused_in_a_sentence() -> None:
+    animation = io.BytesIO()
+    gradient(9, 9).save(animation, "GIF", save_all=True, append_images=[gradient(9, 9).rotate(90)])
+    cut = Image.open(io.BytesIO(animation.getvalue()[:-20]))
+    cut.seek(1)
+    closed = Image.open(io.BytesIO(encoded(gradient(9, 9))))
+    closed.close()
+    for image in (cut, closed, Image.new("RGB", (0, 5))):
+        with pytest.raises(InvalidImageError, match="pixels of the PIL image cannot be read"):
+            read_local_source(image, OPTIONS)
+
+
 def test_a_digest_identifies_the_pixels_and_their_processing() -> None:
     def of(image: Image.Image, processing: ImageProcessing) -> str:
         return digest(make_tiles(image, processing), image.size, processing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,7 @@ def test_both_layouts_see_the_same(layout: Layout) -> None:
 PIL_IMAGES = {
     "RGBA": RGBA,
     "LA": grey_with_alpha(),
+    "La": GREY.convert("LA").convert("La"),
     "P": indexed()[0],
     "PA": indexed()[0].convert("PA"),
     "CMYK": SCENE.convert("CMYK"),
@@ -87,10 +89,19 @@ def test_a_pil_image_of_every_mode(name: str, options: ImageOptions) -> None:
     given = decode_image(read_local_source(image, options), options)
     if options is WHITE and image.has_transparency_data:
         expected = Image.new("RGBA", image.size, "white")
-        expected.alpha_composite(image.convert("RGBA"))
+        expected.alpha_composite((image.convert("LA") if name == "La" else image).convert("RGBA"))
     else:
-        expected = image
+        expected = image.convert("LA") if name == "La" else image
     assert difference(given, expected.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("hint", [None, -1, 999, 10**30, b"\0" * 300, "none", (0, 0), (0, 0, 0, 0), (1, -2, "x"), 0.5])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "I;16", "F", "CMYK"])
+def test_a_hint_at_transparency_that_means_nothing_changes_nothing(mode: str, hint: Any) -> None:
+    image = SCENE.convert(mode) if mode != "I;16" else Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
+    plain = decode_image(read_local_source(image, WHITE), WHITE)
+    image.info |= {"transparency": hint, "exif": hint}
+    assert difference(decode_image(read_local_source(image, WHITE), WHITE), plain) == 0
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
