@@ -1,4 +1,7 @@
-"""What tests share: one real Serve application on a Ray of its own, the official client to ask it, and tiny models."""
+"""What tests share: one real Serve application on a Ray of its own, the official client to ask it, and tiny models.
+
+It imports neither torch nor Ray until a fixture needs them: many tests do without.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,6 @@ import pytest
 
 from support.paths import CONFIG
 from support.picture_server import PICTURE, PictureServer, picture_server, response
-from support.tiny_hf import FAMILY, MODELS, write_model
-from support.variants import copy
 
 # Ray reads them when it is first imported: this process joins the application's Ray as another job.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -100,6 +101,13 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
     return wait
 
 
+def copy(name: str, folder: Path) -> Path:
+    """Copies a golden checkpoint."""
+    from support import variants
+
+    return variants.copy(name, folder)
+
+
 @pytest.fixture
 def llava_15(tmp_path: Path) -> Path:
     return copy("llava-v1.5-tiny", tmp_path)
@@ -125,6 +133,8 @@ def projector(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Writes a model once, when it is first asked for."""
+
+    from support.tiny_hf import FAMILY, MODELS, write_model
 
     @cache
     def write(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,12 +28,18 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.parametrize(("command", "printed"), CONSOLE)
-def test_commands_print_what_they_show(command: str, printed: str) -> None:
+def test_commands_print_what_they_show_and_import_no_ray(command: str, printed: str) -> None:
     scripts = Path(sys.executable).parent
     assert command.startswith("llava-serve ")
-    done = subprocess.run(f"{scripts}/{command}", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    traced = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}  # each import is a line on standard error
+    done = subprocess.run(
+        f"{scripts}/{command}", shell=True, cwd=ROOT, env=traced, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == printed
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "llava_serve.llm" in imported
+    assert "ray" not in imported
 
 
 @pytest.mark.parametrize("code", PYTHON)

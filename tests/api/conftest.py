@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from llava_serve.async_llm import AsyncLLM
 from support.api_server import official
-from support.builtin_server import builtin_llm, llm_over_http
+
+if TYPE_CHECKING:
+    from llava_serve.async_llm import AsyncLLM
 
 
 @pytest.fixture(scope="session")
 def llm() -> Iterator[AsyncLLM]:
+    from support.builtin_server import builtin_llm  # it imports torch, which many tests do without
+
     with builtin_llm() as llm:
         yield llm
 
 
 @pytest.fixture(scope="session")
 def web(llm: AsyncLLM) -> Iterator[httpx.Client]:
+    from support.builtin_server import llm_over_http
+
     with llm_over_http(llm) as web:
         yield web
 

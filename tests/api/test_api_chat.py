@@ -34,7 +34,7 @@ CASES = [
 def url() -> Iterator[str]:
     options = ModelOptions(model=str(GOLDEN / "checkpoints" / MODEL), device="cpu", dtype="float32")
     originals = ImageOptions(transparency="drop")  # the golden pixels
-    llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20), image_options=originals)
+    llm = AsyncLLM(options, EngineOptions(kv_cache_bytes=64 << 20, num_threads=1), image_options=originals)
     backend = InProcessBackend(llm)
     with serving(create_app(backend, ApiOptions())) as url:
         yield url

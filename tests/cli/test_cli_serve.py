@@ -132,36 +132,34 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == f"llava-serve: Port {port} is in use; choose another with --port.\n"
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--port", "{taken}"], "Port {taken} is in use; choose another with --port."),
-        (["--port", "80000"], "There is no port 80000: choose one from 0 to 65535 with --port."),
-        (["--model", "{folder}"], "config.json is missing in {folder}"),
-        (["--api-key-file", "{folder}/keys"], "The file of API keys {folder}/keys holds no key"),
-        (["--host", "0.0.0.0"], "On 0.0.0.0 anyone who reaches this machine could use the server. Require a key"),
-        (
-            ["--profile", "{folder}/nothing.env"],
-            "There is no profile {folder}/nothing.env; the one that ships is called production.",
-        ),
-        (["--config", "{folder}/keys"], "{folder}/keys is not a Serve config with an application."),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_what_ray_is_not_needed_for_is_reported_before_it_is_imported(
-    tmp_path: Path, flags: list[str], sentence: str
-) -> None:
+REFUSED: list[tuple[list[str], str]] = [
+    (["--port", "{taken}"], "Port {taken} is in use; choose another with --port."),
+    (["--port", "80000"], "There is no port 80000: choose one from 0 to 65535 with --port."),
+    (["--model", "{folder}"], "config.json is missing in {folder}"),
+    (["--api-key-file", "{folder}/keys"], "The file of API keys {folder}/keys holds no key"),
+    (["--host", "0.0.0.0"], "On 0.0.0.0 anyone who reaches this machine could use the server. Require a key"),
+    (
+        ["--profile", "{folder}/nothing.env"],
+        "There is no profile {folder}/nothing.env; the one that ships is called production.",
+    ),
+    (["--config", "{folder}/keys"], "{folder}/keys is not a Serve config with an application."),
+]
+
+
+def test_what_ray_is_not_needed_for_is_reported_before_it_is_imported(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(" \n")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         places = {"taken": taken.getsockname()[1], "folder": tmp_path}
-        arguments = ["--port", "0", *(flag.format(**places) for flag in flags)]
-        script = f"import sys; from deployments.tools.serve import main; print(main({arguments}), 'ray' in sys.modules)"
+        each = [["--port", "0", *(flag.format(**places) for flag in flags)] for flags, _ in REFUSED]
+        script = (
+            f"import sys; from deployments.tools.serve import main; print(*map(main, {each}), 'ray' in sys.modules)"
+        )
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "2 False\n"
-    assert done.stderr.startswith(sentence.format(**places))
-    assert done.stderr.count("\n") == 1
+    assert done.stdout.split() == ["2"] * len(REFUSED) + ["False"]
+    for line, (_, sentence) in zip(done.stderr.splitlines(), REFUSED, strict=True):
+        assert line.startswith(sentence.format(**places))
 
 
 def test_serve_refuses_a_config_with_a_typo(tmp_path: Path) -> None:

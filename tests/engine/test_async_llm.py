@@ -130,7 +130,9 @@ async def test_a_deadline_in_the_past_or_on_the_way(subject: AsyncLLM) -> None:
 
 async def test_a_full_queue_refuses_at_once_and_serves_what_it_holds(subject: AsyncLLM) -> None:
     prepared = prepare(subject)
-    accepted = [asyncio.create_task(collect(subject, prepared, LONG)) for _ in range(12)]
+    first = SamplingParams(temperature=0, max_new_tokens=400, ignore_eos=True)
+    each = (first, *[LONG] * 11)
+    accepted = [asyncio.create_task(collect(subject, prepared, sampling)) for sampling in each]
     await asyncio.sleep(0)
     with pytest.raises(CapacityError):
         await anext(subject.generate_prepared(prepared, GREEDY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,9 +27,12 @@ PRINTS: dict[str, list[str]] = {
         "The circle is red.",
     ],
     "openai_http.py": ["The circle is red.", "", "The circle is red."],
-    "library.py": ["The circle is blue.", "How many shapes are there? There is one", "Is there a star? No,"],
 }
 """How each line begins that a script prints."""
+WITHOUT_RAY = {
+    "library.py": ["The circle is blue.", "How many shapes are there? There is one", "Is there a star? No,"],
+}
+"""Of the one that runs in this process, which has torch already."""
 
 NO_PICTURE = "The data is plain text; send the image in one of PNG, "
 ANSWERS = ["1 The circle is red.", "2 There are two shapes in the picture."]
@@ -62,6 +66,12 @@ def test_an_example_prints_the_right_answer(running: dict[str, subprocess.Popen[
     check_lines(out, PRINTS[name])
 
 
+@pytest.mark.parametrize("name", WITHOUT_RAY)
+def test_an_example_without_ray_prints_the_right_answer(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    check_lines(capsys.readouterr().out, WITHOUT_RAY[name])
+
+
 def check_lines(out: str, begins: list[str]) -> None:
     lines = out.splitlines()
     assert len(lines) == len(begins), out
@@ -81,6 +91,6 @@ def test_a_ray_data_example_prints_the_right_answer(served: Any, name: str) -> N
 
 def test_every_example_is_run_and_listed() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == set(PRINTS | DATA_PRINTS)
+    assert names == set(PRINTS | WITHOUT_RAY | DATA_PRINTS)
     readme = Path(ROOT / "README.md").read_text("utf-8")
     assert all(f"examples/{name}" in readme for name in names)

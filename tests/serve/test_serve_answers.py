@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -71,17 +69,17 @@ def test_streamed_equals_unstreamed(client: Any) -> None:
         assert "".join(pieces) == answer(client, text, image)
 
 
-def test_http_equals_python_and_the_command_line(client: Any) -> None:
+def test_http_equals_python_and_the_command_line(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from llava_serve import LLM, SamplingParams
+    from llava_serve.cli import main
 
     image = DEMO_IMAGE.read_bytes()
     llm = LLM("builtin", device="cpu")
     greedy = SamplingParams(temperature=0, max_new_tokens=40)
     for text in QUESTIONS:
         assert llm.chat(question(text, image), sampling=greedy).text == answer(client, text, image)
-    command = [sys.executable, "-m", "llava_serve.cli", "ask", "--image", str(DEMO_IMAGE), "--temperature", "0"]
-    done = subprocess.run([*command, DEMO_QUESTION], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == answer(client, DEMO_QUESTION, image)
+    assert main(["ask", "--image", str(DEMO_IMAGE), "--temperature", "0", DEMO_QUESTION]) == 0
+    assert capsys.readouterr().out.strip() == answer(client, DEMO_QUESTION, image)
 
 
 def test_eight_clients_at_once_get_what_one_gets(client: Any, engine_stats: Callable[[], dict[str, Any]]) -> None:

@@ -19,7 +19,6 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.ingress import Ingress
 from deployments.model import LlavaModel
-from deployments.preprocessor import ImagePreprocessor
 from llava_serve import Message, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
@@ -43,8 +42,12 @@ def model_config() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(served: Any, ray_job: None) -> Iterator[DeploymentHandle]:
-    """The application once more, beside the other, with two model replicas and the shipped config's routing."""
-    free = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 5}
+    """An ingress and two model replicas with the shipped config's routing, beside the application's own."""
+    free = {
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": 5,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
     options = ModelOptions()
     tier = serve.deployment(LlavaModel).options(
         num_replicas=2,
@@ -58,7 +61,7 @@ def model(served: Any, ray_job: None) -> Iterator[DeploymentHandle]:
         .bind(
             "builtin",
             ApiOptions(),
-            serve.deployment(ImagePreprocessor).options(**free).bind(options, ImageOptions()),
+            serve.get_deployment_handle("ImagePreprocessor", "llava"),
             tier.bind(options, EngineOptions(max_num_seqs=32, num_threads=1)),
         )
     )

@@ -21,7 +21,10 @@ def limited_ingress(served: Any, name: str, **options: Any) -> Iterator[str]:
     """
     tiers = [serve.get_deployment_handle(tier, "llava") for tier in ("ImagePreprocessor", "LlavaModel")]
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64, graceful_shutdown_timeout_s=5
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=64,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.1,
     )
     serve.run(ingress.bind("builtin", ApiOptions(**options), *tiers), name=name, route_prefix=f"/{name}")
     try:
