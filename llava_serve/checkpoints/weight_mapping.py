@@ -67,8 +67,8 @@ _WRAPPERS = re.compile(
     r"^(base_model\.model\.|module\.|_forward_module\.)+(?=\w+\.)"
     r"|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-"""What PEFT, data parallelism, Lightning, torch.compile, FSDP and checkpointing of activations put before the names of the
-modules that they wrap."""
+"""What PEFT, data parallelism, Lightning, torch.compile, FSDP and checkpointing of activations put before the names of
+the modules that they wrap."""
 
 
 def our_name(stored: str, rules: Rules) -> str | None:
