@@ -37,6 +37,11 @@ def shown(value: object) -> str:
     return str(value)[:SHOWN]
 
 
+def reason(error: BaseException) -> str:
+    """What a library says of a checkpoint, in one line: its beginning. For who starts a model, never for a caller."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[: 2 * SHOWN]}"
+
+
 class LlavaServeError(Exception):
     """Root of the tree.
 

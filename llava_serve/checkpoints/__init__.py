@@ -17,6 +17,7 @@ from llava_serve.checkpoints.model_name import model_name
 from llava_serve.checkpoints.original import find_base, is_original, no_base, read_original
 from llava_serve.checkpoints.quantized import read_quantization
 from llava_serve.checkpoints.spec import CheckpointSpec, ImageProcessing, TokenizerSpec
+from llava_serve.checkpoints.towers import refuse_other_tiles
 from llava_serve.config import ModelKeywords, ModelOptions, resolve_model_options
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import TEMPLATES
@@ -73,6 +74,8 @@ def open_checkpoint(
         _log.warning("conv_mode %s contradicts %s (%s).", conv_mode, spec.conv_mode, spec.conv_reason)
         spec = dataclasses.replace(spec, conv_mode=conv_mode, conv_reason="it was set by conv_mode")
     spec = dataclasses.replace(_with_aspect(spec, options.image_aspect), quantization=quantization)
+    refuse_other_tiles(spec.image)
+    spec = _without_absent_ends(spec)
     if note := DECODER_NOTES.get(spec.text_config["model_type"]):
         spec = dataclasses.replace(spec, notes=(*spec.notes, note))
     _log.info("%s: template %s, because %s.", spec.name, spec.conv_mode, spec.conv_reason)
@@ -89,6 +92,19 @@ def _base_of_adapter(folder: Path, options: ModelOptions, *, weights: bool) -> P
     if options.model_base is None:
         raise no_base(model_name(options.model), folder, "LoRA adapter")
     return find_base(folder, options.model_base, weights=weights)
+
+
+def _without_absent_ends(spec: CheckpointSpec) -> CheckpointSpec:
+    """The description without end tokens that the vocabulary does not have. An adapter may add the rows of one."""
+    absent = [token for token in spec.eos_token_ids if not 0 <= token < spec.vocab_size]
+    if not absent or spec.adapter is not None:
+        return spec
+    note = (
+        f"generation_config.json or config.json ends an answer at the tokens {', '.join(map(str, absent))} "
+        f"(eos_token_id), which a vocabulary of {spec.vocab_size} does not have: they are not used."
+    )
+    ends = tuple(token for token in spec.eos_token_ids if token not in absent)
+    return dataclasses.replace(spec, eos_token_ids=ends, notes=(*spec.notes, note))
 
 
 def _with_aspect(spec: CheckpointSpec, aspect: Literal["pad", "square"] | None) -> CheckpointSpec:

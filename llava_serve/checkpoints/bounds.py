@@ -43,13 +43,26 @@ class _Bound:
         return f"a number between {self.least:g} and {self.greatest:g}"
 
 
+class _Flag:
+    """Of what is true or false: a text would be true, whatever it says. None is as good as absent."""
+
+    def holds(self, value: Any) -> bool:
+        return value is None or isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return "true or false"
+
+
 _WIDTH = _Bound(1, 1 << 18)
 _LAYERS = _Bound(1, 512)
 _HEADS = _Bound(1, 4096)
 _POSITIONS = _Bound(1, 1 << 24)
 _SIDE = _Bound(1, 8192)
 _FACTOR = _Bound(1e-15, 1e12, Real)
-_BOUNDS: dict[str, _Bound] = {
+_BOUNDS: dict[str, _Bound | _Flag] = {
+    **dict.fromkeys(("tie_word_embeddings", "multimodal_projector_bias", "unfreeze_mm_vision_tower"), _Flag()),
+    **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "use_rslora"), _Flag()),
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_pad", "do_normalize", "do_rescale"), _Flag()),
     **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "moe_intermediate_size", "projection_dim"), _WIDTH),
     **dict.fromkeys(("shared_expert_intermediate_size", "mm_hidden_size"), _WIDTH),
     **dict.fromkeys(("num_hidden_layers", "n_layers"), _LAYERS),
@@ -65,6 +78,7 @@ _BOUNDS: dict[str, _Bound] = {
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"), _FACTOR),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "rope_local_base_freq"), _FACTOR),
     **dict.fromkeys(("projector_layernorm_eps", "layer_norm_epsilon", "norm_epsilon"), _FACTOR),
+    **dict.fromkeys(("mm_vision_select_layer", "vision_feature_layer", "vision_feature_layers"), _Bound(-512, 512)),
     "partial_rotary_factor": _Bound(1e-3, 1, Real),
     "vocab_size": _Bound(1, 1 << 22),
     "image_mean": _Bound(-1e9, 1e9, Real),

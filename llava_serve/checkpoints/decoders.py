@@ -60,6 +60,14 @@ ROTARY_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """How rotary positions may be scaled. The tables of `dynamic` and `longrope` depend on the longest sequence of a step,
 which holds those of other requests."""
 
+UNUSED_KEYS = frozenset(
+    (
+        *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "pad_token_id"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
+    )
+)
+"""Of the config of a language model or a tower: what is decided here, or belongs to training."""
+
 
 def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
     """Refuses language models that are not tested here: a wrong answer would look like a right one.
@@ -82,6 +90,10 @@ def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
             "config.json has sliding_window 0, with which no position sees another; compare it with the published one."
         )
     for rotary in rotary_types(text):
+        if rotary is None:
+            raise CheckpointError(
+                "config.json scales rotary positions (rope_scaling) without a type; compare it with the published one."
+            )
         if rotary not in ROTARY_TYPES:
             raise CheckpointError(
                 f"config.json: the language model of this {where} is a {kind} with {rotary!r} rotary positions, which "
@@ -89,10 +101,12 @@ def refuse_unsupported_text(text: dict[str, Any], where: str) -> None:
             )
 
 
-def rotary_types(text: dict[str, Any]) -> Iterator[str]:
+def rotary_types(text: dict[str, Any]) -> Iterator[str | None]:
     """How rotary positions are scaled: `rope_parameters` since transformers 5, in some models by the kind of layer, and
-    `rope_scaling` before, which transformers prefers where a file has both."""
+    `rope_scaling` before, which transformers prefers where a file has both. None is a factor without a type."""
     settings = text.get("rope_scaling") or text.get("rope_parameters") or {}
     by_kind = [one for one in settings.values() if isinstance(one, dict)]
     for one in by_kind or [settings]:
-        yield str(one.get("rope_type") or one.get("type") or "default")
+        kind = one.get("rope_type") or one.get("type")
+        lacks_one = kind is None and bool(one.keys() & {"rope_type", "type", "factor"})
+        yield None if lacks_one else str(kind or "default")

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_serve.checkpoints.chat_templates import read_chat_template
 from llava_serve.checkpoints.companions import unused_adapter
-from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
+from llava_serve.checkpoints.decoders import DECODERS, UNUSED_KEYS, refuse_unsupported_text
 from llava_serve.checkpoints.families import Family, family_of
 from llava_serve.checkpoints.files import no_weights, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -48,7 +48,7 @@ def read_hf(
     if judged is not None:
         choice = Choice(CHAT_TEMPLATE, "the checkpoint has a chat template")
     generation = read_json(folder, "generation_config.json", optional=True)
-    keeps_all = config.get("vision_feature_select_strategy", family.select_strategy) == "full"
+    keeps_all = _strategy(config, family) == "full"
     defaults = DECODERS[text["model_type"]]
     return CheckpointSpec(
         name=name,
@@ -111,8 +111,18 @@ def _text_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
     refuse_unsupported_text(text, family.name)
     inner = family.inner_tie and bool(text.get("tie_word_embeddings"))
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) or inner
-    text.setdefault("vocab_size", DECODERS[text["model_type"]].vocab_size)
-    return {key: value for key, value in text.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
+    text["vocab_size"] = text.get("vocab_size") or DECODERS[text["model_type"]].vocab_size
+    return {key: value for key, value in text.items() if key not in UNUSED_KEYS}
+
+
+def _strategy(config: dict[str, Any], family: Family) -> str:
+    strategy = config.get("vision_feature_select_strategy") or family.select_strategy
+    if strategy not in ("default", "full"):
+        raise CheckpointError(
+            f"config.json sets vision_feature_select_strategy to {str(strategy)[:100]!r}; default and full are "
+            "supported."
+        )
+    return str(strategy)
 
 
 def _select_layers(config: dict[str, Any], family: Family, layers_of_tower: int) -> tuple[int, ...]:
@@ -201,4 +211,4 @@ def _tokenizer(folder: Path, config: dict[str, Any], family: Family) -> Tokenize
 
 def _dtype(config: dict[str, Any]) -> str:
     declared = (part.get(key) for part in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype"))
-    return str(next((one for one in declared if one), "float16"))
+    return str(next((one for one in declared if one), "float16")).removeprefix("torch.")

@@ -15,7 +15,7 @@ from llava_serve.checkpoints.chat_templates import (
     writes_chat_tokens,
 )
 from llava_serve.checkpoints.companions import find_tower, unused_adapter
-from llava_serve.checkpoints.decoders import DECODERS, refuse_unsupported_text
+from llava_serve.checkpoints.decoders import DECODERS, UNUSED_KEYS, refuse_unsupported_text
 from llava_serve.checkpoints.families import ORIGINAL_CLASSES, original_decoder
 from llava_serve.checkpoints.files import first_file, no_weights, read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
@@ -126,7 +126,7 @@ def read_original(
         conv_mode=choice.key,
         conv_reason=choice.reason,
         chat_template=judged.template if judged else None,
-        torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16"),
+        torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float16").removeprefix("torch."),
         notes=tuple(
             note
             for note in (
@@ -284,10 +284,9 @@ def _tokenizer(folder: Path, config: dict[str, Any], decoder: str) -> TokenizerS
 
 def _text_config(config: dict[str, Any], decoder: str) -> dict[str, Any]:
     ours = ("mm_", "image_", "tune_mm", "freeze_mm", "unfreeze_mm", "tokenizer_", "architectures", "auto_map")
-    text = {key: value for key, value in config.items() if not key.startswith(ours)}
-    for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_mm_proj", "quantization_config"):
-        text.pop(key, None)
-    return {"vocab_size": DECODERS[decoder].vocab_size, **text, "model_type": decoder}
+    dropped = UNUSED_KEYS | {"use_mm_proj", "quantization_config"}
+    text = {key: value for key, value in config.items() if not key.startswith(ours) and key not in dropped}
+    return text | {"vocab_size": text.get("vocab_size") or DECODERS[decoder].vocab_size, "model_type": decoder}
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

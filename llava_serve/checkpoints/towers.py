@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.bounds import check_tower
+from llava_serve.checkpoints.decoders import UNUSED_KEYS
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import Aspect, ImageProcessing, Layout, Merge
 from llava_serve.errors import CheckpointError
@@ -96,7 +97,8 @@ def tower_config(vision: dict[str, Any], kind: str, file: str) -> dict[str, Any]
             f"{file} describes a vision tower of type {kind!r}, which is not supported; {_TOWER_NAMES} are."
         )
     tower = TOWERS[kind]
-    return {**tower.defaults, **vision, **tower.settings, "model_type": kind}
+    used = {key: value for key, value in vision.items() if key not in UNUSED_KEYS}
+    return {**tower.defaults, **used, **tower.settings, "model_type": kind}
 
 
 def image_processing(
@@ -155,6 +157,20 @@ def image_processing(
         extra_features=int(keeps_class_token and tower.class_token),
         max_grid_tiles=max_grid_tiles,
     )
+
+
+def refuse_other_tiles(image: ImageProcessing) -> None:
+    """Raises `CheckpointError` for a processor whose tiles are of another size than the tower's."""
+    if image.do_center_crop:
+        return
+    edge = None if image.shortest_edge is None else (image.shortest_edge, image.shortest_edge)
+    made = image.resize_to or (None if image.aspect == "square" else edge)
+    if not image.do_resize or made != image.crop_size:
+        size = f"{made[1]} x {made[0]}" if image.do_resize and made else "any size"
+        raise CheckpointError(
+            f"preprocessor_config.json does not crop (do_center_crop) and makes tiles of {size}, but the vision tower "
+            f"takes {image.crop_size[1]} x {image.crop_size[0]}: correct the one that is wrong."
+        )
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -76,7 +76,8 @@ class RequestValidator:
             raise PromptTooLongError(prompt.num_tokens, limit - 1)
         self._check_prompt(prompt)
         self._check_token_ids(sampling)
-        end_tokens = frozenset((*self._spec.eos_token_ids, *prompt.stop_token_ids))
+        ends = (*self._spec.eos_token_ids, *prompt.stop_token_ids)
+        end_tokens = frozenset(token for token in ends if 0 <= token < self._vocabulary)
         form = sampling.structured
         return EngineRequest(
             request_id=request_id,

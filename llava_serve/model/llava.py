@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import stored_tensors
-from llava_serve.errors import CheckpointError
+from llava_serve.errors import CheckpointError, reason
 from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
 from llava_serve.model.quantized import check_files, load_quantized, quantized_bytes
@@ -87,8 +87,7 @@ class Llava(nn.Module):
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
         tensors, text_config = fit_vocabulary(spec, tensors)
-        with init_empty_weights(include_buffers=False):
-            model = cls(spec, text_config)
+        model = cls._on_meta(spec, text_config)
         if quantization is not None:
             quantize_layers(model.language_model, quantization, dtype)
         device = torch.device(device)
@@ -98,13 +97,24 @@ class Llava(nn.Module):
         return model._loaded(device, dtype)
 
     @classmethod
+    def _on_meta(cls, spec: CheckpointSpec, text_config: Any) -> Llava:
+        """The modules without weights."""
+        try:
+            with init_empty_weights(include_buffers=False):
+                return cls(spec, text_config)
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, RuntimeError) as error:
+            raise CheckpointError(
+                f"config.json in {spec.path} describes a model that transformers cannot build ({reason(error)}); "
+                "correct it."
+            ) from error
+
+    @classmethod
     def _load_quantized(
         cls, spec: CheckpointSpec, device: torch.device, dtype: torch.dtype, kv_cache_bytes: int
     ) -> Llava:
         """As `load`, of weights that are quantized in the files."""
         _, text_config = fit_vocabulary(spec, {})
-        with init_empty_weights(include_buffers=False):
-            model = cls(spec, text_config)
+        model = cls._on_meta(spec, text_config)
         check_files(model, spec)
         check_memory(spec.name, quantized_bytes(model, spec, dtype), kv_cache_bytes, device, dtype)
         load_quantized(model, spec, device, dtype)

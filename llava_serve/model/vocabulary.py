@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.stored_tensor import StoredTensor
-from llava_serve.errors import CheckpointError
+from llava_serve.errors import CheckpointError, reason
 from llava_serve.text.tokenizer import load_tokenizer
 
 _VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
@@ -35,11 +35,13 @@ def fit_vocabulary(
         tensors = tensors | {name: tensor.first_rows(settings["vocab_size"]) for name, tensor in tables.items()}
     elif spec.adapter is not None and tables:  # which may add rows to those of its base
         settings["vocab_size"] = _table_size(spec, list(tables.values()))
+    settings["pad_token_id"] = None  # some classes have one that the vocabulary need not have
     try:
         return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"config.json in {spec.path} describes a language model that transformers does not accept; correct it."
+            f"config.json in {spec.path} describes a language model that transformers does not accept "
+            f"({reason(error)}); correct it."
         ) from error
 
 

@@ -59,6 +59,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"model_type": "siglip_vision_model"},
         "vision_feature_select_strategy is default), and the features of SigLIP have none",
     ),
+    "features of another kind": (
+        (),
+        {"vision_feature_select_strategy": "cls"},
+        "vision_feature_select_strategy to 'cls'; default and full",
+    ),
     "another tokenizer": ((), {"image_token_index": 7}, "image_token_index"),
     "no such value": (("vision_config",), {"patch_size": "many"}, "config.json"),
 }
@@ -112,6 +117,24 @@ def test_refused_where_canvases_differ(folder_of: Any, tmp_path: Path) -> None:
     folder = copy(folder_of("llava-next-llama-hub"), tmp_path)
     change_json(folder / "config.json", image_grid_pinpoints=[[42, 84]])
     with pytest.raises(CheckpointError, match="image_grid_pinpoints"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "made"),
+    [
+        ({"do_center_crop": False}, "tiles of any size"),
+        ({"do_center_crop": False, "do_resize": False}, "tiles of any size"),
+        ({"do_center_crop": False, "size": {"height": 28, "width": 56}}, "tiles of 56 x 28"),
+        ({"do_center_crop": False, "do_pad": True, "size": {"shortest_edge": 56}}, "tiles of 56 x 56"),
+    ],
+)
+def test_refused_with_a_processor_of_other_tiles(
+    changes: dict[str, Any], made: str, folder_of: Any, tmp_path: Path
+) -> None:
+    folder = copy(folder_of("llava-1.5-llama-hub"), tmp_path)
+    change_json(folder / "preprocessor_config.json", **changes)
+    with pytest.raises(CheckpointError, match=f"do_center_crop.* makes {made}, but the vision tower takes 42 x 42"):
         open_checkpoint(str(folder))
 
 

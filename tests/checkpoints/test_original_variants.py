@@ -116,6 +116,20 @@ def test_rows_behind_the_tokenizer_are_cut_off(llava_15: Path) -> None:
     assert same_weights(load(llava_15), before)
 
 
+def test_a_padding_token_behind_the_rows_does_not_matter(llava_15: Path) -> None:
+    """Rows without a token are cut off, and config.json may pad with one of them."""
+    before = load(llava_15)
+    edit(llava_15 / "config.json", pad_token_id=700, _attn_implementation="flash_attention_2")
+    assert same_weights(load(llava_15), before)
+
+
+def test_an_end_token_that_the_vocabulary_lacks_is_reported_and_not_used(llava_15: Path) -> None:
+    edit(llava_15 / "generation_config.json", eos_token_id=[2, -1, 700])
+    spec = open_checkpoint(str(llava_15))
+    assert spec.eos_token_ids == (2,)
+    assert any("ends an answer at the tokens -1, 700" in note for note in spec.notes)
+
+
 def test_an_image_newline_is_ignored_where_images_are_not_tiled(llava_15: Path) -> None:
     before = load(llava_15)
     write(llava_15, read(llava_15) | {"model.image_newline": torch.ones(64).half()})

@@ -168,3 +168,33 @@ def test_tokens_one_by_one_keep_their_spaces_and_bytes(prepended: bool, tmp_path
     ids = tokenizer.encode([Text(text)])[1:]
     assert b"".join(map(tokenizer.token_bytes, ids)).decode().removeprefix(" ") == text
     assert "".join(tokenizer.token_text(i) for i in ids).startswith(" The circle  is left of it: <0xC3><0xA9>")
+
+
+def token(name: str, **settings: bool) -> dict[str, Any]:
+    return {"content": name, "lstrip": False, "rstrip": False, "normalized": False, "special": True, **settings}
+
+
+def test_white_space_beside_tokens_that_take_it_away(json_folder: Path, tmp_path: Path) -> None:
+    """Phi-3's `<|user|>` takes the line break after it, by sentencepiece as by a `tokenizer.json`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, byte_fallback=True, model_type="bpe",
+        minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokens = [token("<|user|>", rstrip=True), token("<|left|>", lstrip=True), token("<|plain|>")]
+    settings = {"added_tokens_decoder": {str(340 + i): one for i, one in enumerate(tokens)}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = FastTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    written.add_special_tokens([AddedToken(**one) for one in tokens])
+    (tmp_path / "json").mkdir()
+    written.save(str(tmp_path / "json" / "tokenizer.json"))
+    for folder in (tmp_path, tmp_path / "json"):
+        tokenizer = load_tokenizer(read_tokenizer(folder, []))
+        for spelled in ("", "<|user|>"):  # a text that spells a token is encoded by itself
+            text = f"hi{spelled}there"
+            user, left, plain = Control("<|user|>"), Control("<|left|>"), Control("<|plain|>")
+            bare = tokenizer.encode([user, Text(text), left])
+            assert tokenizer.encode([user, Text(f"\n {text} \n"), left]) == bare
+            bare = tokenizer.encode([plain, Text(text), plain])
+            assert tokenizer.encode([plain, Text(f" {text}"), plain]) != bare
