@@ -7,6 +7,7 @@ import os
 import uuid
 import warnings
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cached_property, partial
 from typing import Any, Unpack, overload
@@ -23,6 +24,7 @@ from llava_serve.config import (
 from llava_serve.deadline import deadline_in
 from llava_serve.engine.engine_loop import EngineLoop
 from llava_serve.engine.executor.build import build_engine, device_name
+from llava_serve.engine.grammar_trial import GrammarTrial
 from llava_serve.engine.output_processor import OutputProcessor, collect
 from llava_serve.engine.stats import EngineStats
 from llava_serve.inputs import CallOptions, Images, images_and_sampling
@@ -33,6 +35,9 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.text.tokenizer import load_tokenizer
 from llava_serve.threaded_processor import ThreadedProcessor
 from llava_serve.types import Chunk, PreparedPrompt
+
+_COMPILING = 4
+"""Forms of structured output that are compiled, or looked up, at once; they take nothing from other work in threads."""
 
 
 class AsyncLLM:
@@ -63,6 +68,10 @@ class AsyncLLM:
         self._loop = EngineLoop(partial(build_engine, options, engine or EngineOptions()))
         self.spec: CheckpointSpec = self._loop.engine.model.spec
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
+        validator = self._loop.engine.validator
+        self._grammar_trial = GrammarTrial(self.spec, validator.vocabulary)
+        validator.grammars.check = self._grammar_trial.check
+        self._compiling = ThreadPoolExecutor(_COMPILING, thread_name_prefix="grammar")
 
     @cached_property
     def processor(self) -> ThreadedProcessor:
@@ -230,7 +239,10 @@ class AsyncLLM:
             deadline=deadline,
             priority=priority,
         )
-        request = accept() if sampling.structured is None else await asyncio.to_thread(accept)
+        if sampling.structured is None:
+            request = accept()
+        else:
+            request = await asyncio.get_running_loop().run_in_executor(self._compiling, accept)
         output_processor = OutputProcessor(self._tokenizer, request)
         consumer = self._loop.submit(request)
         try:
@@ -261,5 +273,7 @@ class AsyncLLM:
     def close(self) -> None:
         """Ends the engine's thread and the processes that decode. Requests in flight fail with `EngineDeadError`."""
         self._loop.close()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
+        self._grammar_trial.close()
         if "processor" in self.__dict__:  # it was used
             self.processor.processor.close()

@@ -20,6 +20,7 @@ from PIL import Image
 
 PATH = "/v1/chat/completions"
 TURN = {"role": "user", "content": "Hi"}
+INTERSECTION = " & ".join(f"/.*{letter}.{{15}}.*/" for letter in "abcd")
 MP64 = 8000
 """Pixels along a side of the largest square that is accepted."""
 
@@ -50,6 +51,11 @@ def post(body: bytes, *headers: bytes) -> bytes:
 def chat(**fields: Any) -> bytes:
     """A chat request with these fields."""
     return post(json.dumps({"model": "builtin", "messages": [TURN], "max_tokens": 4} | fields).encode())
+
+
+def structured(form: dict[str, Any]) -> bytes:
+    """A chat request for an answer of this form."""
+    return chat(structured_outputs=form)
 
 
 def picture_url(data: bytes) -> str:
@@ -170,6 +176,10 @@ HOSTILE: dict[str, Hostile] = {
     "a text of 30 MB": Hostile(lambda: chat(messages=[{"role": "user", "content": "a" * 30_000_000}])),
     "brackets 10,000,000 deep": Hostile(lambda: post(b'{"model":' + b"[" * 10_000_000)),
     "a number of 5,000,000 digits": Hostile(lambda: post(b'{"model": "builtin", "n": ' + b"9" * 5_000_000 + b"}")),
+    "a schema that compiles for hours": Hostile(
+        lambda: structured({"json": {"type": "integer", "multipleOf": 999_983}})
+    ),
+    "a grammar that compiles for hours": Hostile(lambda: structured({"grammar": "start: A\nA: " + INTERSECTION})),
     "conv_mode of 1 MB": Hostile(lambda: chat(conv_mode="x" * 1_000_000)),
     "a field's name of 1 MB": Hostile(lambda: chat(**{"x" * 1_000_000: 1})),
     "a body of 40 MB": Hostile(lambda: post(bytes(40_000_000)), (413,)),

@@ -114,9 +114,14 @@ class GrammarCompiler:
 
     Args:
         vocabulary: ids that the model has.
+
+    Attributes:
+        check: called before a form is compiled; raises `RequestError` for one that is not to be. For servers, whose
+            forms come from strangers.
     """
 
     def __init__(self, spec: CheckpointSpec, vocabulary: int) -> None:
+        self.check: Callable[[StructuredOutput, bool], None] = lambda asked, continues: None
         self._spec = spec
         self._vocabulary = vocabulary
         self._tokenizer: LLTokenizer | None = None
@@ -137,6 +142,8 @@ class GrammarCompiler:
         with self._lock:
             if (found := self._cache.get(key)) is not None:
                 return found
+        self.check(asked, continues)
+        with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(load_tokenizer(self._spec.tokenizer), self._vocabulary)
         grammar = Grammar(_compile(asked, self._tokenizer, continues), self._vocabulary)
@@ -183,6 +190,11 @@ _SOURCES: dict[str, Callable[[str], str]] = {
     "choice": _choice,
     "grammar": _context_free,
 }
+
+
+def too_complex(asked: StructuredOutput) -> RequestError:
+    """For a form whose compiling passes a limit."""
+    return _fault(asked, "limit")
 
 
 def _fault(asked: StructuredOutput, message: str) -> RequestError:

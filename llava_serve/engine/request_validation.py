@@ -21,14 +21,18 @@ class RequestValidator:
     Args:
         vocabulary: size of the model's embedding table.
         num_blocks: of the KV cache.
+
+    Attributes:
+        vocabulary: as given.
+        grammars: compiles those of structured output.
     """
 
     def __init__(self, spec: CheckpointSpec, options: EngineOptions, vocabulary: int, num_blocks: int) -> None:
         self._spec = spec
         self._options = options
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._num_blocks = num_blocks
-        self._grammars = GrammarCompiler(spec, vocabulary)
+        self.grammars = GrammarCompiler(spec, vocabulary)
         self.set_max_waiting(options.max_waiting)
 
     def set_max_waiting(self, max_waiting: int) -> None:
@@ -89,14 +93,14 @@ class RequestValidator:
             max_new_tokens=min(sampling.max_new_tokens, limit - prompt.num_tokens),
             stop_token_ids=frozenset(sampling.stop_token_ids) | (set() if sampling.ignore_eos else end_tokens),
             end_tokens=end_tokens,
-            grammar=None if form is None else self._grammars.compile(form, continues=prompt.continues),
+            grammar=None if form is None else self.grammars.compile(form, continues=prompt.continues),
         )
 
     def _check_token_ids(self, sampling: SamplingParams) -> None:
         """Refuses ids that the model has no token for."""
         for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias or ())):
-            if any(token >= self._vocabulary for token in ids):
-                raise RequestError(f"{name} has an id that is not below {self._vocabulary}.", name)
+            if any(token >= self.vocabulary for token in ids):
+                raise RequestError(f"{name} has an id that is not below {self.vocabulary}.", name)
 
     def _check_prompt(self, prompt: PreparedPrompt) -> None:
         """Refuses a prompt that another model's processor made: it would fail the engine for all requests."""
@@ -111,7 +115,7 @@ class RequestValidator:
             and num_images == len(prompt.tiles) == len(prompt.image_sizes) == len(prompt.digests)
             and bool((in_spans == (ids == IMAGE_TOKEN_ID)).all())
             and bool(((ids >= 0) | in_spans).all())
-            and int(ids.max()) < self._vocabulary
+            and int(ids.max()) < self.vocabulary
             and all(0 <= start < end <= len(ids) for start, end in prompt.image_spans)
             and all(tiles.shape[1:] == tile and tiles.dtype == np.uint8 for tiles in prompt.tiles)
         )

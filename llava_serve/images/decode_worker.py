@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import pickle
-import resource
 import signal
 import socket
 import sys
@@ -29,6 +28,7 @@ from llava_serve.checkpoints.spec import ImageProcessing
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
 from llava_serve.images.decoder import Decoder, InProcessDecoder
+from llava_serve.memory_limit import limit_memory
 
 MESSAGE_BYTES = 1 << 16
 """The longest message, either way."""
@@ -49,7 +49,7 @@ def main(make_decoder: Callable[[ImageOptions, ImageProcessing], Decoder] = InPr
     options, processing = pickle.loads(first)
     decoder = make_decoder(options, processing)
     Image.init()
-    _limit_memory(options.decode_memory_bytes)
+    limit_memory(options.decode_memory_bytes)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # decoders in C print what is wrong with an image
     channel.send(b"{}")
     while request := channel.recv(MESSAGE_BYTES):
@@ -57,14 +57,6 @@ def main(make_decoder: Callable[[ImageOptions, ImageProcessing], Decoder] = InPr
         channel.send(json.dumps(reply).encode())
         if "over_memory" in reply:
             return  # what it still holds is unknown
-
-
-def _limit_memory(more: int) -> None:
-    """Bounds what this process may allocate from now on. Not its address space, of which libraries reserve much."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        allocated = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (allocated + more, allocated + more))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _decode(

@@ -1,0 +1,105 @@
+"""Compiles strangers' grammars in a child process first, where it can be ended.
+
+No bound on a form's length bounds the work on it: a schema of 40 characters can take a core for hours. What compiles
+there in time compiles here, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.engine.grammar import too_complex
+from llava_serve.errors import RequestError
+from llava_serve.structured_output import StructuredOutput
+
+WORKER = "llava_serve.engine.grammar_worker"
+COMPILE_S = 3.0
+"""Of processor time for one form. The largest that are of use take one second."""
+MEMORY_BYTES = 1 << 30
+"""That compiling may allocate."""
+_WAIT_S = 120.0
+"""For a reply; longer than the process has on a busy machine."""
+
+
+class GrammarTrial:
+    """Says whether a form can be compiled. Threads wait for each other.
+
+    Args:
+        vocabulary: ids that the model has.
+        seconds: of processor time for one form.
+    """
+
+    def __init__(self, spec: CheckpointSpec, vocabulary: int, seconds: float = COMPILE_S) -> None:
+        self._arguments = pickle.dumps((spec, vocabulary, seconds, MEMORY_BYTES))
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def check(self, asked: StructuredOutput, continues: bool) -> None:
+        """Compiles a form in the child process, which starts with the first one.
+
+        Raises:
+            RequestError: as `GrammarCompiler.compile`; also for a form that takes too much time or memory.
+        """
+        with self._lock:
+            try:
+                if self._child is None or not self._child.alive:
+                    self.close()
+                    self._child = _Child(self._arguments)
+                fault = self._child.ask(pickle.dumps((asked, continues)))
+            except (EOFError, OSError):
+                self.close()
+                raise too_complex(asked) from None
+        if fault is not None:
+            raise RequestError(fault)
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+
+class _Child:
+    """The process, and our end of the pipe to it."""
+
+    def __init__(self, arguments: bytes) -> None:
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # the library writes where in itself it fails
+                # It imports what this process would, from the same places. One thread: it uses numpy for bits only.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+                process_group=0,  # Ctrl-C is for the parent, which may have answers to complete
+            )
+        self.end = weakref.finalize(self, _end, self._process, self._pipe)
+        self._pipe.send_bytes(arguments)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, message: bytes) -> str | None:
+        """What is wrong with a form. Raises EOFError or OSError where the process has ended, or gives no reply."""
+        self._pipe.send_bytes(message)
+        if not self._pipe.poll(_WAIT_S):
+            raise EOFError
+        fault: str | None = json.loads(self._pipe.recv_bytes())
+        return fault
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
+    process.kill()
+    process.wait()
+    pipe.close()
