@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import memory
 from support.paths import ROOT
 
 COMMANDS = [
@@ -25,6 +27,7 @@ COMMANDS = [
     "gpu_round",
     "hostile",
     "linear",
+    "load_ramp",
     "overhead",
     "pictures",
     "pressure",
@@ -45,6 +48,7 @@ PARTS = {
     "options",
     "paced",
     "plot",
+    "processes",
     "ray_job",
     "soak_requests",
 }
@@ -67,6 +71,18 @@ def test_a_benchmark_prints_a_figure(command: str, request: pytest.FixtureReques
     assert done.returncode == 0, done.stderr
     figures = [float(figure) for figure in re.findall(r"(?<=: )[\d.]+\b", done.stdout)]
     assert any(figure > 0 for figure in figures), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "scatter", "flat"),
+    [(0.0, 0.0, True), (0.0, 20.0, True), (0.2, 0.5, True), (0.5, 30.0, True), (1.0, 0.5, False), (-3.0, 0.5, True)],
+)
+def test_a_soak_distinguishes_growth_from_noise(per_minute: float, scatter: float, flat: bool) -> None:
+    """Twenty minutes of a process of 300 MiB, whose caches fill in the first half."""
+    rng = random.Random(0)
+    minutes = [second / 60 for second in range(0, 1200, 5)]
+    points = [(at, 200 + min(100.0, 10 * at) + per_minute * at + rng.gauss(0, scatter)) for at in minutes]
+    assert memory(points)["flat"] is flat
 
 
 def test_every_benchmark_is_run() -> None:
