@@ -6,8 +6,8 @@ The application of `serve_config.yaml` with one replica per tier. Each client se
 ones with a large picture that differs from all before it, `text` with three choices and log-probabilities, `bad` ones
 that must be refused, `cancelled` ones whose client disconnects, and `expired` ones with a time that cannot suffice. A
 good answer is right if it is what the library gives for that picture by itself; what makes the picture differ is one
-pixel. `slope` is that of resident memory over the second half, in MiB per minute; what a process holds grows until its
-caches are full.
+pixel. The memory is that of all processes of Ray, Serve and the replicas, with `slope` and `flat` of its second half
+(`benchmarks.processes.memory`). The caches are small, and full by then.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
-import psutil
 
 from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_times
+from benchmarks.processes import Samples, memory, watch_memory
 from benchmarks.soak_requests import KINDS, Scene, request_of, scenes
 from deployments.tools.local_cluster import LocalCluster, local_cluster
 from deployments.tools.serve_env import read_serve_env
 from testbed.counted import counted_config
 
-SAMPLE_S = 5.0
 SETTLED_S = 60.0
 """Until nothing remains of the last requests."""
 
-Samples = dict[str, list[tuple[float, float]]]
-"""By process: minutes, and MiB."""
+CACHES: dict[str, dict[str, int]] = {
+    "engine": {"kv_cache_bytes": 64 << 20, "feature_cache_bytes": 16 << 20},
+    "images": {"cache_bytes": 16 << 20},
+}
+"""Small, so that they are full after some minutes: what grows then is no cache."""
 
 
 def main() -> None:
@@ -56,7 +57,10 @@ def main() -> None:
     known = scenes(options.scenes)
     profile = read_serve_env(options.profile) if options.profile else None
     load_before = round(os.getloadavg()[0], 1)
-    with local_cluster(counted_config(), profile=profile) as running:
+    config = counted_config()
+    for section, sizes in CACHES.items():
+        config["applications"][0]["args"][section].update(sizes)
+    with local_cluster(config, profile=profile) as running:
         result, samples = asyncio.run(soak(running, known, options))
     head = {"cpu_cores": os.cpu_count(), "load_before": load_before, "minutes": options.minutes}
     result = head | {"profile": options.profile.stem if options.profile else "default"} | result
@@ -84,13 +88,15 @@ async def soak(
         await asyncio.gather(*(client(ask, 100 + number, end) for number in range(options.clients)))
         samples = await watching
         after = await at_rest(session, running.url)
+    figures = {name: memory(points) for name, points in sorted(samples.items())}
     return {
         "requests": sum(each.total() for each in outcomes.values()),
         "outcomes": {kind: dict(each) for kind, each in sorted(outcomes.items())},
         "not_as_expected": {kind: left for kind, each in outcomes.items() if (left := unexpected(kind, each))},
         "good_answer_s": {f"p{q}": round(float(np.percentile(seconds, q)), 2) for q in (50, 95, 99)},
         "remains": {name: after[name] - before[name] for name in ("sequences", "blocks")},
-        "memory_mib": {name: memory(points) for name, points in sorted(samples.items())},
+        "memory_mib": figures,
+        "grows": [name for name, each in figures.items() if each.get("flat") is False],
     }, samples
 
 
@@ -144,43 +150,6 @@ async def at_rest(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
         if not remains["sequences"] or time.monotonic() > deadline:
             return remains
         await asyncio.sleep(0.5)
-
-
-def watch_memory(pid: int, end: float) -> Samples:
-    """Reads the resident memory of all processes below this one, and of this one, until the time is over."""
-    samples: Samples = defaultdict(list)
-    began = time.monotonic()
-    root = psutil.Process(pid)
-    while time.monotonic() < end:
-        now: Counter[str] = Counter()
-        for each in [root, *root.children(recursive=True)]:
-            with suppress(psutil.Error):
-                now[title(each)] += each.memory_info().rss
-        for name, rss in now.items():
-            samples[name].append(((time.monotonic() - began) / 60, rss / 2**20))
-        time.sleep(min(SAMPLE_S, max(0.1, (end - began) / 10)))
-    return samples
-
-
-def title(process: psutil.Process) -> str:
-    """What the process is, short; those of the same title are added."""
-    command = process.cmdline()
-    if not command:
-        return "ended"
-    if command[0].startswith("ray::"):  # and then the class and, while it works, the method
-        return command[0].removeprefix("ray::").removeprefix("ServeReplica:llava:").split(".")[0].split()[0]
-    if "-m" in command:
-        return command[command.index("-m") + 1].rpartition(".")[2]
-    return next((Path(each).stem for each in command if each.endswith(".py")), Path(command[0]).name)
-
-
-def memory(points: list[tuple[float, float]]) -> dict[str, float]:
-    """At the start, in the middle and at the end, and the slope over the second half."""
-    minutes, mib = np.asarray(points).T
-    late = minutes >= minutes[-1] / 2
-    slope = np.polyfit(minutes[late], mib[late], 1)[0] if late.sum() > 2 else 0.0
-    figures = {"start": mib[0], "middle": mib[len(mib) // 2], "end": mib[-1], "most": mib.max(), "slope": slope}
-    return {name: round(float(figure), 1) for name, figure in figures.items()}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
+from llava_serve import tracing
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
@@ -56,6 +57,7 @@ class Ingress:
         prompt_key: str | None = None,
     ) -> None:
         _log_with_serve()
+        tracing.begin()
         self._live = LiveConfig("Ingress", options, self._apply)
         self._model_tier = model
         self._prompt_key = prompt_key
@@ -151,7 +153,7 @@ class Ingress:
         """The record of a call by handle."""
         record = RequestRecord(self._metrics, call_id, "CALL", method)
         record.endpoint = method
-        with _internal_errors_reported(call_id), recorded(record):
+        with _internal_errors_reported(call_id), recorded(record, {}):
             yield record
 
     async def abort(self, call_ids: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
+from llava_serve import tracing
 from llava_serve.app_options import Probe
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.deadline import check_deadline
@@ -52,6 +53,7 @@ class LlavaModel:
         from llava_serve.async_llm import AsyncLLM
         from llava_serve.probe import check_probes
 
+        tracing.begin()
         self._prompt_key = model.prompt_key
         self._llm = AsyncLLM(model, engine, image_options=images)
         check_probes(self._llm, probes)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from llava_serve import tracing
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.processor import Processor
@@ -40,6 +41,7 @@ class ImagePreprocessor:
         max_model_len: int | None = None,
         model_tier: DeploymentHandle | None = None,
     ) -> None:
+        tracing.begin()
         spec = open_checkpoint(model, weights=False)
         self._spec = spec.limited_to(max_model_len)
         self._prompt_key = model.prompt_key

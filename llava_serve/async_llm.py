@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 import warnings
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -34,6 +35,7 @@ from llava_serve.results import GenerationResult
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.text.tokenizer import load_tokenizer
 from llava_serve.threaded_processor import ThreadedProcessor
+from llava_serve.tracing import add_stages
 from llava_serve.types import Chunk, PreparedPrompt
 
 _COMPILING = 4
@@ -245,6 +247,7 @@ class AsyncLLM:
             request = await asyncio.get_running_loop().run_in_executor(self._compiling, accept)
         output_processor = OutputProcessor(self._tokenizer, request)
         consumer = self._loop.submit(request)
+        first: float | None = None
         try:
             while not output_processor.done:
                 output = await self._loop.next_output(consumer)
@@ -257,8 +260,13 @@ class AsyncLLM:
                     continue
                 if chunk.finish_reason is not None and output.finish_reason is None:
                     self._loop.abort(request.request_id, output.index, consumer)
+                if first is None:
+                    first = time.perf_counter()
+                    add_stages(chunk.stages)
                 yield chunk
         finally:
+            if first is not None:
+                add_stages((("engine_decode", time.perf_counter() - first),))
             if not output_processor.done:
                 self._loop.abort(request.request_id, consumer=consumer)
 

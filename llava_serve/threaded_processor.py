@@ -15,6 +15,7 @@ from llava_serve.images.transport import Check
 from llava_serve.priority_executor import PriorityExecutor
 from llava_serve.processor import Processor
 from llava_serve.tokenization import TokenizedPrompt
+from llava_serve.tracing import add_stages
 from llava_serve.types import Asked, PreparedPrompt
 
 Result = TypeVar("Result")
@@ -71,7 +72,9 @@ class ThreadedProcessor:
 
         waits = _Waits()
         prepared = await self._in_thread(read, prepare, deadline, priority, waits)
-        return replace(prepared, stages=(("queue", waits.queue_s), ("fetch", waits.fetch_s), *prepared.stages))
+        stages = (("queue", waits.queue_s), ("fetch", waits.fetch_s), *prepared.stages)
+        add_stages(stages)
+        return replace(prepared, stages=stages)
 
     async def tokenize(
         self, asked: Asked, *, conv_mode: str | None = None, deadline: float | None = None, texts: bool = False

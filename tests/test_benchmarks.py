@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import memory
 from support.paths import ROOT
 
 COMMANDS = [
@@ -29,6 +31,7 @@ COMMANDS = [
     "gpu_round",
     "hostile",
     "linear",
+    "load_ramp",
     "overhead",
     "pictures",
     "pressure",
@@ -46,6 +49,7 @@ PARTS = {
     "options",
     "paced",
     "plot",
+    "processes",
     "ray_job",
     "soak_requests",
 }
@@ -91,6 +95,18 @@ def test_the_kept_lines_are_straight_and_no_input_is_a_fault() -> None:
         size, taken = zip(*[map(math.log, point) for point in line["points"][-3:]], strict=True)
         assert line["exponent"] == pytest.approx(linear_regression(size, taken).slope, abs=0.006), name
         assert line["exponent"] < 1.25, name
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "scatter", "flat"),
+    [(0.0, 0.0, True), (0.0, 20.0, True), (0.2, 0.5, True), (0.5, 30.0, True), (1.0, 0.5, False), (-3.0, 0.5, True)],
+)
+def test_a_soak_distinguishes_growth_from_noise(per_minute: float, scatter: float, flat: bool) -> None:
+    """Twenty minutes of a process of 300 MiB, whose caches fill in the first half."""
+    rng = random.Random(0)
+    minutes = [second / 60 for second in range(0, 1200, 5)]
+    points = [(at, 200 + min(100.0, 10 * at) + per_minute * at + rng.gauss(0, scatter)) for at in minutes]
+    assert memory(points)["flat"] is flat
 
 
 def test_every_benchmark_is_run() -> None:

@@ -71,6 +71,11 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect could lose a body; `RequestContextMiddleware` drops a final slash
         responses=ERROR_RESPONSES,
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # ours; these would have queries and errors' texts
     )
     service = Service(backend, options, offload)
 

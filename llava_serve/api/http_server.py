@@ -85,14 +85,17 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, limiter: ConcurrencyLimiter) -> None:
         super().__init__(config)
         self._limiter = limiter
+        self._signalled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._limiter.draining:
+        if self._signalled:
             self.should_exit = self.force_exit = True
-        self._limiter.draining = True
+        self._signalled = True
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to end."""
+        if self._signalled and not self._limiter.draining:
+            self._limiter.begin_drain()  # not in the handler of the signal, which may interrupt a line of the log
         return await super().on_tick(counter) or self._limiter.drained
 
 

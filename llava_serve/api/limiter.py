@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from llava_serve.config import BATCH_SHARE, ApiOptions, is_batch
 from llava_serve.errors import CapacityError, DrainingError
 from llava_serve.metrics.definitions import IN_FLIGHT
 from llava_serve.metrics.exporter import Exporter, Series, Several
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -104,8 +107,13 @@ class ConcurrencyLimiter:
 
     async def drain(self) -> None:
         """Refuses new requests from now on, and returns once none is in flight."""
-        self.draining = True
+        self.begin_drain()
         await self._idle.wait()
+
+    def begin_drain(self) -> None:
+        """Refuses new requests from now on."""
+        self.draining = True
+        logger.info("Draining: new requests are refused; %d in flight are finished.", self._in_flight)
 
 
 def limiter_of(options: ApiOptions, exporter: Exporter) -> ConcurrencyLimiter:

@@ -27,6 +27,9 @@ from llava_serve.types import Message as Turn
 
 REQUEST_ID = "x-request-id"
 
+TRACE_RESPONSE = "traceresponse"
+"""The header of the W3C that names the span of a request to its caller."""
+
 OPEN_PATHS = PAGE_PATHS | {"/health", "/ping", "/openapi.json"}
 """Probes have no key, and the page is where users type theirs."""
 
@@ -51,8 +54,9 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get(REQUEST_ID))
-        with recorded(RequestRecord(self._metrics, request_id, scope["method"], _path(scope))) as record:
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get(REQUEST_ID))
+        with recorded(RequestRecord(self._metrics, request_id, scope["method"], _path(scope)), headers) as record:
             await self._answer(scope, receive, send, record)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
@@ -74,6 +78,8 @@ class RequestContextMiddleware:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id
+                if record.trace.parent is not None:
+                    headers[TRACE_RESPONSE] = record.trace.parent
                 if notes:
                     headers[NOTES] = header_value(notes)
             await send(message)

@@ -10,6 +10,7 @@ from llava_serve.api.backends import Backend
 from llava_serve.api.record import RequestRecord
 from llava_serve.api.usage import UsageCounter
 from llava_serve.sampling_params import SamplingParams
+from llava_serve.tracing import add_stages, span
 from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 
@@ -55,11 +56,14 @@ class Generation:
         self._groups = groups
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
-        async for group in self._groups:
+        with span("first_chunk"):
+            group = await anext(self._groups, None)
+        while group is not None:
             self._record(group)
             for chunk in group:
                 self.counter.add(chunk)
             yield group
+            group = await anext(self._groups, None)
         self.counter.check_complete()
         self.record.answered()
 
@@ -85,13 +89,15 @@ async def generation(backend: Backend, request: GenerationRequest) -> AsyncItera
     record = request.record
     record.model = backend.model_name
     record.stage("body")
-    prepared = await backend.prepare(
-        request.asked,
-        conv_mode=request.conv_mode,
-        deadline=request.deadline,
-        cache_salt=request.cache_salt,
-        priority=request.priority,
-    )
+    add_stages(record.stages[-1:])
+    with span("hop"):
+        prepared = await backend.prepare(
+            request.asked,
+            conv_mode=request.conv_mode,
+            deadline=request.deadline,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+        )
     record.prompt_tokens = prepared.num_tokens
     record.stage("hop", prepared.stages)
     groups = backend.generate(

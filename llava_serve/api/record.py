@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from llava_serve.api.errors import WireError, wire_error
 from llava_serve.errors import CapacityError, DeadlineExceededError, shown
 from llava_serve.metrics.requests import RequestMetrics
+from llava_serve.tracing import RequestTrace, request_trace
 from llava_serve.types import StageTimes
 
 logger = logging.getLogger("llava_serve.access")
@@ -32,6 +33,7 @@ class RequestRecord:
         stages: up to the first token, as far as they are over.
         first_token_s: from the arrival; None while there is none.
         prompt_tokens, output_tokens: so far.
+        trace: gets what became of it.
     """
 
     def __init__(self, metrics: RequestMetrics, request_id: str, method: str, path: str) -> None:
@@ -42,12 +44,18 @@ class RequestRecord:
         self.first_token_s: float | None = None
         self.model: str | None = None
         self.prompt_tokens = self.output_tokens = 0
+        self.trace = RequestTrace()
         self._metrics = metrics
         self._method = method
         self._path = quote(shown(path), errors="replace")  # it is a caller's: no line of the log may end in it
         self._outcome = "completed"
         self._reason: str | None = None
         self._arrived = self._marked = time.perf_counter()
+
+    @property
+    def reads(self) -> bool:
+        """It asks for no work: probes, scrapes and the files of the page."""
+        return self._method in ("GET", "HEAD")
 
     def stage(self, name: str, inner: StageTimes = ()) -> None:
         """A stage is over. Of the time since the one before, `inner` are parts that others have measured."""
@@ -120,11 +128,15 @@ class RequestRecord:
             fields["first_token_s"] = round(self.first_token_s, 4)
         if self._reason is not None:
             fields["reason"] = self._reason
-        if self._outcome in ("failed", "expired"):
-            level = logging.WARNING
-        else:  # probes, scrapes and the files of the page say nothing new
-            level = logging.DEBUG if self._outcome == "completed" and self._method in ("GET", "HEAD") else logging.INFO
+        if self.trace.trace_id is not None:
+            fields["trace_id"] = self.trace.trace_id
+        expected = self._outcome == "completed" or self._reason == "draining"  # a drain has its own line in the log
+        if self.reads and expected:
+            level = logging.DEBUG
+        else:
+            level = logging.WARNING if self._outcome in ("failed", "expired") and not expected else logging.INFO
         logger.log(level, " ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
+        self.trace.ended(fields | {"endpoint": self.endpoint})
 
     def timings(self) -> dict[str, float]:
         """Milliseconds of the stages, of the first token, and of all so far."""
@@ -140,12 +152,13 @@ def server_timing(timings: dict[str, float]) -> str:
 
 
 @contextmanager
-def recorded(record: RequestRecord) -> Iterator[RequestRecord]:
-    """Ends the record with the block, by what that raises."""
-    try:
-        yield record
-    except BaseException as error:
-        record.failed(error)
-        raise
-    finally:
-        record.ended()
+def recorded(record: RequestRecord, headers: Mapping[str, str]) -> Iterator[RequestRecord]:
+    """Ends the record with the block, by what that raises; `headers` are the request's, for its trace."""
+    with nullcontext(RequestTrace()) if record.reads else request_trace(headers) as record.trace:
+        try:
+            yield record
+        except BaseException as error:
+            record.failed(error)
+            raise
+        finally:
+            record.ended()

@@ -29,6 +29,7 @@ _IN_PROCESS_ONLY = (
     "compile",
     "api_key",
     "log_format",
+    "trace_exporter",
 )
 """On Ray they stand in the config. A key would get into Ray's log there, too; its file's path does no harm."""
 
@@ -67,6 +68,11 @@ def add_to(commands: flags.Commands) -> None:
         "--log-format",
         choices=("text", "json"),
         help="of the log on standard error, with a line for each request: text by default",
+    )
+    parser.add_argument(
+        "--trace-exporter",
+        metavar="MODULE:FUNCTION",
+        help="send spans of requests with this exporter; llava_serve.tracing:otlp sends them by OTLP",
     )
     parser.add_argument("--profile", type=Path, help="settings of Serve's proxy and transport: production, or a file")
     parser.add_argument(
@@ -131,8 +137,11 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
         from llava_serve.async_llm import AsyncLLM
         from llava_serve.cli.log import log_to_stderr
         from llava_serve.probe import check_probes
+        from llava_serve.tracing import export_by
 
         log_to_stderr(options.log_format or "text")
+        if options.trace_exporter is not None:
+            export_by(options.trace_exporter)
         llm = AsyncLLM(model, app_options.engine, image_options=app_options.images.isolated)
         check_probes(llm, app_options.probe)
         backend = InProcessBackend(llm, api.model_name)

@@ -112,7 +112,10 @@ def test_serve_in_process_answers_and_drains(stop: signal.Signals, tmp_path: Pat
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
-        logged = [line for line in map(json.loads, process.stderr) if line.get("path") != "/health"]
+        logged = list(map(json.loads, process.stderr))
+        assert [line["message"] for line in logged if line["logger"] == "llava_serve.api.limiter"] == [
+            "Draining: new requests are refused; 1 in flight are finished."
+        ]
         assert {line["level"] for line in logged} == {"INFO"}
         requests = [line for line in logged if line["logger"] == "llava_serve.access"]
         assert [(line["status"], line.get("reason"), line.get("output_tokens")) for line in requests] == [
