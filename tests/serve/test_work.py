@@ -81,9 +81,11 @@ def test_the_room_of_a_request_and_the_time_of_prefill_are_measured() -> None:
         work.arrived(prompt)
     state = EngineStats(0, 0, 64, 64, 0, 0, 0, 0, prefill_tokens_per_s=5000)
     idle = work.figures(state)
-    assert idle == Figures(0, 5000, pytest.approx(700), 0, 0)
+    assert (idle.queued_work, idle.work_per_s, idle.use, idle.use_per_request) == (0, 5000, 0, 0)
+    assert idle.work_per_request == pytest.approx(700)
     busy = work.figures(dataclasses.replace(state, online=OnlineDemand(2100, sequences=3, room=0.75)))
-    assert busy == Figures(2100, 5000, pytest.approx(700), 0.75, pytest.approx(0.25))
+    assert (busy.queued_work, busy.use) == (2100, 0.75)
+    assert busy.use_per_request == pytest.approx(0.25)
     # All of the time since the last report went into prefill, and more: the clock has hardly moved.
     assert work.figures(dataclasses.replace(state, prefill_seconds=60.0)).use > 1
 
