@@ -21,6 +21,7 @@ from llava_serve.types import Asked, Chunk, PreparedPrompt
 
 from .handle_calls import AbortSender, result, stream
 from .metrics import RayExporter
+from .model_tier import ModelTier
 
 PROBE_TIMEOUT_S = 5.0
 """A call to a deployment without replicas waits; a probe must not wait for long."""
@@ -28,7 +29,7 @@ PROBE_TIMEOUT_S = 5.0
 DESCRIPTION_S = 10.0
 """A description is asked for again after this time: the limits of images may have changed."""
 
-MAX_BATCH_CALLS = 8
+MAX_BATCH_CALLS = 4
 """Of batch work to the picture tier, at once from this process: half of what one replica there takes. More wait here,
 so that online requests find no queue of them."""
 
@@ -38,6 +39,7 @@ class HandleBackend:
 
     Attributes:
         exporter: of this replica's own metrics; Ray has those of all.
+        model_tier: whether there are model replicas.
 
     Args:
         model_name: the name that requests use for the model.
@@ -58,6 +60,7 @@ class HandleBackend:
         self._generate = model.options(method_name="generate", stream=True)
         self._aborts = AbortSender(model)
         self._health = model.options(method_name="health")
+        self.model_tier = ModelTier(model)
 
     @property
     def model_name(self) -> str:
@@ -78,7 +81,8 @@ class HandleBackend:
     ) -> AsyncGenerator[list[Chunk]]:
         """Streams the answer from the model tier. Closing the generator ends the work there."""
         call_id = f"{request_id}-{uuid.uuid4().hex}"  # clients may choose request ids, and two the same
-        return stream(self._generate, self._aborts, call_id, deadline, prepared, sampling, priority)
+        chunks = stream(self._generate, self._aborts, call_id, deadline, prepared, sampling, priority)
+        return self.model_tier.answer(chunks, deadline)
 
     async def describe(self) -> ModelDescription:
         """What the model takes. The picture tier says so: the ingress needs no files of the model.
@@ -105,9 +109,12 @@ class HandleBackend:
             text: str = await result(self._detokenize, token_ids)
             return text
 
-    async def check_health(self) -> None:
-        """Returns if a model replica reports that it can answer; raises `EngineDeadError` otherwise."""
+    async def check_health(self) -> str:
+        """`ok` if a model replica reports that it can answer, or why there is none while requests can wake one."""
+        if (state := await self.model_tier.state()) is not None:  # not a call: it would wait for a replica, and wake it
+            return state
         await _within(PROBE_TIMEOUT_S, result(self._health), "of the model")
+        return "ok"
 
 
 async def _within(seconds: float, call: Awaitable[Any], tier: str) -> Any:

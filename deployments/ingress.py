@@ -36,6 +36,9 @@ from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
 from .live_config import LiveConfig
 from .model_gate import wait_for_model
 
+NOTICEABLE_S = 1.0
+"""A wait for the model that is as long was for its start."""
+
 
 class Ingress:
     """Admission, API keys and the OpenAI API over HTTP; `generate` and `chat` are for other Ray jobs.
@@ -75,7 +78,10 @@ class Ingress:
         """Called by Serve with the deployment's `user_config`. Requests in flight keep the options of their arrival."""
         await self._live.change(user_config)
         if self._prompt_key is not None:
+            began = time.monotonic()
             await wait_for_model(self._model_tier, self._prompt_key)
+            if (waited := time.monotonic() - began) > NOTICEABLE_S:
+                self._backend.model_tier.start_s = waited
             self._prompt_key = None  # it waits at the start alone
 
     def _apply(self, options: ApiOptions) -> None:

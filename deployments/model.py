@@ -22,6 +22,7 @@ from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure
 from .live_config import LiveConfig
 from .metrics import RayExporter
+from .work import ModelWork
 
 EXPORT_S = 1.0
 """Ray's processes collect metrics less often."""
@@ -58,6 +59,7 @@ class LlavaModel:
         self._llm = AsyncLLM(model, engine, image_options=images)
         check_probes(self._llm, probes)
         self._aborted = AbortedCalls()
+        self._work = ModelWork()
         self._metrics = EngineMetrics(RayExporter(model_name or self._llm.model_name))
         threading.Thread(target=_export, args=(weakref.ref(self),), name="metrics", daemon=True).start()
         self._live = LiveConfig("LlavaModel", engine, lambda options: self._llm.set_max_waiting(options.max_waiting))
@@ -92,6 +94,7 @@ class LlavaModel:
         # A prompt of another release has no key, or is refused by its version.
         if getattr(prepared, "prompt_key", "") not in ("", self._prompt_key):
             raise ModelStartingError("The model is being replaced; try again later.")
+        self._work.arrived(prepared)
         chunks = self._llm.generate_prepared(
             prepared, sampling, deadline=deadline, request_id=call_id, priority=priority
         )
@@ -128,6 +131,10 @@ class LlavaModel:
     async def stats(self) -> Mapping[str, object]:
         """The engine's statistics: the fields of `EngineStats`."""
         return dataclasses.asdict(self._llm.stats())
+
+    async def record_autoscaling_stats(self) -> Mapping[str, float]:
+        """Called by Serve at intervals: `autoscaling.Figures`, in positions of prompts."""
+        return dataclasses.asdict(self._work.figures(self._llm.stats()))
 
     async def device(self) -> str:
         """Where this replica runs, as `AsyncLLM.device`."""

@@ -21,6 +21,7 @@ from .handle_calls import returns_failure
 from .live_config import LiveConfig
 from .metrics import RayExporter
 from .model_gate import wait_for_model
+from .work import PictureWork
 
 
 class ImagePreprocessor:
@@ -48,6 +49,7 @@ class ImagePreprocessor:
         self._model_tier = model_tier
         self._exporter = RayExporter(self._spec.name)
         self._num_threads = _num_cpus()
+        self._work = PictureWork(self._num_threads)
         self._live = LiveConfig("ImagePreprocessor", images, self._apply)
         self._apply(images)
 
@@ -77,9 +79,11 @@ class ImagePreprocessor:
             RequestError: the input is invalid; the class says how.
             DeadlineExceededError: the deadline passed before the work was done.
         """
-        prepared = await self._processor.prepare(
-            lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt, priority=priority
-        )
+        with self._work.queued(asked) as size:
+            prepared = await self._processor.prepare(
+                lambda: asked, conv_mode=conv_mode, deadline=deadline, cache_salt=cache_salt, priority=priority
+            )
+            self._work.done(size, prepared)
         return dataclasses.replace(prepared, prompt_key=self._prompt_key)
 
     @returns_failure
@@ -100,6 +104,10 @@ class ImagePreprocessor:
     async def describe(self) -> ModelDescription:
         """What the model takes."""
         return self._processor.processor.description
+
+    async def record_autoscaling_stats(self) -> Mapping[str, float]:
+        """Called by Serve at intervals: `autoscaling.Figures`, in megapixels."""
+        return dataclasses.asdict(self._work.figures())
 
 
 def _num_cpus() -> int:

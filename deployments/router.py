@@ -1,4 +1,5 @@
-"""Cache-aware routing to the model replicas: prefers the one that has cached the image or the conversation.
+"""Cache-aware routing to the model replicas: prefers the one that has cached the image or the conversation. A replica
+gets no more requests in advance than it soon begins; the others wait here, by priority.
 
 `serve_config.yaml` names the router for `LlavaModel`. It runs in each process that calls the model tier, and knows the
 calls of that process only; for new keys all processes agree, since they rank the replicas in the same order.
@@ -7,8 +8,10 @@ calls of that process only; for new keys all processes agree, since they rank th
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections import Counter
+import sys
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
@@ -38,7 +41,9 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
 
     def initialize_state(self, **options: int) -> None:
         """Called by Serve with the config's `request_router_kwargs`: the fields of `RoutingOptions`."""
-        self._affinity = Affinity(RoutingOptions(**options).slack)
+        routing = RoutingOptions(**options)
+        self._affinity = Affinity(routing.slack)
+        self._most = sys.maxsize if routing.max_per_replica is None else routing.max_per_replica
         self._in_flight: Counter[ReplicaID] = Counter()
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
@@ -63,15 +68,29 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The chosen replica, then all others; Serve takes the least loaded of these if the chosen one is full."""
+        """The chosen replica, then all others; Serve takes the least loaded of these if the chosen one is full. None of
+        them where each has enough to do: Serve asks again."""
         await asyncio.sleep(0)  # calls that were routed just before are sent now, and so count in the loads
         replicas = {each.replica_id.unique_id: each for each in candidate_replicas}
         if pending_request is None or not replicas:
             return [list(candidate_replicas)]
         pending_request.routing_context.should_backoff = True  # if all are at capacity: Serve does not wait by itself
         loads = {name: self.load(each.replica_id) for name, each in replicas.items()}
+        if prompt_of(pending_request) is not None:  # other calls cost nothing
+            loads = {name: load for name, load in loads.items() if load < self._most}
+            if not loads:
+                await self._probe_queue_lens(list(replicas.values()), 0)  # other processes' requests may have ended
+                return []
+            replicas = {name: replicas[name] for name in loads}
         first = self._affinity.choose(key_of(pending_request), loads)
         return [[replicas.pop(first)], list(replicas.values())]
+
+    def _get_next_pending_request_to_route(self) -> PendingRequest | None:
+        """The smallest priority number is next, as in the engine, and of equals the one that came first."""
+        waiting = [each for each in self._pending_requests_to_route if not each.future.done()]
+        first = min(waiting, key=priority_of, default=None)
+        self._pending_requests_to_route = deque(each for each in waiting if each is not first)
+        return first
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: object) -> PendingRequest | None:
         """The request that the choice is for. Serve's own method looks for its id, which all calls from one request to
@@ -119,13 +138,23 @@ def key_of(request: PendingRequest) -> str | None:
 
     The prompt is an argument of the call, which this process has anyway. None if the call has no prompt.
     """
-    for argument in request.args:
-        if isinstance(argument, PreparedPrompt):
-            if argument.digests:
-                return argument.digests[0]
-            leading = argument.token_ids[:LEADING_TOKENS].tobytes()
-            return blake2b(leading + argument.cache_salt.encode(), digest_size=16).hexdigest()
-    return None
+    if (prompt := prompt_of(request)) is None:
+        return None
+    if prompt.digests:
+        return prompt.digests[0]
+    leading = prompt.token_ids[:LEADING_TOKENS].tobytes()
+    return blake2b(leading + prompt.cache_salt.encode(), digest_size=16).hexdigest()
+
+
+def prompt_of(request: PendingRequest) -> PreparedPrompt | None:
+    """The prompt of a call of `LlavaModel.generate`; other methods have none."""
+    first = request.args[0] if request.args else None
+    return first if isinstance(first, PreparedPrompt) else None
+
+
+def priority_of(request: PendingRequest) -> float:
+    """That of a call of `LlavaModel.generate`, (prepared, sampling, priority, ...); other calls come before all."""
+    return -math.inf if prompt_of(request) is None else float(request.args[2])
 
 
 def score(key: str, replica: str) -> bytes:

@@ -209,9 +209,12 @@ class RoutingOptions(Options):
 
     Attributes:
         slack: how many requests more than the least loaded replica one may have, and still get what it has cached.
+        max_per_replica: requests that a replica gets, running and waiting; more wait in their callers, from where a new
+            replica takes them. None leaves it to Serve's `max_ongoing_requests`.
     """
 
     slack: int = Field(default=8, ge=0)
+    max_per_replica: int | None = Field(default=None, ge=1)
 
 
 class ApiOptions(Options):

@@ -102,6 +102,17 @@ class RawPrompt:
 Asked = Query | RawPrompt | Sequence[Message]
 
 
+def image_bytes(asked: Asked) -> int:
+    """The bytes of all images of a prompt, as they are sent."""
+    if isinstance(asked, RawPrompt):
+        return 0
+    if isinstance(asked, Query):
+        images = list(asked.images)
+    else:
+        images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
+    return sum(len(image.source) for image in images)
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
     """A prompt as model input, made without torch; sent from the CPU tier to the GPU tier.

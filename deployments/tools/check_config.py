@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from llava_serve.errors import RequestError
 from llava_serve.ray_application import NAMES
 
 from ..app import DEPLOYMENTS, AppArgs
+from ..autoscaling import WorkPolicy
 from .config import IMPORT_PATHS
 
 ROUTERS = tuple(f"{name}.router:AffinityRouter" for name in NAMES)
+POLICIES = tuple(f"{name}.autoscaling:WorkPolicy" for name in NAMES)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,6 +85,7 @@ def check_application(application: Mapping[str, Any], path: str) -> Iterator[str
                 deployments_of(application)[number], AppArgs(**arguments), f"{path}deployments[{number}].user_config"
             )
         yield from check_routing(deployments_of(application)[number], f"{path}deployments[{number}].")
+        yield from check_policy(deployments_of(application)[number], f"{path}deployments[{number}].")
         yield from check_gpus(deployments_of(application)[number], f"{path}deployments[{number}].")
     for name in DEPLOYMENTS:
         if name not in named:
@@ -116,6 +120,23 @@ def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
         arguments = routing.get("request_router_kwargs") or {}
         path += "request_router_config.request_router_kwargs."
         yield from faults_of(arguments, RoutingOptions, path)
+
+
+def check_policy(deployment: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Checks what Serve would find only in its controller."""
+    policy = (deployment.get("autoscaling_config") or {}).get("policy") or {}
+    if policy.get("policy_function") not in POLICIES:
+        return
+    arguments, path = policy.get("policy_kwargs") or {}, f"{path}autoscaling_config.policy.policy_kwargs"
+    names = signature(WorkPolicy).parameters
+    faults = [unknown(f"{path}.{name}", name, names) for name in arguments if name not in names]
+    faults += [f"{path}.{name}: missing" for name in names if name not in arguments]
+    yield from faults
+    if not faults:
+        try:
+            WorkPolicy(**arguments)
+        except (TypeError, ValueError):
+            yield f"{path}.target_wait_s: must be a positive number of seconds"
 
 
 def check_gpus(deployment: Mapping[str, Any], path: str) -> Iterator[str]:

@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import ray
 import yaml
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 from ray.serve.scripts import run as serve_run
 
@@ -109,9 +111,11 @@ def _stage(application: ApplicationStatusOverview) -> str:
 
 
 def _devices() -> list[str]:
-    """Where the model's replicas run."""
-    devices: list[str] = serve.get_deployment_handle(LlavaModel.__name__, APPLICATION).broadcast("device").results()
-    return devices
+    """Where the model's replicas run; none does where the tier sleeps already."""
+    with suppress(DeploymentUnavailableError):
+        devices: list[str] = serve.get_deployment_handle(LlavaModel.__name__, APPLICATION).broadcast("device").results()
+        return devices
+    return []
 
 
 def _report(path: Path, **report: str | list[str] | None) -> None:

@@ -38,7 +38,7 @@ class Version(Answer):
 
 
 class Health(Answer):
-    """The answer of `/health`."""
+    """The answer of `/health`. The status is `ok`, or `sleeping` or `starting` where a request starts the model."""
 
     status: str
     model: str
@@ -82,8 +82,7 @@ def create_app(
     @app.get("/health", summary="Report whether the model can answer")
     @app.get("/ping", summary="Report whether the model can answer, as /health does")
     async def health() -> Health:
-        await backend.check_health()
-        return Health(status="ok", model=service.model.name)
+        return Health(status=await backend.check_health(), model=service.model.name)
 
     @app.get("/version", summary="Report the server's version")
     async def version() -> Version:

@@ -66,6 +66,10 @@ class Backend(Protocol):
         """
         ...
 
-    async def check_health(self) -> None:
-        """Returns if the model can answer; raises `EngineDeadError` otherwise."""
+    async def check_health(self) -> str:
+        """The model's state: `ok`; or, where a request starts it, `sleeping` or `starting`.
+
+        Raises:
+            EngineDeadError: the model cannot answer.
+        """
         ...

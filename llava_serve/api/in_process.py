@@ -72,7 +72,8 @@ class InProcessBackend:
         """The text of token ids, in a thread."""
         return await self._processor.detokenize(token_ids)
 
-    async def check_health(self) -> None:
+    async def check_health(self) -> str:
         """Raises `EngineDeadError` if the engine's loop has ended."""
         if not self._llm.healthy:
             raise EngineDeadError("The engine has stopped.")
+        return "ok"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -22,8 +21,7 @@ from llava_serve.api.page_files import PAGE_PATHS
 from llava_serve.api.record import CLIENT_CLOSED_REQUEST, RequestRecord, recorded
 from llava_serve.errors import AccessError, BodyTooLargeError
 from llava_serve.metrics.requests import RequestMetrics
-from llava_serve.types import ImagePart, Query
-from llava_serve.types import Message as Turn
+from llava_serve.types import Asked, image_bytes
 
 REQUEST_ID = "x-request-id"
 
@@ -162,13 +160,9 @@ class AdmissionMiddleware:
             await self._app(scope, receive_counted, send_own_refusal)
 
 
-def check_image_bytes(asked: Query | Sequence[Turn], limit: int) -> int:
+def check_image_bytes(asked: Asked, limit: int) -> int:
     """The bytes of all images of a request. Raises `BodyTooLargeError` if they are more than `limit`."""
-    if isinstance(asked, Query):
-        images = list(asked.images)
-    else:
-        images = [part for message in asked for part in message.parts if isinstance(part, ImagePart)]
-    size = sum(len(image.source) for image in images)
+    size = image_bytes(asked)
     if size > limit:
         raise too_large(limit)
     return size

@@ -10,6 +10,7 @@ import torch
 from llava_serve.config import EngineOptions, is_batch
 from llava_serve.engine.batch_share import BatchShare
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
+from llava_serve.engine.demand import online_demand
 from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.executor.kv_memory import num_blocks
 from llava_serve.engine.executor.model import VisionLanguageModel
@@ -76,6 +77,9 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             queried_images=self._encoder_cache.num_queries,
             cached_images=self._encoder_cache.num_hits,
+            prefill_tokens_per_s=self._prefill_budget.tokens_per_s,
+            prefill_seconds=self._prefill_budget.prefill_seconds,
+            online=online_demand(self._scheduler, self._kv.num_blocks),
             **vars(self._counts),
         )
 

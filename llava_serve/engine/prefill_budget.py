@@ -132,6 +132,9 @@ class PrefillBudget:
     Args:
         max_tokens, max_tiles: limits of any step.
         min_tokens: prefill that every step may do: every prompt makes progress.
+
+    Attributes:
+        prefill_seconds: by which prefill and the tower have made steps longer, since the start.
     """
 
     def __init__(self, max_tokens: int, max_tiles: int, min_tokens: int = MIN_TOKENS) -> None:
@@ -141,6 +144,14 @@ class PrefillBudget:
         self._token, self._tile = _Line(), _Rate()
         self._steps: deque[float] = deque(maxlen=_WINDOW)
         self._since = 0  # steps with prefill since the last one that only decoded
+        self._with_prefill = _Rate()
+        self.prefill_seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Positions of prompts computed in a second of steps with prefill, the tower's time included; 0 while nothing
+        is measured."""
+        return 1 / taken if (taken := self._with_prefill.value) else 0.0
 
     def step_budget(self, decoding: int) -> StepBudget:
         """The budget of the next step, in which `decoding` sequences advance by one position each."""
@@ -163,6 +174,9 @@ class PrefillBudget:
         """Learns from a step that computed `tokens` prompt positions and `tiles` beside its decoding sequences."""
         self._since += 1
         rest = seconds - self._step if decoding else seconds
+        if tokens or (tiles and self._with_prefill.value):  # the first tile is the warm-up's
+            self._with_prefill.add(seconds, tokens)
+            self.prefill_seconds += max(0.0, rest)
         if tiles:
             self._tile.add(rest - self._token.seconds(tokens), tiles)
         elif tokens:

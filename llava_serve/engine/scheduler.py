@@ -93,7 +93,7 @@ class Scheduler:
     def __init__(self, kv: KVCache, encoder_cache: EncoderCacheManager, max_num_seqs: int) -> None:
         self._kv = kv
         self._encoder_cache = encoder_cache
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self.waiting, self.running = list[SequenceGroup](), list[SequenceGroup]()
         self.preemptions = 0  # since the start
 
@@ -149,9 +149,9 @@ class Scheduler:
         group, online = self.waiting[0], [each for each in self.running if not each.batch]
         if any(each.num_pending > 1 for other in online for each in other.active):
             return
-        if _num_sequences(online) + len(group.sequences) > self._max_num_seqs:
+        if _num_sequences(online) + len(group.sequences) > self.max_num_seqs:
             return
-        while self.num_running + len(group.sequences) > self._max_num_seqs or not self._admit(group):
+        while self.num_running + len(group.sequences) > self.max_num_seqs or not self._admit(group):
             if not self.running or not self.running[-1].batch:
                 return
             self._preempt(self.running[-1])
@@ -239,7 +239,7 @@ class Scheduler:
         segments: list[Segment] = []
         if not self.waiting or (batch and not self.waiting[0].batch):  # an online group lacks room, and goes first
             return segments
-        free = self._max_num_seqs - self.num_running
+        free = self.max_num_seqs - self.num_running
         computing = {
             key
             for group in self.running

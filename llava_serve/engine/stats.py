@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava_serve.engine.demand import NO_DEMAND, OnlineDemand
 from llava_serve.types import PreparedPrompt
 
 
@@ -44,7 +45,7 @@ class EngineStats:
             three, with the first token of a choice.
         computed_tokens: positions computed since the start.
         generated_tokens: tokens sampled since the start.
-        steps: since the start; so are all that follow, but for the last.
+        steps: since the start; so are all that follow, up to `prefill_seconds`.
         prompt_tokens, image_tokens: of the prompts, once for each request; the latter are a part of the former.
         queried_tokens: prompt positions that were looked up in the prefix cache.
         queried_images, cached_images: whose features a prefill needed, and those of them that another had computed.
@@ -52,6 +53,10 @@ class EngineStats:
         aborted, expired: requests whose caller ended them, and whose deadline passed.
         step_seconds, schedule_seconds: in steps, and in the scheduler, which is a part of them.
         computed_sequences: of all steps.
+        prefill_seconds: by which prefill and the tower have made steps longer.
+        prefill_tokens_per_s: positions of prompts that are computed in a second of steps with prefill; 0 while nothing
+            is measured. It is of the last such steps; the rest is of the state after the last step.
+        online: what online requests ask for.
         heartbeat_age_s: seconds since the loop's last turn; 0 where no thread drives the engine.
         slow_attention: on a GPU, attention runs without its fast kernel; the log says why.
     """
@@ -75,5 +80,8 @@ class EngineStats:
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
     computed_sequences: int = 0
+    prefill_seconds: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    online: OnlineDemand = NO_DEMAND
     heartbeat_age_s: float = 0.0
     slow_attention: bool = False

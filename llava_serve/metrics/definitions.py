@@ -85,7 +85,7 @@ REFUSALS = _counter(
     "ingress",
     "llava_admission_refusals",
     "Requests that were refused with 429. Reasons: in_flight, bytes, batch (no room for batch work), draining, "
-    "key_in_flight, key_rate, link_host, replica_queue, engine_queue, calls_waiting.",
+    "key_in_flight, key_rate, link_host, replica_queue, engine_queue, calls_waiting, model_starting.",
     "reason",
 )
 REQUEST_SECONDS = _seconds(

@@ -60,10 +60,21 @@ def test_the_bounds_let_the_application_refuse_itself(config: Config) -> None:
     engine = deployment(config, "LlavaModel")
     queue = args.engine.max_num_seqs + args.engine.max_waiting
     assert engine["max_ongoing_requests"] > queue * (1 + BATCH_SHARE)
+    # A replica gets little more than its batch in advance, and a batch of online requests beside all its batch work.
+    batch = args.engine.max_num_seqs
+    most = engine["request_router_config"]["request_router_kwargs"]["max_per_replica"]
+    assert batch + int(1.5 * batch) <= most < 3 * batch
     assert config["http_options"]["request_timeout_s"] > args.api.max_timeout_s
     for name in ("Ingress", "LlavaModel"):
         assert deployment(config, name)["graceful_shutdown_timeout_s"] > args.api.max_timeout_s
 
+
+def policy(config: Config, name: str) -> Config:
+    found: Config = deployment(config, name)["autoscaling_config"]["policy"]
+    return found
+
+
+KWARGS = "autoscaling_config.policy.policy_kwargs"
 
 TYPOS: list[tuple[Callable[[Config], object], str]] = [
     (lambda c: c.update(http_option={}), "http_option: unknown; did you mean http_options?"),
@@ -99,6 +110,14 @@ TYPOS: list[tuple[Callable[[Config], object], str]] = [
         "applications[0].deployments[2].request_router_config.request_router_kwargs.slak: unknown; did you mean slack?",
     ),
     (
+        lambda c: policy(c, "LlavaModel")["policy_kwargs"].update(target_wait=1),
+        f"applications[0].deployments[2].{KWARGS}.target_wait: unknown; did you mean target_wait_s?",
+    ),
+    (
+        lambda c: policy(c, "ImagePreprocessor").pop("policy_kwargs"),
+        f"applications[0].deployments[1].{KWARGS}.target_wait_s: missing",
+    ),
+    (
         lambda c: deployment(c, "LlavaModel").update(name="LavaModel"),
         "applications[0].deployments[2].name: LavaModel: unknown; did you mean LlavaModel?",
     ),
@@ -123,6 +142,14 @@ def test_a_wrong_value_is_refused_where_serve_takes_any_dict(config: Config) -> 
     first, second = check(config, cpus=2)
     assert first.startswith("applications[0].deployments[1].autoscaling_config.max_replicas: ")
     assert second.startswith("applications[0].deployments[2].request_router_config.max_backoff_s: ")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "fast", None])
+def test_a_target_that_is_no_time_is_refused(config: Config, seconds: object) -> None:
+    policy(config, "LlavaModel")["policy_kwargs"]["target_wait_s"] = seconds
+    assert check(config) == [
+        f"applications[0].deployments[2].{KWARGS}.target_wait_s: must be a positive number of seconds"
+    ]
 
 
 def test_more_gpus_than_one_replica_uses_are_refused(config: Config) -> None:

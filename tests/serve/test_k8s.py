@@ -243,12 +243,16 @@ def test_a_gateway_moves_no_more_requests_than_there_is_capacity() -> None:
     assert 0 < options["stepSizePercent"] <= options["maxSurgePercent"] <= 100  # KubeRay refuses others
 
 
-def test_the_model_tier_grows_before_a_batch_is_full() -> None:
+def test_the_tiers_grow_by_their_work_and_no_replica_gets_many_batches() -> None:
     for each in (yaml.safe_load(CONFIG.read_text()), serve_config_of("overlays/gpu")):
         [application] = each["applications"]
         batch = application["args"]["engine"]["max_num_seqs"]
-        [model] = [each for each in application["deployments"] if each["name"] == "LlavaModel"]
-        assert model["autoscaling_config"]["target_ongoing_requests"] == round(0.7 * batch)
+        tiers = {each["name"]: each for each in application["deployments"]}
+        for name in ("ImagePreprocessor", "LlavaModel"):
+            function = tiers[name]["autoscaling_config"]["policy"]["policy_function"]
+            assert function == application["import_path"].replace("app:build_app", "autoscaling:WorkPolicy")
+        routing = tiers["LlavaModel"]["request_router_config"]["request_router_kwargs"]
+        assert routing["max_per_replica"] == 2.5 * batch
 
 
 def validate(each: Object) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID
-from ray.serve.request_router import ReplicaID
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments import router
 from deployments.router import Affinity, AffinityRouter
+from llava_serve.types import PreparedPrompt
 
 SLACK = 4
 
@@ -100,6 +102,25 @@ def test_distinct_keys_are_balanced_as_by_two_random_choices(replicas: int) -> N
         return total / 5000
 
     assert excess(by_affinity) < 1.1 * excess(by_chance)
+
+
+def asked(priority: int | None = 0) -> PendingRequest:
+    """A call with a prompt, or one without."""
+    args = [] if priority is None else [PreparedPrompt(np.arange(9, dtype=np.int32)), None, priority, "id", 1e12]
+    return PendingRequest(args, {}, RequestMetadata("request", "internal", call_method="generate"))
+
+
+async def test_requests_wait_in_order_of_priority_and_calls_without_a_prompt_are_first() -> None:
+    subject = AffinityRouter(DeploymentID("LlavaModel", "llava"), DeploymentHandleSource.REPLICA)
+    subject.initialize_state(slack=SLACK)
+    first, batch, urgent, second, control, left = (asked(priority) for priority in (0, 1, -5, 0, None, 0))
+    for each in (first, batch, urgent, second, control, left):
+        subject._pending_requests_to_route.append(each)
+    left.future.cancel()
+    order = [subject._get_next_pending_request_to_route() for _ in range(6)]
+    assert all(
+        each is wanted for each, wanted in zip(order, (control, urgent, first, second, batch, None), strict=True)
+    )
 
 
 async def test_a_burst_counts_before_the_replicas_reply() -> None:

@@ -25,7 +25,7 @@ from support.paths import CONFIG
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-TARGETS = {"ImagePreprocessor": 1, "LlavaModel": 4}
+TIERS = ("ImagePreprocessor", "LlavaModel")
 SHORT = {"look_back_period_s": 11, "upscale_delay_s": 2, "downscale_delay_s": 5}  # Serve hears of the load every 10 s
 TIMEOUT_S = 600
 
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def config_that_scales_soon() -> dict[str, Any]:
-    """The real one, with room for two replicas of each tier, low targets and short delays."""
+    """The real one, with its policy, room for two replicas of each tier, few places in a batch and short delays."""
     config = read_config(CONFIG, port=free_port())
+    config["applications"][0]["args"]["engine"] |= {"max_num_seqs": 8}
     for deployment in config["applications"][0]["deployments"]:
-        if target := TARGETS.get(deployment["name"]):
-            bounds = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": target}
-            deployment["autoscaling_config"] = bounds | SHORT
+        if deployment["name"] in TIERS:
+            deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 2} | SHORT
             deployment["ray_actor_options"]["num_cpus"] = 0.4
     return config
 
@@ -104,10 +104,10 @@ async def wait_for(wanted: int, running: LocalCluster, meanwhile: Callable[[], A
     """Seconds until each tier has this many replicas."""
     start = time.monotonic()
     reached: dict[str, float] = {}
-    while len(reached) < len(TARGETS):
+    while len(reached) < len(TIERS):
         assert time.monotonic() < start + TIMEOUT_S, f"only {reached} came to {wanted}"
         await meanwhile()
-        for name in TARGETS:
+        for name in TIERS:
             if name not in reached and len(replicas(name, running)) == wanted:
                 reached[name] = round(time.monotonic() - start, 1)
     return reached

@@ -131,8 +131,9 @@ class PacedBackend:
     async def detokenize(self, token_ids: Sequence[int], *, deadline: float) -> str:
         return " ".join(map(str, token_ids))
 
-    async def check_health(self) -> None:
+    async def check_health(self) -> str:
         self._fail(-1)
+        return "ok"
 
     def _fail(self, now: int) -> None:
         if self.failure is not None and self.fail_at == now:
