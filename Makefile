@@ -13,7 +13,7 @@ LIBRARY := llava_serve deployments
 BESIDE := tests benchmarks testbed examples
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo serve test test-extended test-faults test-slow check check-training docs eval-builtin clean
+.PHONY: help setup demo serve test test-extended test-kernels test-faults test-slow check check-training docs eval-builtin clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env)"
 	@echo "make test          the everyday tests: some minutes on two cores; measures coverage"
 	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
+	@echo "make test-kernels  the GPU kernels without a GPU: interpreted and compiled, below 2 minutes (installs Triton, 0.7 GB)"
 	@echo "make test-faults   processes that are killed under load, both profiles, a lost node: half an hour"
 	@echo "make test-slow     installs, soaks, long fuzzing, real clients: as long as it takes"
 	@echo "make check         format, lint, types, layers, dependencies, words, serve_config.yaml"
@@ -70,6 +71,12 @@ test: setup
 
 test-extended: setup
 	@$(PYTEST) -m "extended and not slow"
+
+# In a folder of its own: nothing else needs Triton, which torch's CUDA build brings.
+test-kernels: setup
+	@test -d build/triton/triton || $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps \
+		-c constraints.txt --target build/triton triton
+	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(PYTEST) tests/engine/kernels
 
 test-faults: setup
 	@$(PYTEST) tests/faults --log-cli-level=INFO

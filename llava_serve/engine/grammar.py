@@ -192,7 +192,7 @@ _SOURCES: dict[str, Callable[[str], str]] = {
 }
 
 
-def too_complex(asked: StructuredOutput) -> RequestError:
+def too_complex_to_compile(asked: StructuredOutput) -> RequestError:
     """For a form whose compiling passes a limit."""
     return _fault(asked, "limit")
 

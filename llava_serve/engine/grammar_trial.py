@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.engine.grammar import too_complex
+from llava_serve.engine.grammar import too_complex_to_compile
 from llava_serve.errors import RequestError
 from llava_serve.structured_output import StructuredOutput
 
@@ -57,7 +57,7 @@ class GrammarTrial:
                 fault = self._child.ask(pickle.dumps((asked, continues)))
             except (EOFError, OSError):
                 self.close()
-                raise too_complex(asked) from None
+                raise too_complex_to_compile(asked) from None
         if fault is not None:
             raise RequestError(fault)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from llava_serve.config import EngineOptions
+from llava_serve.engine.executor import llama_decoder
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.sequence import PromptLogprobs
 from llava_serve.errors import LlavaServeError
@@ -221,6 +222,16 @@ def test_batched_equals_single(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(QUICK, MANY))
 def test_batched_equals_single_many(kind: str, seed: int) -> None:
     check_tiny(kind, seed)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    "seed", [*range(3 * QUICK), *(pytest.param(at, marks=pytest.mark.slow) for at in range(3 * QUICK, MANY))]
+)
+def test_batched_equals_single_with_the_decoder_for_cuda(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
+    check_tiny(kind, seed, poison=20 if seed % 3 == 0 else None)
 
 
 @pytest.mark.parametrize("seed", range(QUICK))

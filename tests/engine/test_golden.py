@@ -12,6 +12,7 @@ import torch
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions, ImageOptions
+from llava_serve.engine.executor import build, llama_decoder
 from llava_serve.model.llava import Llava
 from llava_serve.results import GenerationResult
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
@@ -123,6 +124,18 @@ def test_greedy_tokens_and_text(name: str) -> None:
     sampling = SamplingParams(temperature=0, max_new_tokens=20, logprobs=2)
     for case in SUITE[name]["cases"]:
         assert_equal_until_tie(case, load(name).run([prepare(name, case)], sampling)[0])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", SUITE)
+def test_greedy_tokens_and_text_of_the_decoder_for_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
+    monkeypatch.setattr(build, "pack_linears", lambda model: None)  # it computes plain layers only
+    llm = load.__wrapped__(name)
+    assert ("fused" in llm.engine._runner._decoder.name) == ("mpt" not in name)
+    sampling = SamplingParams(temperature=0, max_new_tokens=20, logprobs=2)
+    for case in SUITE[name]["cases"]:
+        assert_equal_until_tie(case, llm.run([prepare(name, case)], sampling)[0])
 
 
 def test_a_difference_before_a_tie_is_found() -> None:

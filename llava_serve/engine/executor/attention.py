@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,12 @@ class Step(Protocol):
     """A step as a model gets it: positions [tokens], and attention over the KV pool."""
 
     positions: torch.Tensor
+    memory: KVPool
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int64 [tokens], positions of the KV pool for the keys and values of each token."""
+        ...
 
     def attend(
         self,
@@ -72,6 +79,17 @@ class Step(Protocol):
         slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `PackedStep.attend`."""
+        ...
+
+    def attend_stored(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        slopes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attend`, to keys and values that are written at `slots`."""
         ...
 
 
@@ -93,7 +111,7 @@ class PackedStep:
         padding: int = 0,
         shared_prefixes: Sequence[SharedPrefix] = (),
     ) -> None:
-        self._memory = memory
+        self.memory = memory
         self._sequences = sequences
         self._dtype = dtype
         self._padding = padding
@@ -128,10 +146,28 @@ class PackedStep:
         Returns:
             [1, tokens, heads, head_dim].
         """
-        self._memory.write(layer, self._writes, key[0], value[0])
+        self.memory.write(layer, self._writes, key[0], value[0])
+        return self.attend_stored(layer, query, scaling, window, slopes)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """See `Step.slots`. Padding is written to the last position, which belongs to no sequence."""
+        last = self.memory.layers[0][0].shape[1] - 1
+        slots = [one.base + at for one in self._sequences for at in range(one.start, one.start + one.length)]
+        return to_device(torch.tensor([*slots, *[last] * self._padding]), self.memory.device)
+
+    def attend_stored(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        slopes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Step.attend_stored`."""
         if self._varlen is not None and (slopes is None or self._fast(alibi=True)):
-            return self._varlen.attend(query, *self._memory.layers[layer], scaling, window, slopes)
-        keys, values = (memory[None] for memory in self._memory.layers[layer])
+            return self._varlen.attend(query, *self.memory.layers[layer], scaling, window, slopes)
+        keys, values = (memory[None] for memory in self.memory.layers[layer])
 
         def stored(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
             return keys.narrow(2, start, count), values.narrow(2, start, count)
@@ -157,7 +193,7 @@ class PackedStep:
 
     def _fast(self, *, alibi: bool = False) -> bool:
         """One call of a fast kernel attends to the extents of all sequences."""
-        memory = self._memory
+        memory = self.memory
         return varlen.available(memory.device, self._dtype, memory.kv_heads, memory.head_dim, alibi=alibi)
 
     def _key_range(self, one: PackedSequence, window: int | None, slopes: torch.Tensor | None) -> _KeyRange:

@@ -17,6 +17,7 @@ import torch
 
 from llava_serve.engine.executor.attention import PackedSequence
 from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kernels.selection import DecodeKernel
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite
 from llava_serve.engine.executor.varlen import VarlenAttention
 
@@ -33,6 +34,11 @@ def buckets(max_batch_size: int) -> list[int]:
     """Batch sizes that get a graph, in rising order; the last is `max_batch_size`."""
     sizes = {*_SMALL, *range(_STRIDE, max_batch_size, _STRIDE), max_batch_size}
     return sorted(size for size in sizes if size <= max_batch_size)
+
+
+def extent_of_two(page_size: int) -> int:
+    """Positions of the smallest extent that holds two."""
+    return page_size if page_size > 1 else 2
 
 
 def decode_input(
@@ -58,16 +64,37 @@ def decode_input(
 
 
 class _StaticStep:
-    """An `attention.Step` that reads positions and extents from a graph's input."""
+    """An `attention.Step` that reads positions and extents from a graph's input.
 
-    def __init__(self, memory: KVPool, positions: torch.Tensor, bases: torch.Tensor, max_keys: int) -> None:
+    Args:
+        max_keys: the most that a sequence can have.
+        page_size: extents begin at multiples of it.
+        kernel: for attention; None is that of `VarlenAttention`.
+    """
+
+    def __init__(
+        self,
+        memory: KVPool,
+        positions: torch.Tensor,
+        bases: torch.Tensor,
+        max_keys: int,
+        page_size: int,
+        kernel: DecodeKernel | None,
+    ) -> None:
         batch_size = len(positions)
-        self._memory = memory
+        self.memory = memory
         self.positions = positions
-        self._writes = [KVWrite(0, batch_size, targets=bases + positions)]
-        bounds = torch.arange(batch_size + 1, dtype=torch.int32, device=positions.device)
-        begins = torch.cat([bases, bases[-1:]]).int()
-        self._varlen = VarlenAttention(bounds, begins, (positions + 1).int(), 1, max_keys)
+        self.slots = bases + positions
+        self._writes = [KVWrite(0, batch_size, targets=self.slots)]
+        self._used = (positions + 1).int()
+        self._kernel, self._page_size = kernel, page_size
+        if kernel is not None:  # an extent is pages in a row
+            pages = torch.arange(-(-max_keys // page_size), device=positions.device)
+            self._table = (bases[:, None] // page_size + pages).int()
+        else:
+            bounds = torch.arange(batch_size + 1, dtype=torch.int32, device=positions.device)
+            begins = torch.cat([bases, bases[-1:]]).int()
+            self._varlen = VarlenAttention(bounds, begins, self._used, 1, max_keys)
 
     def attend(
         self,
@@ -80,8 +107,23 @@ class _StaticStep:
         slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `PackedStep.attend`."""
-        self._memory.write(layer, self._writes, key[0], value[0])
-        return self._varlen.attend(query, *self._memory.layers[layer], scaling, window, slopes)
+        self.memory.write(layer, self._writes, key[0], value[0])
+        return self.attend_stored(layer, query, scaling, window, slopes)
+
+    def attend_stored(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        slopes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `PackedStep.attend_stored`."""
+        memory = self.memory.layers[layer]
+        if self._kernel is None:
+            return self._varlen.attend(query, *memory, scaling, window, slopes)
+        packed = query[0].transpose(0, 1)
+        return self._kernel(packed, *memory, self._table, self._used, self._page_size, scaling, window, slopes)[None]
 
 
 class DecodeGraphs:
@@ -92,6 +134,8 @@ class DecodeGraphs:
         max_batch_size: of a step.
         max_keys: the most that a sequence can have.
         padding_position: see `decode_input`.
+        page_size: extents begin at multiples of it, and so does the padding position.
+        kernel: for attention; None is that of `VarlenAttention`.
     """
 
     def __init__(
@@ -102,12 +146,15 @@ class DecodeGraphs:
         max_batch_size: int,
         max_keys: int,
         padding_position: int,
+        page_size: int,
+        kernel: DecodeKernel | None,
     ) -> None:
         self._decoder = decoder
         self._embed = embed
         self._memory = memory
         self._max_keys = max_keys
         self._padding_position = padding_position
+        self._page_size, self._kernel = page_size, kernel
         self._buckets = buckets(max_batch_size)
         self._device = memory.layers[0][0].device
         self._inputs = {size: decode_input([], [], size, padding_position).to(self._device) for size in self._buckets}
@@ -154,10 +201,10 @@ class DecodeGraphs:
                 logits.copy_(self._forward(batch_size))
         torch.cuda.current_stream().wait_stream(stream)
         self._graphs[batch_size] = graph
-        at = torch.arange(batch_size, device=self._device)
+        at, extent = torch.arange(batch_size, device=self._device), extent_of_two(self._page_size)
         for half in itertools.chain(*self._memory.layers):  # no sequence is in the pool yet
-            half[:, : 2 * batch_size].zero_()
-        self._inputs[batch_size].copy_(torch.stack([at % 64, torch.ones_like(at), 2 * at]))
+            half[:, : extent * batch_size].zero_()
+        self._inputs[batch_size].copy_(torch.stack([at % 64, torch.ones_like(at), extent * at]))
         expected = self._forward(batch_size)
         graph.replay()
         correct = bool((logits - expected).abs().max() <= _TOLERANCE * expected.abs().max())
@@ -167,5 +214,5 @@ class DecodeGraphs:
 
     def _forward(self, batch_size: int) -> torch.Tensor:
         tokens, positions, bases = self._inputs[batch_size]
-        step = _StaticStep(self._memory, positions, bases, self._max_keys)
+        step = _StaticStep(self._memory, positions, bases, self._max_keys, self._page_size, self._kernel)
         return self._decoder.logits(self._decoder.forward(self._embed(tokens), step))

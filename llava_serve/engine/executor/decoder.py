@@ -13,6 +13,7 @@ from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_t
 
 from llava_serve.engine.executor import attention, compiled
 from llava_serve.engine.executor.attention import Step
+from llava_serve.engine.executor.llama_decoder import LlamaDecoder
 from llava_serve.engine.executor.output_head import output_head
 
 
@@ -20,7 +21,7 @@ class Decoder:
     """A causal language model over packed steps.
 
     Most call the attention through transformers' `AttentionInterface`, and pass on the step from their own arguments.
-    MPT supports neither: its attention modules are replaced.
+    MPT supports neither: its attention modules are replaced. The Llama family has a decoder of our own on CUDA.
 
     Args:
         language_model: one of transformers' causal LMs; its attention is replaced permanently.
@@ -34,6 +35,7 @@ class Decoder:
         self._replaced: list[_MptAttention] = []
         self._extra: dict[str, torch.Tensor] = {}
         self._compiled: compiled.CompiledDecoder | None = None
+        self._llama: LlamaDecoder | None = None
         floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
         floats &= not any("forward" in vars(module) for module in language_model.modules())  # compressed-tensors
         self.has_float_weights = floats
@@ -50,9 +52,16 @@ class Decoder:
             self._compiled = compiled.CompiledDecoder(self._decoder)
         else:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
+            if floats and LlamaDecoder.supports(language_model):
+                self._llama = LlamaDecoder(language_model)
         self.capturable = floats
         """Its steps can be captured as CUDA graphs: it has no quantized layers, whose kernels synchronize."""
         self.has_alibi = bool(self._replaced)
+
+    @property
+    def name(self) -> str:
+        """Which code computes it, for the check at load."""
+        return f"{self._language_model.config._attn_implementation}{' fused' if self._llama else ''}"
 
     @property
     def min_tokens(self) -> int:
@@ -72,6 +81,8 @@ class Decoder:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
         if self._compiled is not None:
             return self._compiled.forward(embeddings, step)
+        if self._llama is not None:
+            return self._llama.forward(embeddings, step)
         for module in self._replaced:
             module.step = step
         output = self._decoder(

@@ -23,7 +23,7 @@ _HALF_TOLERANCE = 0.2
 """Of half precision and of quantized layers."""
 
 _checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""Language models that were found right, with the attention that they had: engines may share one."""
+"""Language models that were found right, with the decoders that they had: engines may share one."""
 
 
 @torch.inference_mode()
@@ -36,8 +36,7 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[
     Raises:
         CheckpointError: they differ, or the engine cannot compute them.
     """
-    attention = model.language_model.config._attn_implementation
-    if attention in _checked.get(model.language_model, ()):
+    if decoder.name in _checked.get(model.language_model, ()):
         return
     vocabulary = model.language_model.get_input_embeddings().num_embeddings
     ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
@@ -61,7 +60,7 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[
             f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: the "
             f"logits differ by {worst:.1%}. It would answer wrongly, so it is not loaded."
         )
-    _checked.setdefault(model.language_model, set()).add(attention)
+    _checked.setdefault(model.language_model, set()).add(decoder.name)
 
 
 def _engine_logits(

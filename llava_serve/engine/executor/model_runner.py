@@ -14,11 +14,13 @@ from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.attention import PackedSequence, PackedStep
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
-from llava_serve.engine.executor.cuda_graphs import DecodeGraphs
+from llava_serve.engine.executor.cuda_graphs import DecodeGraphs, extent_of_two
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import check_decoder
 from llava_serve.engine.executor.image_encoder import ImageEncoder
+from llava_serve.engine.executor.kernels.selection import DecodeKernel, decode_kernel, top_p_kernel
 from llava_serve.engine.executor.kv_pool import KVPool
+from llava_serve.engine.executor.llama_decoder import layer_shape
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt
@@ -73,10 +75,27 @@ class ModelRunner:
         fast = varlen.available(model.device, model.dtype, kv_heads, head_dim, alibi=alibi)
         self.slow_attention = model.device.type == "cuda" and not fast
         """On a GPU, attention runs without its fast kernel."""
-        if fast and self._decoder.capturable and options.cuda_graphs and positions >= 2 * options.max_num_seqs:
-            keys = min(positions, model.spec.context_length)
-            graphs = DecodeGraphs(self._decoder, model.embed, self._memory, options.max_num_seqs, keys, positions)
-            self._graphs = graphs if graphs.capture() else None
+        room = positions >= extent_of_two(block_size) * options.max_num_seqs
+        if model.device.type == "cuda" and self._decoder.capturable and options.cuda_graphs and room:
+            shape = layer_shape(model.language_model, kv_heads, head_dim)
+            kernel = decode_kernel(shape, block_size, alibi=alibi)
+            if fast or kernel is not None:
+                self._graphs = self._captured(options.max_num_seqs, positions, kernel)
+
+    def _captured(self, max_batch_size: int, positions: int, kernel: DecodeKernel | None) -> DecodeGraphs | None:
+        """The graphs of decode steps, unless they cannot be captured."""
+        keys = min(positions, self._model.spec.context_length)
+        graphs = DecodeGraphs(
+            self._decoder,
+            self._model.embed,
+            self._memory,
+            max_batch_size,
+            keys,
+            positions,
+            self._block_size,
+            kernel,
+        )
+        return graphs if graphs.capture() else None
 
     def warm_up(self) -> float:
         """Compiles the decoder, where that is asked for, checks it, and measures the tower.
@@ -89,6 +108,7 @@ class ModelRunner:
         """
         self._decoder.warm_up(self._dummy_step)
         check_decoder(self._model, self._decoder, kv_shape(self._model))
+        top_p_kernel(torch.float32, self._model.device)  # its trial
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
         for _ in range(2):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llava_serve.engine.beam import BeamSearch, Candidate
+from llava_serve.engine.executor.kernels.selection import current_device, top_p_kernel
 from llava_serve.engine.executor.token_mask import mask_tokens
 from llava_serve.engine.executor.transfer import to_device, to_host
 from llava_serve.engine.sequence import RawLogprob, Sequence
@@ -181,7 +182,9 @@ def _random_sample(
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column([one.temperature for one in samplings], logits)
     if any(one.min_p for one in samplings):  # the likeliest token's logit is 0 here
         logits.masked_fill_(logits < _column([one.min_p for one in samplings], logits).log(), float("-inf"))
-    truncated = [index for index, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
+    kernel = top_p_kernel(logits.dtype, logits.device) if logits.dtype == torch.float32 else None
+    sorts = [bool(one.top_k) or (one.top_p < 1 and kernel is None) for one in samplings]
+    truncated = [index for index, sort in enumerate(sorts) if sort]
     sufficient = torch.ones(0, dtype=torch.bool, device=logits.device)
     if truncated:
         where = _on(logits, truncated)
@@ -192,6 +195,10 @@ def _random_sample(
         logits.index_copy_(0, where, kept)
     draw = (1,) if again else ()
     noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *draw) for sequence in sequences]
+    if kernel is not None:
+        top_p = [1.0 if sort else one.top_p for one, sort in zip(samplings, sorts, strict=True)]
+        with current_device(logits.device):
+            return kernel(logits, _on(logits, top_p, torch.float32), _on(logits, noise, torch.float64)), sufficient
     # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = _column(noise, mass) * mass[:, -1:]
