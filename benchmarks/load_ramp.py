@@ -29,9 +29,9 @@ from PIL import Image
 
 from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_times
-from benchmarks.processes import processes, title
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import LocalCluster, free_port, local_cluster
+from testbed.processes import processes, title
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
 TARGETS = {"ImagePreprocessor": 1, "LlavaModel": 4}

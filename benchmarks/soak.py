@@ -7,7 +7,7 @@ ones with a large picture that differs from all before it, `text` with three cho
 that must be refused, `cancelled` ones whose client disconnects, and `expired` ones with a time that cannot suffice. A
 good answer is right if it is what the library gives for that picture by itself; what makes the picture differ is one
 pixel. The memory is that of all processes of Ray, Serve and the replicas, with `slope` and `flat` of its second half
-(`benchmarks.processes.memory`). The caches are small, and full by then.
+(`testbed.processes.memory`). The caches are small, and full by then.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import numpy as np
 
 from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_times
-from benchmarks.processes import Samples, memory, watch_memory
 from benchmarks.soak_requests import KINDS, Scene, request_of, scenes
 from deployments.tools.local_cluster import LocalCluster, local_cluster
 from deployments.tools.serve_env import read_serve_env
 from testbed.counted import counted_config
+from testbed.processes import Samples, memory, watch_memory
 
 SETTLED_S = 60.0
 """Until nothing remains of the last requests."""

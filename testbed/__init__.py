@@ -1,1 +1,1 @@
-"""What tests and benchmarks both run against: servers to send requests to, and requests that are hard to serve."""
+"""What tests and benchmarks share: servers to send requests to, requests that are hard to serve, processes to watch."""

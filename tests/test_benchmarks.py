@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import memory
 from support.paths import ROOT
+from testbed.processes import memory
 
 COMMANDS = [
     "batch_class",
@@ -49,7 +49,6 @@ PARTS = {
     "options",
     "paced",
     "plot",
-    "processes",
     "ray_job",
     "soak_requests",
 }
