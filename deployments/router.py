@@ -36,6 +36,9 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
     calls the model tier needs the modules that it imports.
     """
 
+    _pending_requests_to_route: deque[PendingRequest]
+    """Serve's: those that wait for a choice."""
+
     queue_len_response_deadline_s = 1.0
     """A busy replica responds late; with Serve's 0.1 s the request would go to a replica that has nothing cached."""
 

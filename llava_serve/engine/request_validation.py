@@ -82,7 +82,7 @@ class RequestValidator:
         self._check_prompt(prompt)
         self._check_token_ids(sampling)
         ends = (*self._spec.eos_token_ids, *prompt.stop_token_ids)
-        end_tokens = frozenset(token for token in ends if 0 <= token < self._vocabulary)
+        end_tokens = frozenset(token for token in ends if 0 <= token < self.vocabulary)
         form = sampling.structured
         return EngineRequest(
             request_id=request_id,
