@@ -21,7 +21,7 @@ from llava_serve.deadline import deadline_scope
 from llava_serve.engine.output_processor import collect
 from llava_serve.errors import UnknownModelError
 from llava_serve.images.fetch import ImageSource, read_local_source
-from llava_serve.inputs import CallOptions, images_and_sampling
+from llava_serve.inputs import CallOptions, checked_messages, checked_query, deadline_of, images_and_sampling
 from llava_serve.openai_messages import ChatMessage, read_asked
 from llava_serve.results import GenerationResult
 from llava_serve.sampling_params import SamplingParams
@@ -144,13 +144,13 @@ class LlavaClient:
         **options: Unpack[CallOptions],
     ) -> GenerationResult:
         """As `generate`."""
-        return await self._collect(query, images, sampling, options)
+        return await self._collect(checked_query(query), images, sampling, options)
 
     async def chat_async(
         self, messages: Messages, sampling: SamplingParams | None = None, **options: Unpack[CallOptions]
     ) -> GenerationResult:
         """As `chat`."""
-        return await self._collect(messages, None, sampling, options)
+        return await self._collect(checked_messages(messages), None, sampling, options)
 
     async def stream_async(
         self,
@@ -179,7 +179,7 @@ class LlavaClient:
         """The prompt, without its tiles, and the answer in groups. Files, links and references are read here, in the
         caller's process."""
         images, sampling = images_and_sampling(images, sampling)
-        deadline = time.time() + (options.get("timeout") or self._timeout)
+        deadline = deadline_of(options) or time.time() + self._timeout
         async with deadline_scope(deadline):
             fetched = asked if isinstance(asked, str) else [await _fetched(message) for message in asked]
             values = [await _value(image) for image in images]

@@ -22,13 +22,19 @@ from llava_serve.config import (
     resolve_image_options,
     resolve_model_options,
 )
-from llava_serve.deadline import deadline_in
 from llava_serve.engine.engine_loop import EngineLoop
 from llava_serve.engine.executor.build import build_engine, device_name
 from llava_serve.engine.grammar_trial import GrammarTrial
 from llava_serve.engine.output_processor import OutputProcessor, collect
 from llava_serve.engine.stats import EngineStats
-from llava_serve.inputs import CallOptions, Images, images_and_sampling
+from llava_serve.inputs import (
+    CallOptions,
+    Images,
+    checked_messages,
+    checked_query,
+    deadline_of,
+    images_and_sampling,
+)
 from llava_serve.openai_messages import ChatMessage
 from llava_serve.processor import Processor
 from llava_serve.results import GenerationResult
@@ -147,7 +153,7 @@ class AsyncLLM:
             return self.generate_prepared(
                 query, sampling or images, deadline=deadline, request_id=request_id, priority=priority
             )
-        return self._answer(query, images, sampling, options)
+        return self._answer(checked_query(query), images, sampling, options)
 
     async def chat(
         self,
@@ -164,7 +170,7 @@ class AsyncLLM:
         Raises:
             LlavaServeError: as `generate`.
         """
-        return await self._answer(messages, None, sampling, options)
+        return await self._answer(checked_messages(messages), None, sampling, options)
 
     async def stream(
         self,
@@ -201,7 +207,7 @@ class AsyncLLM:
     ) -> tuple[PreparedPrompt, AsyncGenerator[Chunk]]:
         """The prepared prompt, and the stream of its answer."""
         images, sampling = images_and_sampling(images, sampling)
-        deadline, priority = deadline_in(options.get("timeout")), options.get("priority", 0)
+        deadline, priority = deadline_of(options), options.get("priority", 0)
         prepared = await self.processor.prepare(
             partial(self.processor.processor.read, asked, images),
             conv_mode=options.get("conv_mode"),

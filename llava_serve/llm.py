@@ -16,7 +16,7 @@ from llava_serve.config import (
     resolve_image_options,
     resolve_model_options,
 )
-from llava_serve.deadline import check_deadline, deadline_in
+from llava_serve.deadline import check_deadline
 from llava_serve.engine.answers import OpenAnswers
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.build import build_engine
@@ -27,6 +27,9 @@ from llava_serve.inputs import (
     Images,
     Prompt,
     as_images,
+    checked_queries,
+    checked_sampling,
+    deadline_of,
     images_and_sampling,
     images_of_each,
     is_one_conversation,
@@ -126,7 +129,8 @@ class LLM:
         """
         if isinstance(query, str):
             return self._answer_one(query, as_images(images), sampling, errors, options)
-        return self._answer_all(query, images_of_each(images, len(query)), sampling, errors, options)
+        queries = checked_queries(query)
+        return self._answer_all(queries, images_of_each(images, len(queries)), sampling, errors, options)
 
     @overload
     def chat(
@@ -213,7 +217,7 @@ class LLM:
             warnings.warn("stream(prepared, ...) is called generate_prepared now.", DeprecationWarning, stacklevel=2)
             return self.generate_prepared(asked, images or sampling)
         images, sampling = images_and_sampling(images, sampling)
-        deadline = deadline_in(options.get("timeout"))
+        deadline = deadline_of(options)
         read = self.processor.read(asked, images)
         prepared = self.processor.prepare(
             read, conv_mode=options.get("conv_mode"), check=lambda: check_deadline(deadline)
@@ -261,9 +265,7 @@ class LLM:
     ) -> GenerationResult:
         if errors != "raise":
             raise RequestError("errors is for a list of prompts; the error of a single one is raised.", "errors")
-        [(_, result)] = self._runner.run(
-            [_prompt(asked, images, sampling, options)], deadline_in(options.get("timeout"))
-        )
+        [(_, result)] = self._runner.run([_prompt(asked, images, sampling, options)], deadline_of(options))
         if isinstance(result, Exception):
             raise result
         return result
@@ -275,7 +277,7 @@ class LLM:
         if errors not in get_args(Errors):
             raise RequestError("errors must be 'raise' or 'return'.", "errors")
         each = zip(asked, images, sampling_of_each(sampling, len(asked)), strict=True)
-        return self._in_order([_prompt(*one, options) for one in each], deadline_in(options.get("timeout")), errors)
+        return self._in_order([_prompt(*one, options) for one in each], deadline_of(options), errors)
 
     def _in_order(self, prompts: Sequence[Prompt], deadline: float | None, errors: Errors) -> list[Any]:
         results: list[Any] = [None] * len(prompts)
@@ -291,4 +293,5 @@ class LLM:
 
 def _prompt(asked: Any, images: Any, sampling: SamplingParams | None, options: CallOptions) -> Prompt:
     """A prompt of a call, whose timeout is that of the whole call."""
-    return Prompt(asked, images, sampling, options.get("conv_mode"), priority=options.get("priority", 0))
+    conv_mode, priority = options.get("conv_mode"), options.get("priority", 0)
+    return Prompt(asked, images, checked_sampling(sampling), conv_mode, priority=priority)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.config import EngineOptions
 from llava_serve.engine.grammar import GrammarCompiler
 from llava_serve.engine.sequence import EngineRequest
-from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError
+from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError, shown
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import IMAGE_TOKEN_ID, PROMPT_VERSION, PreparedPrompt
 
@@ -62,7 +63,7 @@ class RequestValidator:
         Raises:
             PromptTooLongError: the prompt alone does not fit the context or the cache.
             RequestError: it needs more beams than `max_num_seqs`, or its prompt was not prepared for this model,
-                or its structured output cannot be followed.
+                or its structured output cannot be followed, or an argument is of another type.
             LlavaServeError: the prompt was prepared by another release.
         """
         if prompt.version != PROMPT_VERSION:
@@ -70,6 +71,11 @@ class RequestValidator:
                 f"The prompt has layout {prompt.version} and this model replica reads layout {PROMPT_VERSION}: the "
                 "tiers run different releases. Try again when the upgrade is complete."
             )
+        # Of another type, they would fail the scheduler for all requests.
+        if not isinstance(priority, Integral):
+            raise RequestError(f"priority must be a whole number; got {shown(priority)}.", "priority")
+        if not isinstance(deadline, Real | None):
+            raise RequestError(f"deadline must be seconds since the epoch; got {shown(deadline)}.", "deadline")
         if sampling.num_beams > self._options.max_num_seqs:
             raise RequestError(f"num_beams must be at most {self._options.max_num_seqs} here.", "num_beams")
         for name in ("logprobs", "prompt_logprobs"):

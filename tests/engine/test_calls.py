@@ -82,7 +82,7 @@ def test_each_prompt_may_have_its_own_sampling(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "parts"),
     [
-        ({"images": [IMAGES[0]]}, "images", ("list of 2 prompts", "got 1 entries")),
+        ({"images": [IMAGES[0]]}, "images", ("list of 2 prompts", "got a list of 1")),
         ({"images": IMAGES[0]}, "images", ("list of 2 prompts", "one picture")),
         ({"sampling": [GREEDY]}, "sampling", ("one each", "got 1 for 2")),
     ],
@@ -94,6 +94,49 @@ def test_lists_of_different_length_are_refused(
         llm.generate([QUERY, QUERY], **fields)
     assert refusal.value.param == param
     assert all(part in refusal.value.message for part in parts)
+
+
+WRONG: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("generate", 7, {}, "query"),
+    ("generate", QUERY, {"sampling": [GREEDY]}, "sampling"),
+    ("generate", QUERY, {"sampling": {"temperature": 0}}, "sampling"),
+    ("generate", QUERY, {"timeout": "long"}, "timeout"),
+    ("generate", QUERY, {"priority": "high"}, "priority"),
+    ("chat", "Hello", {}, "messages"),
+    ("chat", ["Hello"], {}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("method", "asked", "fields", "param"), WRONG)
+async def test_what_is_of_another_kind_is_refused_by_name(
+    llm: LLM, async_llm: AsyncLLM, method: str, asked: Any, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as refusal:
+        getattr(llm, method)(asked, **fields)
+    assert refusal.value.param == param
+    with pytest.raises(RequestError) as refusal:
+        await getattr(async_llm, method)(asked, **fields)
+    assert refusal.value.param == param
+
+
+async def test_no_option_is_ignored(llm: LLM, async_llm: AsyncLLM) -> None:
+    unknown: Any = {"temperature": 0}
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(TypeError, match="no option 'temperature'; there are conv_mode, timeout, priority"):
+            call(QUERY, **unknown)
+    with pytest.raises(TypeError, match="no option 'temperature'"):
+        await async_llm.generate(QUERY, **unknown)
+    with pytest.raises(RequestError, match="a call each"):
+        await async_llm.generate([QUERY, QUERY])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("wrong", [{"priority": "high"}, {"deadline": "soon"}])
+def test_a_prepared_prompt_cannot_bring_the_engine_what_it_cannot_compare(llm: LLM, wrong: Any) -> None:
+    prepared = llm.processor.prepare_query(QUERY)
+    with pytest.raises(RequestError) as refusal:
+        next(llm.generate_prepared(prepared, GREEDY, **wrong))
+    assert [refusal.value.param] == list(wrong)
+    assert llm.run([prepared], GREEDY)[0].token_ids
 
 
 def test_max_tokens_is_an_alias(llm: LLM) -> None:

@@ -157,6 +157,12 @@ def test_the_errors_are_the_librarys(llava: LlavaClient) -> None:
     assert refusal.value.got > refusal.value.limit
     with pytest.raises(DeadlineExceededError):
         llava.chat(question("Hello"), timeout=1e-6)
+    unknown: Any = {"temperature": 0}
+    with pytest.raises(TypeError, match="no option 'temperature'"):
+        llava.chat(question("Hello"), **unknown)
+    for wrong in ({"priority": "high"}, {"sampling": [GREEDY]}):
+        with pytest.raises(RequestError, match=f"{next(iter(wrong))} must be a"):
+            llava.chat(question("Hello"), **wrong)  # type: ignore[arg-type]
     with pytest.raises(UnknownModelError, match="no application 'lama'"):
         LlavaClient("lama")
 
