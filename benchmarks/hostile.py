@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.machine import machine
 from benchmarks.options import make_parser, parse
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parse(parser, seconds=0.3, only="1e-")
     inputs = {name: each for name, each in HOSTILE.items() if options.only in name}
-    report: dict[str, Any] = {"cpu_cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)}
+    report: dict[str, Any] = {"machine": machine()}
     for profile in ["in process", *options.serve]:
         with server(profile) as url:
             report[profile] = asyncio.run(measure(url, inputs, options.seconds))

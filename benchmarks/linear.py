@@ -11,7 +11,6 @@ largest three sizes: 1 is a straight line, 2 a square; where a limit ends the wo
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import machine
 from benchmarks.options import make_parser, parse
 from benchmarks.plot import write_lines
 from llava_serve.api.app import create_app
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.set_defaults(shrink=1)
     options = parse(parser, rounds=1, shrink=100)
-    report: dict[str, Any] = {"cpu_cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)}
+    report: dict[str, Any] = {"machine": machine()}
     report["kinds"] = measure(options.rounds, options.shrink)
     print(json.dumps(report, indent=1))
     if options.output:

@@ -30,6 +30,7 @@ from PIL import Image
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from benchmarks.machine import machine
 from benchmarks.options import make_parser, parse
 from benchmarks.ray_job import ray_job
 from deployments.preprocessor import ImagePreprocessor
@@ -51,10 +52,8 @@ def main() -> None:
     parser.set_defaults(size=(4000, 3000), hops=100)
     options = parse(parser, rounds=1, pictures=4, size=(400, 300), hops=2)
     with local_cluster(read_config(CONFIG, port=free_port())) as running, ray_job(running.ray_address):
-        load = os.getloadavg()[0]
         report = {
-            "cpu_cores": os.cpu_count(),
-            "load_before": round(load, 1),
+            "machine": machine(),
             "rate": rate(running.url, options.rounds, options.pictures, options.size),
             "one_more_replica": one_more_replica(options.rounds),
             "hops": hops(options.hops),
