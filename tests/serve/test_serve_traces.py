@@ -129,7 +129,7 @@ def test_the_logs_of_all_tiers_are_json_with_the_requests_id_and_nothing_of_what
 def _above(spans: Spans, span: dict[str, Any]) -> list[str]:
     """The names of a span's parents, the nearest first; the id of one that is not written."""
     by_id = {each["context"]["span_id"]: each for each in spans.all}
-    names = []
+    names: list[str] = []
     while span["parent_id"] is not None:
         if span["parent_id"] not in by_id:
             return [*names, span["parent_id"].removeprefix("0x")]
