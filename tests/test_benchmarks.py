@@ -12,6 +12,7 @@ import pytest
 from support.paths import ROOT
 
 COMMANDS = [
+    "autoscaling",
     "batch_class",
     "client_hop",
     "compare",
@@ -44,6 +45,7 @@ PARTS = {
     "make_checkpoint",
     "options",
     "paced",
+    "paced_tiers",
     "plot",
     "ray_job",
     "soak_requests",
