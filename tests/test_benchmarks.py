@@ -18,6 +18,7 @@ from support.paths import ROOT
 from testbed.processes import memory
 
 COMMANDS = [
+    "autoscaling",
     "batch_class",
     "client_hop",
     "compare",
@@ -48,6 +49,7 @@ PARTS = {
     "make_checkpoint",
     "options",
     "paced",
+    "paced_tiers",
     "plot",
     "ray_job",
     "soak_requests",

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.config import EngineOptions
+from llava_serve.config import BATCH_SHARE, EngineOptions
 from llava_serve.engine.grammar import GrammarCompiler
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError, shown
@@ -40,8 +40,7 @@ class RequestValidator:
         """Sets how many sequences may wait."""
         most = self._options.max_num_seqs
         self.max_sequences = most + max_waiting
-        # Half a batch of it waits, so that no place is empty. The rest of a queue is for online requests.
-        self.max_batch_sequences = most + min(max_waiting, most) // 2
+        self.max_batch_sequences = max(most, int(self.max_sequences * BATCH_SHARE))
 
     def accept(
         self,

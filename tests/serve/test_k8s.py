@@ -252,7 +252,8 @@ def test_the_tiers_grow_by_their_work_and_no_replica_gets_many_batches() -> None
             function = tiers[name]["autoscaling_config"]["policy"]["policy_function"]
             assert function == application["import_path"].replace("app:build_app", "autoscaling:WorkPolicy")
         routing = tiers["LlavaModel"]["request_router_config"]["request_router_kwargs"]
-        assert routing["max_per_replica"] == 2.5 * batch
+        queue = batch + application["args"]["engine"]["max_waiting"]
+        assert routing["max_per_replica"] == batch + queue / 2
 
 
 def validate(each: Object) -> None:
