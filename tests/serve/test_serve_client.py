@@ -162,7 +162,7 @@ def test_the_errors_are_the_librarys(llava: LlavaClient) -> None:
         llava.chat(question("Hello"), **unknown)
     for wrong in ({"priority": "high"}, {"sampling": [GREEDY]}):
         with pytest.raises(RequestError, match=f"{next(iter(wrong))} must be a"):
-            llava.chat(question("Hello"), **wrong)  # type: ignore[arg-type]
+            llava.chat(question("Hello"), **wrong)
     with pytest.raises(UnknownModelError, match="no application 'lama'"):
         LlavaClient("lama")
 

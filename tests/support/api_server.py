@@ -143,7 +143,7 @@ class PacedBackend:
 @contextmanager
 def app_over(backend: PacedBackend, **options: Any) -> Iterator[httpx.Client]:
     """A client of the web app over a backend; the options are those of `ApiOptions`."""
-    with serving(create_app(backend, ApiOptions(**options))) as url, httpx.Client(base_url=url) as web:
+    with serving(create_app(backend, ApiOptions(**options))) as url, httpx.Client(base_url=url, timeout=60) as web:
         yield web
 
 
