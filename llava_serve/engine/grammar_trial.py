@@ -22,7 +22,7 @@ from llava_serve.errors import RequestError
 from llava_serve.structured_output import StructuredOutput
 
 WORKER = "llava_serve.engine.grammar_worker"
-COMPILE_S = 3.0
+COMPILE_S = 2.0
 """Of processor time for one form. The largest that are of use take one second."""
 MEMORY_BYTES = 1 << 30
 """That compiling may allocate."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.hostile_inputs import INTERSECTION
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
@@ -22,9 +23,7 @@ ENDLESS = {
     "a multiple within": StructuredOutput(
         json={"type": "array", "items": {"type": "integer", "multipleOf": 1_999_993}}
     ),
-    "an intersection": StructuredOutput(
-        grammar="start: A\nA: /.*a.{15}.*/ & /.*b.{15}.*/ & /.*c.{15}.*/ & ~/.*d.{15}.*/"
-    ),
+    "an intersection": StructuredOutput(grammar="start: A\nA: " + INTERSECTION),
     "white space": StructuredOutput(json={"type": "object", "x-guidance": {"whitespace_pattern": "x?" * 30_000}}),
 }
 """The library has no limit that ends these in a minute."""
