@@ -24,7 +24,7 @@ from llava_serve.images.opened import Opened, loaded
 from llava_serve.images.pixels import Samples, scale
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
-_STRIP_OFFSETS, _CHANNELS, _STRIP_ROWS, _STRIP_BYTES, _LEAST, _GREATEST = 273, 277, 278, 279, 280, 281
+_STRIP_OFFSETS, _CHANNELS, _STRIP_HEIGHT, _STRIP_BYTES, _LEAST, _GREATEST = 273, 277, 278, 279, 280, 281
 _PLANAR, _PREDICTOR, _EXTRA, _FORMAT, _LEAST_SAMPLE, _GREATEST_SAMPLE = 284, 317, 338, 339, 340, 341
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _KEPT = {
@@ -37,7 +37,7 @@ _KEPT = {
         _FILL_ORDER,
         _STRIP_OFFSETS,
         _CHANNELS,
-        _STRIP_ROWS,
+        _STRIP_HEIGHT,
         _STRIP_BYTES,
     ),
     *(_PLANAR, 292, 293, _PREDICTOR, 320, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, 332, _EXTRA, _FORMAT),
@@ -123,7 +123,7 @@ def _lacks_strips(directory: Directory, width: int, height: int) -> bool:
         across, down = -(-width // max(1, number(_TILE_WIDTH, 0))), -(-height // max(1, number(_TILE_HEIGHT, 0)))
         needed, tag = across * down, _TILE_OFFSETS
     else:
-        needed, tag = -(-height // (number(_STRIP_ROWS, 0) or height)), _STRIP_OFFSETS
+        needed, tag = -(-height // (number(_STRIP_HEIGHT, 0) or height)), _STRIP_OFFSETS
     planes = number(_CHANNELS, 1) if number(_PLANAR, 1) == 2 else 1
     _, named, _ = directory.entries.get(tag, (0, 0, b""))
     return named < needed * planes and number(_COMPRESSION, 1) != _OLD_JPEG

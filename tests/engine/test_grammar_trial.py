@@ -51,7 +51,7 @@ def test_an_endless_form_is_refused_and_the_next_one_is_not(trial: GrammarTrial,
     trial.check(CHOICE, False)
 
 
-def test_a_fault_is_told_as_the_compiler_tells_it_and_the_process_is_used_again(trial: GrammarTrial) -> None:
+def test_a_fault_is_reported_as_the_compiler_does_and_the_process_is_used_again(trial: GrammarTrial) -> None:
     trial.check(CHOICE, False)
     first = process_of(trial)
     for form, sentence in (("(", "malformed"), ("(?=a)b", "look-around"), (r"(a)\1", "back-references")):
