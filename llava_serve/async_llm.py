@@ -69,7 +69,7 @@ class AsyncLLM:
         self.spec: CheckpointSpec = self._loop.engine.model.spec
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
         validator = self._loop.engine.validator
-        self._grammar_trial = GrammarTrial(self.spec, validator.vocabulary)
+        self._grammar_trial = GrammarTrial(self.spec.tokenizer, validator.vocabulary)
         validator.grammars.check = self._grammar_trial.check
         self._compiling = ThreadPoolExecutor(_COMPILING, thread_name_prefix="grammar")
 

@@ -16,7 +16,7 @@ import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.engine.grammar import too_complex
 from llava_serve.errors import RequestError
 from llava_serve.structured_output import StructuredOutput
@@ -38,8 +38,8 @@ class GrammarTrial:
         seconds: of processor time for one form.
     """
 
-    def __init__(self, spec: CheckpointSpec, vocabulary: int, seconds: float = COMPILE_S) -> None:
-        self._arguments = pickle.dumps((spec, vocabulary, seconds, MEMORY_BYTES))
+    def __init__(self, tokenizer: TokenizerSpec, vocabulary: int, seconds: float = COMPILE_S) -> None:
+        self._arguments = pickle.dumps((tokenizer, vocabulary, seconds, MEMORY_BYTES))
         self._lock = threading.Lock()
         self._child: _Child | None = None
 

@@ -32,7 +32,7 @@ EXTENDED = pytest.mark.extended
 
 @pytest.fixture(scope="module")
 def trial() -> Iterator[GrammarTrial]:
-    made = GrammarTrial(open_checkpoint("builtin"), 640, seconds=0.3)
+    made = GrammarTrial(open_checkpoint("builtin").tokenizer, 640, seconds=0.3)
     yield made
     made.close()
 
