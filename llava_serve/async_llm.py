@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -70,7 +71,8 @@ class AsyncLLM:
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
         validator = self._loop.engine.validator
         self._grammar_trial = GrammarTrial(self.spec.tokenizer, validator.vocabulary)
-        validator.grammars.check = self._grammar_trial.check
+        if sys.platform == "linux":  # as servers are
+            validator.grammars.check = self._grammar_trial.check
         self._compiling = ThreadPoolExecutor(_COMPILING, thread_name_prefix="grammar")
 
     @cached_property

@@ -27,6 +27,7 @@ def main() -> None:
     compiler = GrammarCompiler(tokenizer, vocabulary)
     compiler.compile(StructuredOutput(regex="a"))  # what all forms share is no form's time
     limit_memory(memory_bytes)
+    pipe.send_bytes(b"ready")
     while True:
         try:
             asked, continues = pickle.loads(pipe.recv_bytes())
