@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 import uuid
 import warnings
@@ -77,8 +78,9 @@ class AsyncLLM:
         self.spec: CheckpointSpec = self._loop.engine.model.spec
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
         validator = self._loop.engine.validator
-        self._grammar_trial = GrammarTrial(self.spec, validator.vocabulary)
-        validator.grammars.check = self._grammar_trial.check
+        self._grammar_trial = GrammarTrial(self.spec.tokenizer, validator.vocabulary)
+        if sys.platform == "linux":  # as servers are
+            validator.grammars.check = self._grammar_trial.check
         self._compiling = ThreadPoolExecutor(_COMPILING, thread_name_prefix="grammar")
 
     @cached_property

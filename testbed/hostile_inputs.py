@@ -20,7 +20,7 @@ from PIL import Image
 
 PATH = "/v1/chat/completions"
 TURN = {"role": "user", "content": "Hi"}
-INTERSECTION = " & ".join(f"/.*{letter}.{{15}}.*/" for letter in "abcd")
+INTERSECTION = "/.*a.{15}.*/ & /.*b.{15}.*/ & /.*c.{15}.*/ & ~/.*d.{15}.*/"
 MP64 = 8000
 """Pixels along a side of the largest square that is accepted."""
 

@@ -38,9 +38,8 @@ def _only_one(prompt: Any) -> Any:
     """The prompt of a list of one: clients send lists."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
-    if (
-        isinstance(prompt, list) and len(prompt) > MAX_PROMPT_IDS
-    ):  # the fault of a union would name another of its types
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPT_IDS:
+        # a union of types would report the fault of another one
         raise ValueError(f"must have {MAX_PROMPT_IDS} items or fewer")
     if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(each) is int for each in prompt)):
         return prompt

@@ -12,7 +12,7 @@ from cachetools import LRUCache
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 from numpy.typing import NDArray
 
-from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.errors import RequestError
 from llava_serve.structured_output import StructuredOutput
 from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
@@ -120,9 +120,9 @@ class GrammarCompiler:
             forms come from strangers.
     """
 
-    def __init__(self, spec: CheckpointSpec, vocabulary: int) -> None:
+    def __init__(self, tokenizer: TokenizerSpec, vocabulary: int) -> None:
         self.check: Callable[[StructuredOutput, bool], None] = lambda asked, continues: None
-        self._spec = spec
+        self._description = tokenizer
         self._vocabulary = vocabulary
         self._tokenizer: LLTokenizer | None = None
         self._cache: LRUCache[tuple[str, str, bool], Grammar] = LRUCache(_CACHED)
@@ -145,7 +145,7 @@ class GrammarCompiler:
         self.check(asked, continues)
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = _tokenizer(load_tokenizer(self._spec.tokenizer), self._vocabulary)
+                self._tokenizer = _tokenizer(load_tokenizer(self._description), self._vocabulary)
         grammar = Grammar(_compile(asked, self._tokenizer, continues), self._vocabulary)
         with self._lock:
             self._cache[key] = grammar

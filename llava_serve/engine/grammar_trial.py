@@ -7,6 +7,7 @@ there in time compiles here, too.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -16,13 +17,15 @@ import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from llava_serve.checkpoints.spec import CheckpointSpec
+from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.engine.grammar import too_complex_to_compile
 from llava_serve.errors import RequestError
 from llava_serve.structured_output import StructuredOutput
 
+_logger = logging.getLogger(__name__)
+
 WORKER = "llava_serve.engine.grammar_worker"
-COMPILE_S = 3.0
+COMPILE_S = 2.0
 """Of processor time for one form. The largest that are of use take one second."""
 MEMORY_BYTES = 1 << 30
 """That compiling may allocate."""
@@ -38,8 +41,8 @@ class GrammarTrial:
         seconds: of processor time for one form.
     """
 
-    def __init__(self, spec: CheckpointSpec, vocabulary: int, seconds: float = COMPILE_S) -> None:
-        self._arguments = pickle.dumps((spec, vocabulary, seconds, MEMORY_BYTES))
+    def __init__(self, tokenizer: TokenizerSpec, vocabulary: int, seconds: float = COMPILE_S) -> None:
+        self._arguments = pickle.dumps((tokenizer, vocabulary, seconds, MEMORY_BYTES))
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
@@ -50,12 +53,13 @@ class GrammarTrial:
             RequestError: as `GrammarCompiler.compile`; also for a form that takes too much time or memory.
         """
         with self._lock:
+            if self._child is None or not self._child.alive:
+                self.close()
+                self._child = _Child(self._arguments)
             try:
-                if self._child is None or not self._child.alive:
-                    self.close()
-                    self._child = _Child(self._arguments)
-                fault = self._child.ask(pickle.dumps((asked, continues)))
+                fault = json.loads(self._child.ask(pickle.dumps((asked, continues))))
             except (EOFError, OSError):
+                _logger.info("The compiling of a form was ended at a limit.")
                 self.close()
                 raise too_complex_to_compile(asked) from None
         if fault is not None:
@@ -69,7 +73,7 @@ class GrammarTrial:
 
 
 class _Child:
-    """The process, and our end of the pipe to it."""
+    """The process, and our end of the pipe to it. It is ready once it is made."""
 
     def __init__(self, arguments: bytes) -> None:
         self._pipe, theirs = Pipe()
@@ -84,19 +88,22 @@ class _Child:
                 process_group=0,  # Ctrl-C is for the parent, which may have answers to complete
             )
         self.end = weakref.finalize(self, _end, self._process, self._pipe)
-        self._pipe.send_bytes(arguments)
+        try:
+            self.ask(arguments)
+        except (EOFError, OSError) as error:
+            self.end()
+            raise RuntimeError("The process that compiles grammars does not start.") from error
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, message: bytes) -> str | None:
-        """What is wrong with a form. Raises EOFError or OSError where the process has ended, or gives no reply."""
+    def ask(self, message: bytes) -> bytes:
+        """The reply. Raises EOFError or OSError where the process has ended, or gives none."""
         self._pipe.send_bytes(message)
         if not self._pipe.poll(_WAIT_S):
             raise EOFError
-        fault: str | None = json.loads(self._pipe.recv_bytes())
-        return fault
+        return self._pipe.recv_bytes()
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:

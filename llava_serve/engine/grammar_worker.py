@@ -23,10 +23,11 @@ from llava_serve.structured_output import StructuredOutput
 def main() -> None:
     """Compiles forms until the pipe is closed, or one has passed a limit."""
     pipe = Connection(int(sys.argv[1]))
-    spec, vocabulary, seconds, memory_bytes = pickle.loads(pipe.recv_bytes())
-    compiler = GrammarCompiler(spec, vocabulary)
+    tokenizer, vocabulary, seconds, memory_bytes = pickle.loads(pipe.recv_bytes())
+    compiler = GrammarCompiler(tokenizer, vocabulary)
     compiler.compile(StructuredOutput(regex="a"))  # what all forms share is no form's time
     limit_memory(memory_bytes)
+    pipe.send_bytes(b"ready")
     while True:
         try:
             asked, continues = pickle.loads(pipe.recv_bytes())

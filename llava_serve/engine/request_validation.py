@@ -33,7 +33,7 @@ class RequestValidator:
         self._options = options
         self.vocabulary = vocabulary
         self._num_blocks = num_blocks
-        self.grammars = GrammarCompiler(spec, vocabulary)
+        self.grammars = GrammarCompiler(spec.tokenizer, vocabulary)
         self.set_max_waiting(options.max_waiting)
 
     def set_max_waiting(self, max_waiting: int) -> None:

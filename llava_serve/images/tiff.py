@@ -24,26 +24,18 @@ from llava_serve.images.opened import Opened, loaded
 from llava_serve.images.pixels import Samples, scale
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
-_STRIP_OFFSETS, _CHANNELS, _STRIP_ROWS, _STRIP_BYTES, _LEAST, _GREATEST = 273, 277, 278, 279, 280, 281
+_STRIP_OFFSETS, _CHANNELS, _STRIP_HEIGHT, _STRIP_BYTES, _LEAST, _GREATEST = 273, 277, 278, 279, 280, 281
 _PLANAR, _PREDICTOR, _EXTRA, _FORMAT, _LEAST_SAMPLE, _GREATEST_SAMPLE = 284, 317, 338, 339, 340, 341
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _KEPT = {
-    *(
-        _WIDTH,
-        _HEIGHT,
-        _BITS,
-        _COMPRESSION,
-        _PHOTOMETRIC,
-        _FILL_ORDER,
-        _STRIP_OFFSETS,
-        _CHANNELS,
-        _STRIP_ROWS,
-        _STRIP_BYTES,
-    ),
+    *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _CHANNELS),
+    *(_STRIP_OFFSETS, _STRIP_HEIGHT, _STRIP_BYTES),
     *(_PLANAR, 292, 293, _PREDICTOR, 320, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, 332, _EXTRA, _FORMAT),
     *(347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),  # of JPEG, and of YCbCr
 }
 """Tags that make pixels; those without a name here are handed on."""
+_NEEDED = {_BITS, _STRIP_BYTES, _TILE_BYTES, 320, 347}
+"""Of these, those that the pixels cannot do without; 320 is the palette, 347 JPEG's tables."""
 _READ_HERE = {ORIENTATION, _LEAST, _GREATEST, _LEAST_SAMPLE, _GREATEST_SAMPLE}
 
 _UNPACKED = {1: "no", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "Zstandard"}
@@ -95,7 +87,7 @@ def open_tiff(data: bytes, options: ImageOptions) -> Opened:
     """
     found = read_directory(data, _KEPT | _READ_HERE)
     width, height = found.number(_WIDTH, 0), found.number(_HEIGHT, 0)
-    if width < 1 or height < 1 or found.cut & _KEPT or _lacks_strips(found, width, height):
+    if width < 1 or height < 1 or found.cut & _NEEDED or _lacks_strips(found, width, height):
         raise ValueError("cut off")
     kept = replace(found, entries={tag: entry for tag, entry in found.entries.items() if tag in _KEPT})
     orientation = valid_orientation(found)
@@ -123,7 +115,7 @@ def _lacks_strips(directory: Directory, width: int, height: int) -> bool:
         across, down = -(-width // max(1, number(_TILE_WIDTH, 0))), -(-height // max(1, number(_TILE_HEIGHT, 0)))
         needed, tag = across * down, _TILE_OFFSETS
     else:
-        needed, tag = -(-height // (number(_STRIP_ROWS, 0) or height)), _STRIP_OFFSETS
+        needed, tag = -(-height // (number(_STRIP_HEIGHT, 0) or height)), _STRIP_OFFSETS
     planes = number(_CHANNELS, 1) if number(_PLANAR, 1) == 2 else 1
     _, named, _ = directory.entries.get(tag, (0, 0, b""))
     return named < needed * planes and number(_COMPRESSION, 1) != _OLD_JPEG

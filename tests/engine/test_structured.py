@@ -290,7 +290,7 @@ def test_what_does_not_go_with_a_form_is_refused_by_name(fields: dict[str, Any])
 
 
 def test_a_form_that_the_vocabulary_cannot_write_is_refused() -> None:
-    compiler = GrammarCompiler(llm("llava-v1.5-tiny").spec, 3 + 0x60)  # the bytes below "a"
+    compiler = GrammarCompiler(llm("llava-v1.5-tiny").spec.tokenizer, 3 + 0x60)  # the bytes below "a"
     assert compiler.compile(StructuredOutput(choice=("ABC",))).matcher(frozenset()).allowed().any()
     with pytest.raises(RequestError, match=r"nothing that ends|no tokens for"):
         compiler.compile(StructuredOutput(choice=("abc",)), continues=True).matcher(frozenset()).allowed()
