@@ -41,8 +41,8 @@ class JsonTokenizer(Tokenizer):
         self._byte_level = _is_byte_level(self._tokenizer)
         self._silent = {token_id for token_id, token in added.items() if token.special}
         self._marks = find_marks(token.content for token in added.values() if token.content.strip())  # spaces are text
-        self._strip_after = {token.content for token in added.values() if token.rstrip}
-        self._strip_before = {token.content for token in added.values() if token.lstrip}
+        self._strip_right = {token.content for token in added.values() if token.rstrip}
+        self._strip_left = {token.content for token in added.values() if token.lstrip}
         config = read_json(spec.folder, "tokenizer_config.json", optional=True)
         bos = config.get("bos_token")
         self._bos = bos["content"] if isinstance(bos, dict) else bos
@@ -105,7 +105,7 @@ class JsonTokenizer(Tokenizer):
     def _encode_apart(self, spans: Sequence[Span], *, opening: bool = True) -> list[int]:
         """Encodes span by span: a text that spells a control token is split inside its name, so that it stays text."""
         ids: list[int] = self._tokenizer.encode("").ids if opening else []
-        for span in strip_beside(spans, self._strip_after, self._strip_before):
+        for span in strip_beside(spans, self._strip_right, self._strip_left):
             if isinstance(span, Text):
                 for part in cut_marks(self._marks, span.text):
                     ids += self._tokenizer.encode(part, add_special_tokens=False).ids

@@ -24,21 +24,21 @@ def cut_marks(marks: re.Pattern[str] | None, text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def strip_beside(spans: Sequence[Span], after: Container[str], before: Container[str]) -> list[Span]:
+def strip_beside(spans: Sequence[Span], right: Container[str], left: Container[str]) -> list[Span]:
     """The spans without the white space beside some control tokens, which take it away.
 
     Args:
         spans: of a prompt.
-        after: the tokens with nothing after them (`rstrip` in the tokenizer's files).
-        before: those with nothing before them (`lstrip`).
+        right: the tokens with nothing to the right of them (`rstrip` in the tokenizer's files).
+        left: those with nothing to the left of them (`lstrip`).
     """
     stripped = list(spans)
     for i, span in enumerate(spans):
         if isinstance(span, Control):
             following = stripped[i + 1] if i + 1 < len(spans) else None
             preceding = stripped[i - 1] if i else None
-            if span.token in after and isinstance(following, Text):
+            if span.token in right and isinstance(following, Text):
                 stripped[i + 1] = Text(following.text.lstrip())
-            if span.token in before and isinstance(preceding, Text):
+            if span.token in left and isinstance(preceding, Text):
                 stripped[i - 1] = Text(preceding.text.rstrip())
     return stripped

@@ -36,8 +36,8 @@ class SentencePieceTokenizer(Tokenizer):
         # A user-defined piece such as <|im_end|> matches inside any text, so a user's text is split inside its name.
         self._marks = find_marks(markup(self._pieces))
         added = config.get("added_tokens_decoder", {}).values()
-        self._strip_after = {token["content"] for token in added if token.get("rstrip")}
-        self._strip_before = {token["content"] for token in added if token.get("lstrip")}
+        self._strip_right = {token["content"] for token in added if token.get("rstrip")}
+        self._strip_left = {token["content"] for token in added if token.get("lstrip")}
 
     def token_id(self, token: str) -> int | None:
         if token in self._added:
@@ -84,7 +84,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, spans: Sequence[Span]) -> list[int]:
         ids = [int(self._pieces.bos_id())] if self._add_bos else []
         starts_chunk = True
-        spans = strip_beside(spans, self._strip_after, self._strip_before)
+        spans = strip_beside(spans, self._strip_right, self._strip_left)
         if ids and spans and spans[0] == Control(self._pieces.id_to_piece(ids[0])):  # a chat template writes it
             spans = spans[1:]
         for span in spans:
