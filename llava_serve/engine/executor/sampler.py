@@ -190,8 +190,8 @@ def _random_sample(
         if _answers_at_once(logits) and not sufficient.all():
             kept, sufficient = _truncate(own, chosen, sort_all=True)
         logits.index_copy_(0, where, kept)
-    draw = (1,) if again else ()
-    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *draw) for sequence in sequences]
+    other = (1,) if again else ()
+    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *other) for sequence in sequences]
     # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = _column(noise, mass) * mass[:, -1:]
