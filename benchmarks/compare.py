@@ -56,7 +56,11 @@ def command(server: str, model: str, device: str, port: int) -> list[str]:
 
 @contextmanager
 def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tuple[str, int]]:
-    """A server on a free port: its URL and process id. The end of the block stops it. Ours is that of a checkout."""
+    """A server on a free port: its URL and process id. The end of the block stops it. Ours is that of a checkout.
+
+    Raises:
+        RuntimeError: it has ended before it answers.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,6 +74,8 @@ def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tu
     )
     try:
         for _ in range(480):  # four minutes: a busy machine starts slowly
+            if process.poll() is not None:
+                raise RuntimeError(f"The server has ended with the status {process.returncode}: {process.args}")
             try:
                 httpx.get(f"{url}/health", timeout=5)
                 break

@@ -24,7 +24,7 @@ ReadSource = Callable[[Any], str | bytes]
 """Reads a source of an image into the source of an `ImagePart`."""
 
 
-HINT = {"cache_control": anything, "uuid": anything, "modalities": anything, "annotations": anything}
+HINT = dict.fromkeys(("annotations", "cache_control", "format", "modalities", "uuid"), anything)
 """Of a part: fields that change no answer."""
 
 _TEXTS = ("text", "input_text", "output_text")
@@ -40,7 +40,7 @@ class ImageUrl(Wire):
             picture in the one way that it was trained on.
     """
 
-    NEUTRAL = HINT | {"format": anything}
+    NEUTRAL = HINT
 
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
@@ -251,7 +251,8 @@ def _message(message: WireMessage, path: str, read_source: ReadSource) -> Messag
 def _part(part: Part, path: str, read_source: ReadSource) -> TextPart | ImagePart:
     given = {"text": part.text, "refusal": part.refusal, "image_url": part.image_url, "image": part.image}
     wanted = {**dict.fromkeys(_TEXTS, "text"), "input_image": "image_url"}.get(part.type, part.type)
-    if [name for name, value in given.items() if value is not None] != [wanted]:
+    others = [value for name, value in given.items() if name != wanted]
+    if given[wanted] is None or any(value not in (None, "") for value in others):
         raise RequestError(f"{path} must hold '{wanted}', as its type says, and nothing else.", path)
     if (text := part.text if part.refusal is None else part.refusal) is not None:
         return TextPart(text)

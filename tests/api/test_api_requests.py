@@ -63,7 +63,8 @@ NEUTRAL: list[dict[str, Any]] = [
     {"separate_reasoning": True, "stream_reasoning": True, "reasoning_format": "auto", "thinking_token_budget": 0},
     {"prediction": {"type": "content", "content": "A red circle."}, "thinking": {"type": "disabled"}},
     {"messages": [{**QUESTION, "id": "m1", "cache_control": {"type": "ephemeral"}}]},
-    {"messages": [{"role": "user", "content": [{**PICTURE, "uuid": "u", "modalities": "image"}]}]},
+    {"messages": [{"role": "user", "content": [{**PICTURE, "uuid": "u", "modalities": "image", "format": "png"}]}]},
+    {"messages": [{"role": "user", "content": [{**PICTURE, "text": "", "image": None}]}]},
     {"messages": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,", "detail": "auto"}]}]},
     {"messages": [{"role": "user", "content": [{**PICTURE, "image_url": {"url": "data:,", "format": "png"}}]}]},
 ]
@@ -177,6 +178,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+        "messages[0].content[0]",
+        "messages[0].content[0] must hold 'image_url', as its type says, and nothing else.",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{**PICTURE, "text": "x"}]}]},
         "messages[0].content[0]",
         "messages[0].content[0] must hold 'image_url', as its type says, and nothing else.",
     ),

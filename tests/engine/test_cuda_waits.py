@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor import decoder, varlen
-from llava_serve.engine.executor.model_runner import ModelRunner
-from llava_serve.engine.executor.token_mask import mask_tokens
+from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
+from llava_serve.engine.executor.sampling_step import sample_step
 from llava_serve.engine.executor.transfer import to_device
+from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.sequence import EngineRequest, Output, Sequence
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
@@ -168,15 +169,26 @@ def test_a_beam_search_waits_once_beside_the_others(engine: Engine) -> None:
         assert step(engine)[0] == 2
 
 
-def test_a_grammar_is_applied_without_a_wait() -> None:
+@pytest.mark.parametrize(("sampling", "allows", "waited"), [({}, [1], 1), ({}, [0, 1], 2), ({"top_p": 0.5}, [1], 1)])
+def test_a_grammar_costs_a_wait_only_where_it_refuses_a_token(
+    sampling: dict[str, Any], allows: list[int], waited: int
+) -> None:
     class Grammar:
         def allowed(self) -> np.ndarray[Any, Any]:
             return np.array([0b101], np.uint8)
 
-    request = EngineRequest("r", prompt([1]), SamplingParams(), None, 0, 0, 9, frozenset())
+        def advance(self, _: int) -> bool:
+            return bool(allows.pop(0))
+
+    request = EngineRequest("r", prompt([1]), SamplingParams(**sampling), None, 0, 0, 9, frozenset())
+    sequence = Sequence(request, 0, [1], matcher=Grammar())  # type: ignore[arg-type]
+    result = StepResult(
+        torch.empty(1, 5, device=META), [], torch.ones(0, dtype=torch.bool, device=META), [], StepFailures(), 0.0
+    )
     with counted() as waits:
-        mask_tokens(torch.empty(1, 5, device=META), [Sequence(request, 0, [1], matcher=Grammar())], [0])  # type: ignore[arg-type]
-    assert (waits.to_host, waits.to_device) == (0, 0)
+        sampled = sample_step(result, [sequence], {}, torch.bfloat16)
+    assert (len(sampled.tokens), allows, sampled.failures.requests) == (1, [], {})
+    assert (waits.to_host, waits.to_device) == (waited, 0)
 
 
 def test_prompt_logprobs_wait_once_more(engine: Engine) -> None:

@@ -193,8 +193,8 @@ def _random_sample(
         if _answers_at_once(logits) and not sufficient.all():
             kept, sufficient = _truncate(own, chosen, sort_all=True)
         logits.index_copy_(0, where, kept)
-    draw = (1,) if again else ()
-    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *draw) for sequence in sequences]
+    other = (1,) if again else ()
+    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *other) for sequence in sequences]
     if kernel is not None:
         top_p = [1.0 if sort else one.top_p for one, sort in zip(samplings, sorts, strict=True)]
         with current_device(logits.device):

@@ -126,8 +126,8 @@ def _sample_each(
         return [*batch[0]], batch[1]
     each: list[RawLogprob | Exception] = []
     for index, sequence in enumerate(sequences):
-        row = logits[index : index + 1]
-        single = attempt(partial(sample, row, [sequence], flags[:0], again=again))
+        own = logits[index : index + 1]
+        single = attempt(partial(sample, own, [sequence], flags[:0], again=again))
         each.append(single if isinstance(single, Exception) else single[0][0])
     if not any(isinstance(one, Exception) for one in each):
         _logger.error("The tokens of a step could not be sampled as a batch, but one by one.", exc_info=batch)
