@@ -107,7 +107,7 @@ class EngineLoop:
         Raises:
             CapacityError: the queue is full.
         """
-        if self.engine.num_requests + self._num_sent - self._num_received >= self.engine.validator.max_sequences:
+        if not self.engine.has_room(request, self._num_sent - self._num_received):
             raise CapacityError("The server is busy; try again later.", reason="engine_queue")
         consumer = Consumer(asyncio.get_running_loop(), asyncio.Queue())
         self._num_sent += 1

@@ -46,8 +46,8 @@ def one_line(answer: str) -> str:
 
 
 def official(answer: str) -> str:
-    """The VQA script's form of an answer: lower case, digits for number words up to ten, no articles, no punctuation but
-    decimal points, all apostrophes of contractions.
+    """The VQA script's form of an answer: lower case, digits for number words up to ten, no articles, no punctuation
+    but decimal points, all apostrophes of contractions.
 
     A mark becomes a space; it vanishes where it stands beside a space, and each does where a comma groups digits.
     """
