@@ -14,7 +14,7 @@ import asyncio
 from llava_serve import AsyncLLM, SamplingParams
 
 async def first():
-    stream = await llm.stream("What?", [], SamplingParams(max_new_tokens=1500, ignore_eos=True))
+    stream = llm.stream("What?", [], SamplingParams(max_new_tokens=1500, ignore_eos=True))
     await anext(stream)
     return stream
 
@@ -22,10 +22,9 @@ llm = AsyncLLM("builtin")
 stream = asyncio.new_event_loop().run_until_complete(first())
 """
 PREPARING = """
-from llava_serve import LLM, Prompt, SamplingParams
+from llava_serve import LLM, Prompt
 
-one = SamplingParams(max_new_tokens=1)
-results = LLM("builtin").generate_iter(Prompt("Is it so? " * 300, sampling=one) for _ in range(100_000))
+results = LLM("builtin").generate_iter(Prompt("Is it so? " * 3_000) for _ in range(1000))  # too long: a refusal each
 next(results)
 """
 
