@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ class PrepareAhead(Generic[Item, Prepared]):
         self._threads: list[threading.Thread] = []
         self._unfinished = 0
         self._closed = False
+        # A thread in a tokenizer's code when the interpreter ends is unwound there, and the process aborts.
+        atexit.register(self.close)
 
     def fill(self) -> bool:
         """Takes items up to the window. Returns whether any is not finished."""
@@ -71,6 +74,7 @@ class PrepareAhead(Generic[Item, Prepared]):
 
     def close(self) -> None:
         """Ends the threads, each after what it does now. One that waits for a link is not waited for."""
+        atexit.unregister(self.close)
         self._closed = True
         for _ in self._threads:
             self._todo.put(None)

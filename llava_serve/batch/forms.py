@@ -98,8 +98,8 @@ def fields_of(item: Item, *known: str) -> dict[str, Any]:
         raise LineError(item, item.fault)
     for name in item.fields.keys() - set(known):
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-        raise LineError(item, f"the field '{shown(name)}' is unknown; {hint}".removesuffix("."))
+        hint = f"perhaps '{near[0]}' is meant" if near else f"there are {', '.join(known)}"
+        raise LineError(item, f"the field '{shown(name)}' is unknown; {hint}")
     return {name: value for name, value in item.fields.items() if value is not None}
 
 

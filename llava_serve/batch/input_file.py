@@ -14,6 +14,8 @@ from llava_serve.errors import RequestError, shown
 
 _CELL_BYTES = 1 << 30
 """A cell of a CSV may hold a picture in base64."""
+_DELIMITERS = ",;\t"
+"""Of a CSV: the one that its header has most often. Spreadsheets write semicolons where commas are decimal."""
 _TEXTS = ("id", "image", "question", "conv_mode", "stop")
 """Columns of a CSV whose cells are texts. Those of `image` and `stop` may be JSON lists; all others are JSON values."""
 
@@ -52,7 +54,7 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._is_csv = path.suffix.lower() == ".csv"
+        self._is_csv = path.suffix.lower() in (".csv", ".tsv")
         if path.is_dir():
             raise RequestError(f"{path} is a folder; give a file with a row for each question.")
         if self._is_array():
@@ -90,7 +92,9 @@ class InputFile:
     def _csv(self) -> Iterator[Item]:
         csv.field_size_limit(_CELL_BYTES)
         with self.path.open(encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, strict=True)
+            header = text.readline()
+            text.seek(0)
+            reader = csv.DictReader(text, delimiter=max(_DELIMITERS, key=header.count), strict=True)
             for position, cells in enumerate(reader):
                 if None in cells:
                     yield Item(position, reader.line_num, None, "it has more cells than the header names")

@@ -36,7 +36,7 @@ def add_to(commands: flags.Commands) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", type=Path, metavar="IN", help="questions: *.csv, or JSONL")
+    parser.add_argument("input", type=Path, metavar="IN", help="questions: *.csv, *.tsv, or JSONL")
     parser.add_argument("output", type=Path, metavar="OUT", help="file for the answers, in JSONL")
     flags.add_model_flags(parser)
     flags.add_sampling_flags(parser)

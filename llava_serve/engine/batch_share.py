@@ -56,7 +56,8 @@ class BatchShare:
         budget = self._prefill.step_budget(running.online_decoding)
         budget.batch = minimum or self._is_cheap != measured
         budget.batch_tile = minimum
-        budget.batch_tokens = self._prefill.min_tokens if minimum else self._prefill.room(_MAX_SLOWDOWN) or 0
+        decoding = running.online_decoding + running.batch_decoding
+        budget.batch_tokens = self._prefill.min_tokens if minimum else self._prefill.room(_MAX_SLOWDOWN, decoding) or 0
         if budget.batch:
             budget.tokens = min(self._prefill.max_tokens, budget.tokens + running.batch_decoding)
         return budget

@@ -108,13 +108,13 @@ class Engine:
         self._num_sequences += _num_sequences(request)
         self._num_batch += is_batch(request.priority) * _num_sequences(request)
 
-    def has_room(self, request: EngineRequest) -> bool:
-        """The queue has room for all sequences of a request: an online one is added as if there were no batch work.
-        An empty engine takes any request."""
-        if not self._groups:
+    def has_room(self, request: EngineRequest, coming: int = 0) -> bool:
+        """The queue has room for all sequences of a request behind `coming` others: an online one is added as if there
+        were no batch work. An empty engine takes any request. Any thread may call it."""
+        if not self._groups and not coming:
             return True
         batch, most = is_batch(request.priority), self.validator.max_sequences
-        taken = self._num_sequences if batch else self._num_sequences - self._num_batch
+        taken = coming + (self._num_sequences if batch else self._num_sequences - self._num_batch)
         return taken + _num_sequences(request) <= (self.validator.max_batch_sequences if batch else most)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -132,7 +132,7 @@ class Engine:
         """Advances every decoding sequence by a token, and prompts within the budget."""
         started = time.perf_counter()
         outputs = self._expire()
-        self._scheduler.make_room()
+        self._scheduler.make_room(self._prefill_budget.step_budget(self._scheduler.load.online_decoding).tokens)
         schedule = self._scheduler.schedule(self._batch_share.step_budget(self._scheduler.load))
         scheduled = time.perf_counter()
         result = self._runner.run(schedule)

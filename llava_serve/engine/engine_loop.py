@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -28,6 +29,8 @@ model on a CPU takes a minute."""
 _STALLED_STEPS = 100
 """That time is as long as so many of the slowest usual step: where steps have only decoded, one with much prefill takes
 dozens of times as long."""
+_EXIT_S = 10.0
+"""For the step that runs when the interpreter exits."""
 _SLOWEST_DECAY = 0.99
 """Per step, of the slowest usual step: one slow step is forgotten after a few hundred."""
 _DEAD = "The engine has stopped."
@@ -89,6 +92,8 @@ class EngineLoop:
         self._thread.start()
         self.engine = built.result()
         self._stats = self.engine.stats
+        # A thread in torch's code when the interpreter ends is unwound there, and the process aborts.
+        atexit.register(self._exit)
 
     @property
     def healthy(self) -> bool:
@@ -107,7 +112,7 @@ class EngineLoop:
         Raises:
             CapacityError: the queue is full.
         """
-        if self.engine.num_requests + self._num_sent - self._num_received >= self.engine.validator.max_sequences:
+        if not self.engine.has_room(request, self._num_sent - self._num_received):
             raise CapacityError("The server is busy; try again later.", reason="engine_queue")
         consumer = Consumer(asyncio.get_running_loop(), asyncio.Queue())
         self._num_sent += 1
@@ -134,9 +139,14 @@ class EngineLoop:
 
     def close(self) -> None:
         """Ends the thread. Requests in flight fail with `EngineDeadError`."""
+        atexit.unregister(self._exit)
         self._inbox.put(_Close())
         if self.healthy:
             self._thread.join()
+
+    def _exit(self) -> None:
+        self._inbox.put(_Close())
+        self._thread.join(_EXIT_S)
 
     def _run(self, built: Future[Engine], build: Callable[[], Engine]) -> None:
         """The thread."""

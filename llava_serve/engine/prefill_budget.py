@@ -16,7 +16,8 @@ for all."""
 _INITIAL_TOKENS = 64
 """Prefill of a step while its cost is unknown."""
 _WINDOW = 7
-"""Decode-only steps of which the median is taken."""
+"""Decode-only steps of about as many sequences of which the median is taken: online requests are often few, and batch
+work beside them or in their place many."""
 _DIFFERENT = 1.5
 """So many times as many positions are clearly more: the slope between such measurements counts."""
 _REMEASURE_AFTER = 32
@@ -44,10 +45,14 @@ class StepBudget:
     batch_tile: bool = True
 
     def limit_to_batch(self) -> None:
-        """What is left is for the prefill of batch work."""
-        if self.batch_tokens is not None:
-            self.tokens = min(self.tokens, self.batch_tokens)
+        """What is left is for the prefill of batch work. Where tiles have no price, as beside online prompts alone, it
+        encodes none but the one that it may always."""
+        if self.batch_tokens is None:
+            return
+        self.tokens = min(self.tokens, self.batch_tokens)
         self.decode_only = self.decode_only and self.batch_tile
+        if not self.tile_cost:
+            self.tiles = min(self.tiles, int(self.decode_only))
 
     def take_tiles(self, wanted: int) -> int:
         """Takes as many tiles as the budget allows; at least one while the step only decodes."""
@@ -117,8 +122,8 @@ class _Line:
         """As many as take these seconds, by the line at most twice as many as were measured; `slope` is not 0."""
         by_line = (seconds - self.constant) / self.slope
         if self.constant:
-            measured = 2 * max(units for units, _ in self._measured)
-            by_line = min(by_line, max(measured, seconds / self._rate.value))
+            measured, rate = 2 * max(units for units, _ in self._measured), self._rate.value
+            by_line = min(by_line, max(measured, seconds / rate if rate else 0))
         return max(0, int(by_line))
 
 
@@ -142,7 +147,7 @@ class PrefillBudget:
         self.min_tokens = min_tokens
         self._max_tiles = max_tiles
         self._token, self._tile = _Line(), _Rate()
-        self._steps: deque[float] = deque(maxlen=_WINDOW)
+        self._steps: dict[int, deque[float]] = {}  # by the bit length of the number of their sequences
         self._since = 0  # steps with prefill since the last one that only decoded
         self._with_prefill = _Rate()
         self.prefill_seconds = 0.0
@@ -160,20 +165,21 @@ class PrefillBudget:
         if not self._steps or self._since >= _REMEASURE_AFTER:
             return StepBudget(decoding, 0)
         token, tile = self._token.slope, self._tile.value
-        room = self.room(_MAX_SLOWDOWN)
+        room = self.room(_MAX_SLOWDOWN, decoding)
         room = max(self.min_tokens, _INITIAL_TOKENS if room is None else room)
         tile_cost = int(tile / token) if tile and token else room
         return StepBudget(min(self.max_tokens, decoding + room), self._max_tiles, tile_cost)
 
-    def room(self, slowdown: float) -> int | None:
-        """Positions of prefill with which a step takes `slowdown` times as long; None while that is unknown."""
-        step = self._step
+    def room(self, slowdown: float, decoding: int) -> int | None:
+        """Positions of prefill with which a step of so many decoding sequences takes `slowdown` times as long; None
+        while that is unknown."""
+        step = self._step(decoding)
         return self._token.units((slowdown - 1) * step) if step and self._token.slope else None
 
     def observe(self, seconds: float, decoding: int, tokens: int, tiles: int) -> None:
         """Learns from a step that computed `tokens` prompt positions and `tiles` beside its decoding sequences."""
         self._since += 1
-        rest = seconds - self._step if decoding else seconds
+        rest = seconds - self._step(decoding) if decoding else seconds
         if tokens or (tiles and self._with_prefill.value):  # the first tile is the warm-up's
             self._with_prefill.add(seconds, tokens)
             self.prefill_seconds += max(0.0, rest)
@@ -182,10 +188,11 @@ class PrefillBudget:
         elif tokens:
             self._token.add(rest, tokens, fit=decoding > 0)
         elif decoding:
-            self._steps.append(seconds)
+            self._steps.setdefault(decoding.bit_length(), deque(maxlen=_WINDOW)).append(seconds)
             self._since = 0
 
-    @property
-    def _step(self) -> float:
-        """Seconds of a step that only decodes: the median, so that one slow step does not raise the budget."""
-        return median(self._steps) if self._steps else 0.0
+    def _step(self, decoding: int) -> float:
+        """Seconds of a step that only decodes about so many sequences: the median, so that one slow step does not raise
+        the budget. Where none was measured, that of the nearest number; 0 if there is none at all."""
+        nearest = min(self._steps, key=lambda size: abs(size - decoding.bit_length()), default=None)
+        return 0.0 if nearest is None else median(self._steps[nearest])

@@ -138,23 +138,26 @@ class Scheduler:
         evicted, copies = self._encoder_cache.take_evicted(), self._kv.take_copies()
         return Schedule(evicted, tuple(jobs), copies, tuple(segments), decoding, of_batch)
 
-    def make_room(self) -> None:
-        """Admits the first online group that waits, if all that it lacks is what batch work holds: that is preempted,
-        the last first. One such group at a time: the next one waits until the prompt of the one before is computed.
+    def make_room(self, tokens: int) -> None:
+        """Admits online groups that wait, if all that they lack is what batch work holds: that is preempted, the last
+        first. It ends once the online prompts take a step: those behind them could not be computed in it.
 
         It comes before `schedule`, whose budget depends on what runs.
+
+        Args:
+            tokens: positions that a step computes.
         """
-        if not self.waiting or self.waiting[0].batch or not self.running or not self.running[-1].batch:
-            return
-        group, online = self.waiting[0], [each for each in self.running if not each.batch]
-        if any(each.num_pending > 1 for other in online for each in other.active):
-            return
-        if _num_sequences(online) + len(group.sequences) > self.max_num_seqs:
-            return
-        while self.num_running + len(group.sequences) > self.max_num_seqs or not self._admit(group):
-            if not self.running or not self.running[-1].batch:
+        while self.waiting and not self.waiting[0].batch and self.running and self.running[-1].batch:
+            group, online = self.waiting[0], [each for each in self.running if not each.batch]
+            prompts = [each.num_pending for other in online for each in other.active if each.num_pending > 1]
+            if sum(prompts) >= tokens or self._kv.next_missing(group.sequences[0]) in self._pending_keys(online):
                 return
-            self._preempt(self.running[-1])
+            if _num_sequences(online) + len(group.sequences) > self.max_num_seqs:
+                return
+            while self.num_running + len(group.sequences) > self.max_num_seqs or not self._admit(group):
+                if not self.running or not self.running[-1].batch:
+                    return
+                self._preempt(self.running[-1])
 
     def unpin_images(self, group: SequenceGroup) -> None:
         """Lets the features of a group's images be evicted: its prefill does not need them any more."""
@@ -240,13 +243,7 @@ class Scheduler:
         if not self.waiting or (batch and not self.waiting[0].batch):  # an online group lacks room, and goes first
             return segments
         free = self.max_num_seqs - self.num_running
-        computing = {
-            key
-            for group in self.running
-            for sequence in group.active
-            if sequence.num_pending > 1 and group.batch <= batch
-            for key in self._kv.pending_keys(sequence)
-        }
+        computing = self._pending_keys(group for group in self.running if group.batch <= batch)
         for group in [each for each in self.waiting if each.batch == batch]:
             if budget.tokens <= 0 or len(group.sequences) > free:
                 break
@@ -262,6 +259,11 @@ class Scheduler:
             computing.update(key for sequence in group.active for key in self._kv.pending_keys(sequence))
             segments += self._schedule_prefill(group, budget, jobs)
         return segments
+
+    def _pending_keys(self, groups: Iterable[SequenceGroup]) -> set[bytes]:
+        """Of the blocks that prompts of groups fill in this step or a later one."""
+        prompts = [each for group in groups for each in group.active if each.num_pending > 1]
+        return {key for sequence in prompts for key in self._kv.pending_keys(sequence)}
 
     def _admit(self, group: SequenceGroup) -> bool:
         """Moves a waiting group into the KV cache, all its sequences or none."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_serve.evaluation.files import Answer, Question
 from llava_serve.evaluation.scores import Table, grouped
-from llava_serve.evaluation.vqa_text import normalise
+from llava_serve.evaluation.vqa_text import normalise, official, one_line
 
 _OCR = "Reference OCR token:"
 
@@ -51,12 +51,28 @@ def textvqa_key(answer: Answer) -> tuple[str, str]:
     return str(answer.question_id), question.lower()
 
 
-def consensus(human: Sequence[str], answer: str) -> float:
+def consensus(people: Sequence[str], given: str) -> float:
     """The mean, over leaving out each person in turn, of a third for each other person with that answer, at most 1."""
-    given = normalise(answer)
-    same = [normalise(each) == given for each in human]
+    same = [each == given for each in people]
     return sum(min(1.0, (sum(same) - each) / 3) for each in same) / len(same)
 
 
-def score(pairs: Sequence[tuple[HumanAnswers, str]]) -> Table:
-    return grouped((human.kind, consensus(human.answers, text)) for human, text in pairs)
+def vqav2_accuracy(human: Sequence[str], answer: str) -> float:
+    """The official script's, of an answer as the original sends it. Where all people agree nothing is normalised."""
+    people, given = [one_line(each) for each in human], normalise(answer)
+    if len(set(people)) > 1:
+        people, given = [official(each) for each in people], official(given)
+    return consensus(people, given)
+
+
+def textvqa_accuracy(human: Sequence[str], answer: str) -> float:
+    """The evaluator's that the original uses: both sides are normalised."""
+    return consensus([normalise(each) for each in human], normalise(answer))
+
+
+def score_vqav2(pairs: Sequence[tuple[HumanAnswers, str]]) -> Table:
+    return grouped((human.kind, vqav2_accuracy(human.answers, text)) for human, text in pairs)
+
+
+def score_textvqa(pairs: Sequence[tuple[HumanAnswers, str]]) -> Table:
+    return grouped(("", textvqa_accuracy(human.answers, text)) for human, text in pairs)

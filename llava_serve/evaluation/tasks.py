@@ -41,14 +41,14 @@ TASKS = {
         "v2_mscoco_val2014_annotations.json",
         consensus.read_vqav2,
         consensus.vqav2_key,
-        consensus.score,
+        consensus.score_vqav2,
         "Papers give the accuracy of all on test-dev, whose answers are not public.",
     ),
     "textvqa": Task(
         "TextVQA_0.5.1_val.json",
         consensus.read_textvqa,
         consensus.textvqa_key,
-        consensus.score,
+        consensus.score_textvqa,
         "Papers give the accuracy on the validation set.",
     ),
     "gqa": Task(
@@ -99,17 +99,16 @@ def read_annotations(task: Task, path: Path, questions: Sequence[Question]) -> M
 
 
 def score(task: Task, annotations: Mapping[Any, Any], answers: Sequence[Answer]) -> Scores:
-    """Scores answers.
+    """Scores answers. Each counts, as in the original: TextVQA may ask the same about a picture twice.
 
     Raises:
         RequestError: there is no answer, or one is to a question that is not annotated.
     """
     if not answers:
         raise RequestError("There are no answers to score.")
-    pairs: dict[Hashable, tuple[Any, str]] = {}
-    for answer in answers:
-        key = task.key(answer)
+    keys = [task.key(answer) for answer in answers]
+    for key, answer in zip(keys, answers, strict=True):
         if key not in annotations:
             raise RequestError(f"The question {answer.question_id} of an answer is not in the annotations.")
-        pairs[key] = annotations[key], answer.text
-    return Scores(task.score(list(pairs.values())), len(annotations) - len(pairs), task.note)
+    pairs = [(annotations[key], answer.text) for key, answer in zip(keys, answers, strict=True)]
+    return Scores(task.score(pairs), len(annotations) - len(set(keys)), task.note)

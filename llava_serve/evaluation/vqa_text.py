@@ -1,4 +1,4 @@
-"""The normalisation of VQA's evaluation, as the TextVQA evaluator has it: what counts as the same answer.
+"""The normalisation of VQA's evaluation, and what the TextVQA evaluator adds to it: what counts as the same answer.
 
 The rules and the word lists are facts about the benchmark (visualqa.org/evaluation.html), its oddities included.
 """
@@ -14,10 +14,11 @@ _NUMBERS = {"none": "0"} | {
     )
 }
 _ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
-"""Beside the comma and the question mark, which always vanish, and the full stop."""
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+"""Beside the full stop."""
 
 _FULL_STOP = re.compile(r"\.(?!\d)")
+_DIGIT_GROUPS = re.compile(r"\d,\d")
 
 _CONTRACTED = """
 ain't aren't can't didn't doesn't don't hasn't haven't isn't mustn't needn't oughtn't shan't wasn't weren't won't
@@ -39,15 +40,28 @@ _CONTRACTIONS = {
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # as the benchmark has it
 
 
-def normalise(answer: str) -> str:
-    """The form in which two answers are compared: lower case, digits for number words up to ten, no articles, no
-    punctuation but decimal points, all apostrophes of contractions."""
-    text = answer.lower()
-    for part, instead in ((",", ""), ("?", ""), ("'s", " 's"), ("\n", " "), ("\t", " ")):
-        text = text.replace(part, instead)
-    plain = text = text.strip()
+def one_line(answer: str) -> str:
+    """An answer without line breaks and tabs, and without white space around it."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def official(answer: str) -> str:
+    """The VQA script's form of an answer: lower case, digits for number words up to ten, no articles, no punctuation
+    but decimal points, all apostrophes of contractions.
+
+    A mark becomes a space; it vanishes where it stands beside a space, and each does where a comma groups digits.
+    """
+    plain = text = one_line(answer)
+    grouped = _DIGIT_GROUPS.search(text) is not None
     for mark in _PUNCTUATION:
-        beside_space = mark + " " in text or " " + mark in text
-        plain = plain.replace(mark, "" if beside_space else " ")
-    words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", plain).split()]
+        vanishes = grouped or mark + " " in text or " " + mark in text
+        plain = plain.replace(mark, "" if vanishes else " ")
+    words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", plain).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def normalise(answer: str) -> str:
+    """The TextVQA evaluator's form, and that in which the original sends its answers to VQAv2's server: as the official
+    one, but commas and question marks always vanish, and an `'s` is a word of its own."""
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return official(text.strip())

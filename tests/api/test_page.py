@@ -73,9 +73,14 @@ def test_stop_ends_the_work_and_keeps_what_came(page: Page, way: str) -> None:
 
 def test_stopped_without_a_word_the_question_is_in_the_box_again(page: Page) -> None:
     with serving(create_app(PacedBackend(prepare_s=30), ApiOptions())) as url:
+        page.clock.install()
         page.goto(f"{url}/")
         ask(page, "What is it?")
         expect(page.locator("#stop")).to_be_visible()
+        expect(page.locator("#status")).to_have_text("Looking.")
+        page.clock.fast_forward(12_000)
+        expect(page.locator(".waiting")).to_have_text(re.compile(r"^Still waiting, others may be before you · \d+ s$"))
+        expect(page.locator("#status")).to_have_text("Still waiting, others may be before you.")
         page.keyboard.press("Escape")
         expect(page.locator("#problem")).to_have_text("Stopped.")
         expect(page.locator("#question")).to_have_value("What is it?")
@@ -120,6 +125,7 @@ def test_a_busy_server_is_asked_again(page: Page) -> None:
         page.goto(f"{url}/")
         ask(page, "What is it?")
         expect(page.locator(".waiting")).to_contain_text("The server is busy, asking again")
+        expect(page.locator("#status")).to_have_text("The server is busy, asking again.")
         backend.failure = None
         expect_answers(page, "A red circle.")
 

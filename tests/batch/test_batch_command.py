@@ -148,7 +148,7 @@ def test_the_checks_import_no_torch(tmp_path: Path) -> None:
     arguments = ["batch", str(source), str(tmp_path / "out.jsonl")]
     script = f"import sys; from llava_serve.cli import main; main({arguments!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert "did you mean 'question'?" in done.stderr
+    assert "perhaps 'question' is meant" in done.stderr
     assert done.stdout == "False\n"
 
 

@@ -39,6 +39,13 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_has_the_separators_of_its_header(tmp_path: Path, mark: str) -> None:
+    text = mark.join(("id", '"question"', "temperature")) + "\n" + mark.join(("1", '"A, or B;\tC?"', "0")) + "\n"
+    found = prompts(job(tmp_path, text, "in.csv" if mark == ";" else "in.tsv"))
+    assert found == [Prompt("A, or B;\tC?", [], SamplingParams(temperature=0))]
+
+
 def test_flags_are_the_rows_defaults(tmp_path: Path) -> None:
     batch = job(tmp_path, rows(row(1), row(2, num_beams=1)), sampling={"num_beams": 2, "max_new_tokens": 9})
     first, second = (prompt.sampling for prompt in prompts(batch))
@@ -65,7 +72,7 @@ def test_each_bad_row_says_what_is_wrong(tmp_path: Path) -> None:
     bad = '{"id": "i",\n["i"]\n'
     found = faults(job(tmp_path, text + bad))
     expected = [
-        "Line 2: the field 'qestion' is unknown; did you mean 'question'?",
+        "Line 2: the field 'qestion' is unknown; perhaps 'question' is meant.",
         "Line 3: the field 'x' is unknown; there are id, image, question",
         "Line 4: 'question' must be a text, and not empty.",
         "Line 5: 'image' must be a path, a link, or a list of them.",
@@ -99,7 +106,6 @@ def test_a_line_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
         ("in.jsonl", '[{"id": 1}]', "is a JSON array"),
         ("in.jsonl", '[\n{"id": 1, "question": "What?"}\n]', "without brackets around all"),
         ("in.jsonl", "not json\n", "it is not valid JSON"),
-        ("in.csv", "id;image;question\n1;a.png;What?\n", "the field 'id;image;question' is unknown"),
         ("in.csv", "id,picture,question\n1,a.png,What?\n", "the field 'picture' is unknown"),
         ("in.csv", 'id,question\n1,"What?\n', "cannot be read as CSV"),
         ("in.jsonl", rows(row(1, temperature=-1), row(2, temperature=-1)), "the first 2 rows cannot be used. temp"),

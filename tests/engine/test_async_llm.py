@@ -216,6 +216,17 @@ async def test_how_long_a_step_may_take_follows_the_steps_before_it(
     assert (healthy_after(45), healthy_after(310)) == (True, False)
 
 
+async def test_batch_work_takes_no_place_of_online_requests(subject: AsyncLLM) -> None:
+    prepared = prepare(subject)
+    batch = [subject.generate_prepared(prepared, LONG, priority=1) for _ in range(8)]
+    await asyncio.gather(*map(anext, batch))
+    tasks = [asyncio.create_task(collect(subject, prepared, GREEDY)) for _ in range(12)]
+    assert all(chunks[-1].finish_reason for chunks in await asyncio.gather(*tasks))
+    for stream in batch:
+        await stream.aclose()
+    await idle(subject)
+
+
 async def test_the_queue_counts_sequences(subject: AsyncLLM) -> None:
     many = SamplingParams(seed=1, n=12, max_new_tokens=1500, ignore_eos=True)
     stream = subject.generate_prepared(prepare(subject), many)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
 from llava_serve.engine.batch_share import BatchShare, Running
 from llava_serve.engine.engine import Engine
-from llava_serve.engine.prefill_budget import PrefillBudget, StepBudget
+from llava_serve.engine.prefill_budget import MIN_TOKENS, PrefillBudget, StepBudget
 from llava_serve.errors import CapacityError
 from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import TinyModel, check_blocks, engine, image, prompt, run
@@ -76,7 +77,7 @@ def test_an_online_request_is_answered_at_once_among_a_full_batch(model: TinyMod
     assert answers.ids == expected
 
 
-def test_several_online_requests_take_the_places_one_after_the_other(model: TinyModel) -> None:
+def test_several_online_requests_take_the_places_at_once(model: TinyModel) -> None:
     subject = engine(model, max_num_seqs=4)
     answers = Answers(subject)
     for number in range(6):
@@ -85,12 +86,38 @@ def test_several_online_requests_take_the_places_one_after_the_other(model: Tiny
         answers.step()
     for number in range(6):
         add(subject, f"o{number}", [40 + number, 41], SHORT)
-    for _ in range(8):
-        answers.step()
+    answers.step()  # one step computes all their prompts, and they wait for no more
     assert [len(answers.ids.get(f"o{number}", ())) > 0 for number in range(6)] == [True] * 4 + [False] * 2
     assert {group.batch for group in subject._scheduler.running} == {False}
     answers.finish()
     assert {len(ids) for name, ids in answers.ids.items() if name[0] == "b"} == {60}
+
+
+@pytest.mark.parametrize("cheap", [False, True])
+def test_a_first_token_waits_for_little_batch_work_whenever_it_is_asked(model: TinyModel, cheap: bool) -> None:
+    """The work beside it is counted, in each of the 64 steps of the period, among pictures that wait for the tower."""
+    subject = engine(model, max_num_seqs=4, blocks=128)
+    answers, numbers = Answers(subject), itertools.count()
+    share, prefill = subject._batch_share, subject._prefill_budget
+    tiles_beside = 0
+    for phase in range(64):
+        while subject.stats.running + subject.stats.waiting < 8:
+            number = next(numbers)
+            picture = prompt([3, 4], image((number, phase, 7), tiles=8), [5] * 20)
+            subject.add(subject.validator.accept(f"b{number}", picture, SHORT, priority=BATCH))
+        answers.step()
+        share._at = phase
+        add(subject, f"o{phase}", [40] * 30, dataclasses.replace(SHORT, max_new_tokens=1))
+        share._alone.extend([1.0] * 5)
+        share._beside.extend([1.0 if cheap else 1e9] * 5)
+        load = subject._scheduler.load
+        most = max(MIN_TOKENS, *(prefill.room(1.25, number) or 0 for number in range(load.batch_decoding + 1)))
+        tiles, tokens = model.encoded_tiles, subject.stats.computed_tokens
+        assert answers.step().get(f"o{phase}"), "the first step has its first token"
+        tiles_beside += model.encoded_tiles - tiles
+        assert subject.stats.computed_tokens - tokens <= 30 + 3 + most  # its prompt, three that decode, and prompts
+    assert tiles_beside <= 1, "batch work gets its minimum once in the period"
+    answers.finish()
 
 
 def test_batch_work_goes_on_beside_online_requests_without_end(model: TinyModel) -> None:

@@ -39,6 +39,30 @@ def test_the_prefill_budget_measures_decode_only_steps_again() -> None:
     assert prefill_budget.step_budget(1).tokens > 1
 
 
+def test_a_few_sequences_are_not_measured_by_steps_of_many() -> None:
+    """Online requests take turns with a large batch of other work, whose decode steps take ten times as long."""
+    prefill_budget = PrefillBudget(1000, 8)
+    for _ in range(7):
+        prefill_budget.observe(0.010, decoding=2, tokens=0, tiles=0)
+    prefill_budget.observe(0.010 + 0.020, decoding=2, tokens=200, tiles=0)
+    for _ in range(7):
+        prefill_budget.observe(0.100, decoding=24, tokens=0, tiles=0)
+    assert prefill_budget.step_budget(2).tokens == 2 + 125  # 12.5 ms beside the 10 of their decode step
+    assert prefill_budget.step_budget(24).tokens == 1000
+    prefill_budget.observe(0.010 + 0.020, decoding=3, tokens=200, tiles=0)
+    assert prefill_budget.step_budget(3).tokens == 3 + 125
+
+
+def test_steps_that_were_faster_than_thought_leave_a_budget() -> None:
+    prefill_budget = PrefillBudget(1000, 8)
+    prefill_budget.observe(10.0, decoding=4, tokens=0, tiles=0)
+    for tokens in (10, 20, 40, 80, 160):
+        prefill_budget.observe(11.0 + 0.01 * tokens, decoding=4, tokens=tokens, tiles=0)
+    prefill_budget.observe(1.0, decoding=4, tokens=2, tiles=0)  # prefill seems to take less than nothing
+    budget = prefill_budget.step_budget(4)
+    assert 4 + MIN_TOKENS <= budget.tokens <= 4 + 2 * 160
+
+
 @dataclass
 class Clock:
     """Made-up times of steps: decode steps, and steps with prefill, which have a constant and a cost per position."""
@@ -86,8 +110,8 @@ def test_the_prefill_budget_finds_the_constant(seed: int) -> None:
     for _ in range(7):
         tokens = rng.choice([60, 100, 300])
         prefill_budget.observe(0.014 + 50e-6 * tokens, decoding=4, tokens=tokens, tiles=0)
-    assert prefill_budget.room(2.25) == pytest.approx((0.0225 - 0.014) / 50e-6, abs=1)
-    assert prefill_budget.room(1.25) == 0
+    assert prefill_budget.room(2.25, 4) == pytest.approx((0.0225 - 0.014) / 50e-6, abs=1)
+    assert prefill_budget.room(1.25, 4) == 0
 
 
 def test_the_prefill_budget_is_as_it_should_be_where_positions_cost_all() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from llava_serve.errors import RequestError
-from llava_serve.evaluation.consensus import consensus
+from llava_serve.evaluation.consensus import consensus, textvqa_accuracy, vqav2_accuracy
 from llava_serve.evaluation.files import Answer, Question
 from llava_serve.evaluation.mme import read_answer
 from llava_serve.evaluation.pope import says_yes
 from llava_serve.evaluation.scores import Scores, as_text
 from llava_serve.evaluation.tasks import TASKS, read_annotations, score
-from llava_serve.evaluation.vqa_text import normalise
+from llava_serve.evaluation.vqa_text import normalise, official
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -84,8 +84,36 @@ def test_answers_are_normalised(answer: str, normal: str) -> None:
     ],
 )
 def test_an_answer_is_as_right_as_people_agree(same: int, accuracy: float) -> None:
-    human = ["Two."] * same + ["blue"] * (10 - same)
+    human = ["2"] * same + ["blue"] * (10 - same)
     assert consensus(human, "2") == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("women's", "women's"),  # the TextVQA evaluator makes two words of it
+        ("red,white", "red white"),  # the TextVQA evaluator: redwhite
+        ("yes, no", "yes no"),
+        ("really?", "really"),
+        ("1,000", "1000"),
+        ("1,000 t-shirts", "1000 tshirts"),  # a comma between digits: every mark vanishes
+        ("10-12", "10 12"),
+        ("The Two.", "2"),
+        ("\ta dog\n", "dog"),
+    ],
+)
+def test_the_official_form_of_vqa(answer: str, form: str) -> None:
+    assert official(answer) == form
+
+
+def test_vqav2_and_textvqa_differ_as_their_scripts_do() -> None:
+    mixed = ["women's"] * 9 + ["men's"]
+    assert textvqa_accuracy(mixed, "Women's") == 1
+    assert vqav2_accuracy(mixed, "Women's") == 0  # it is sent as "women 's"
+    agreed = ["t-shirt"] * 10
+    assert textvqa_accuracy(agreed, "T-shirt") == 1
+    assert vqav2_accuracy(agreed, "T-shirt") == 0  # all agree: they stay "t-shirt", and "t shirt" is sent
+    assert vqav2_accuracy([*agreed[:9], "shirt"], "T-shirt") == 1
 
 
 def test_vqav2_is_scored_by_kind_of_answer(tmp_path: Path) -> None:
@@ -129,8 +157,11 @@ def test_textvqa_finds_questions_by_picture_and_text(tmp_path: Path) -> None:
         ("p1", f"What is the brand?\nReference OCR token: NOUS, LES{SHORT}", "Nous les gosses."),
         ("p1", f"Reference OCR token: 5\nWhat time is it?{SHORT}", "5:41"),
         ("p2", f"what is the brand?{SHORT}", "nikon"),
+        ("p2", f"what is the brand?{SHORT}", "Dakota"),  # asked twice: both count
     ]
-    assert scored("textvqa", annotations, answers).table["all"] == {"questions": 3, "accuracy": pytest.approx(160 / 3)}
+    scores = scored("textvqa", annotations, answers)
+    assert scores.table["all"] == {"questions": 4, "accuracy": pytest.approx(260 / 4)}
+    assert scores.unanswered == 0
 
 
 def test_gqa_and_own_sets_match_exactly(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import {factsOf, TurnView} from "./turns.js";
 
 const MOST_RETRIES = 3;
 const MOST_WAIT_S = 5;
+const LONG_S = 10;  // a visitor who waits longer is told why that may be
 const UNKNOWN_LIMITS = {max_per_request: 16, max_bytes: 4 << 20, max_pixels: 16e6};
 
 const conversation = new Conversation();
@@ -91,7 +92,12 @@ async function answer(turn, fields, view) {
   const began = performance.now();
   const passed = () => (performance.now() - began) / 1000;
   const measured = {usage: null, finish: null, first: 0, total: 0};
-  const tell = () => view.wait(`${view.busy ? "The server is busy, asking again" : "Looking"} · ${Math.floor(passed())} s`);
+  const tell = () => {
+    const usual = passed() < LONG_S ? "Looking" : "Still waiting, others may be before you";
+    const doing = view.busy ? "The server is busy, asking again" : usual;
+    view.wait(`${doing} · ${Math.floor(passed())} s`);
+    if (at("status").textContent !== `${doing}.`) status(`${doing}.`);
+  };
   const ticking = setInterval(tell, 1000);
   tell();
   try {
@@ -142,7 +148,6 @@ async function run(turn, fields) {
   working(true);
   at("turns").append(view.element);
   scrollTo(0, document.body.scrollHeight);
-  status("Looking.");
   await answer(turn, fields, view);
   if (turn.answer) {
     follow(() => view.end(turn));
