@@ -35,7 +35,9 @@ class RecentRatio:
         self._amount = self._units = 0.0
 
     def add(self, amount: float, units: float) -> None:
-        """An amount that belongs to so many units."""
+        """An amount that belongs to so many units. Without units it says nothing, and nothing fades."""
+        if not units:
+            return
         self._amount = self._amount * DECAY + amount
         self._units = self._units * DECAY + units
 

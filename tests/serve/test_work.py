@@ -67,6 +67,15 @@ def test_the_speed_follows_what_is_prepared_now() -> None:
     assert figures.work_per_request == pytest.approx(0.04 + TEXT_MEGAPIXELS, rel=0.5)
 
 
+def test_prompts_without_pictures_do_not_fade_what_is_known_of_pictures() -> None:
+    work = ImageWork(num_threads=1)
+    work.done(3_000_000, prepared((4000, 3000), seconds=0.25))
+    for _ in range(50_000):
+        work.done(0, prepared(seconds=0.001))
+    with work.queued(Query("What?", (ImagePart(bytes(3_000_000)),))):
+        assert work.figures().queued_work == pytest.approx(12 + TEXT_MEGAPIXELS)
+
+
 def test_work_that_fails_does_not_wait_for_ever() -> None:
     work = ImageWork(num_threads=1)
     with pytest.raises(ZeroDivisionError), work.queued(RawPrompt("Hello")):
