@@ -78,10 +78,11 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--phase-s", type=float, default=45, help="of each phase")
     parser.add_argument("--output", type=Path)
-    options = parse(parser, phase_s=2)
+    parser.set_defaults(policies=POLICIES)
+    options = parse(parser, phase_s=2, policies=POLICIES[1:])
     result: dict[str, Any] = {"cpu_cores": os.cpu_count(), "paced": True, "phase_s": options.phase_s, "bounds": BOUNDS}
     plots: dict[str, list[tuple[float, float]]] = {}
-    for policy in POLICIES:
+    for policy in options.policies:
         # In a process of its own: Serve keeps state of the first Ray cluster in a process.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             answers, replicas = process.submit(drive, policy, options.phase_s).result()

@@ -22,7 +22,7 @@ from deployments.ingress import Ingress
 from deployments.preprocessor import ImagePreprocessor
 from deployments.work import ModelWork
 from llava_serve.config import ImageOptions
-from llava_serve.engine.demand import OnlineDemand
+from llava_serve.engine.online_load import OnlineLoad
 from llava_serve.engine.stats import EngineStats
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Asked, Chunk, PreparedPrompt, Query, RawPrompt, TextPart
@@ -115,15 +115,14 @@ class PacedEngine:
 
     async def record_autoscaling_stats(self) -> Mapping[str, float]:
         """As the real tier's, of what is paced here."""
-        demand = OnlineDemand(sum(self._waiting.values()), self._sequences, self._sequences / PLACES)
+        load = OnlineLoad(sum(self._waiting.values()), self._sequences, self._sequences / PLACES)
         stats = EngineStats(
-            running=self._sequences - len(self._waiting),
-            waiting=len(self._waiting),
-            **dict.fromkeys(("free_blocks", "total_blocks", "cached_tokens", "computed_tokens"), 0),
-            **dict.fromkeys(("generated_tokens", "steps"), 0),
+            self._sequences - len(self._waiting),
+            len(self._waiting),
+            *(0, 0, 0, 0, 0, 0),
             prefill_tokens_per_s=PREFILL_PER_S if self._prefill_s else 0.0,
             prefill_seconds=self._prefill_s,
-            online=demand,
+            online=load,
         )
         return asdict(self._work.figures(stats))
 

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+import time
+import weakref
+from typing import Any, Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from llava_serve.metrics.definitions import Metric
 from llava_serve.metrics.exporter import Series, Several
+
+EXPORT_S = 1.0
+"""Ray's processes collect metrics less often."""
+
+
+class Exporting(Protocol):
+    """Has metrics that it brings up to date when it is told to: Ray's are pushed, not asked for."""
+
+    def export_metrics(self) -> None: ...
+
+
+def export_in_thread(source: Exporting) -> None:
+    """Exports its metrics at intervals while it lives."""
+    found = weakref.ref(source)
+
+    def export() -> None:
+        while (living := found()) is not None:
+            living.export_metrics()
+            del living
+            time.sleep(EXPORT_S)
+
+    threading.Thread(target=export, name="metrics", daemon=True).start()
 
 
 class RayExporter:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
-import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
@@ -21,11 +18,8 @@ from llava_serve.types import Chunk, PreparedPrompt
 from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure
 from .live_config import LiveConfig
-from .metrics import RayExporter
+from .metrics import RayExporter, export_in_thread
 from .work import ModelWork
-
-EXPORT_S = 1.0
-"""Ray's processes collect metrics less often."""
 
 
 class LlavaModel:
@@ -61,7 +55,7 @@ class LlavaModel:
         self._aborted = AbortedCalls()
         self._work = ModelWork()
         self._metrics = EngineMetrics(RayExporter(model_name or self._llm.model_name))
-        threading.Thread(target=_export, args=(weakref.ref(self),), name="metrics", daemon=True).start()
+        export_in_thread(self)
         self._live = LiveConfig("LlavaModel", engine, lambda options: self._llm.set_max_waiting(options.max_waiting))
 
     async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
@@ -143,11 +137,3 @@ class LlavaModel:
     def __del__(self) -> None:
         if hasattr(self, "_llm"):
             self._llm.close()
-
-
-def _export(model: weakref.ref[LlavaModel]) -> None:
-    """Exports a replica's metrics while it lives: Ray's are pushed, not asked for."""
-    while (replica := model()) is not None:
-        replica.export_metrics()
-        del replica
-        time.sleep(EXPORT_S)

@@ -47,7 +47,7 @@ class ModelTier:
         self.start_s: float | None = None
         self._began = 0.0
         self._starting: asyncio.Task[None] | None = None
-        self._seen = -math.inf
+        self._found = -math.inf
 
     async def state(self) -> str | None:
         """Why there is no replica: `sleeping` or `starting`, which a request ends; None where there is one, or where
@@ -80,10 +80,10 @@ class ModelTier:
 
     async def _check(self, deadline: float) -> None:
         """Raises `ModelStartingError` if no replica will be there before the deadline; wakes the tier in any case."""
-        if time.monotonic() - self._seen < PATIENCE_S:
+        if time.monotonic() - self._found < PATIENCE_S:
             return
         if await self._has_replicas():
-            self._seen = time.monotonic()
+            self._found = time.monotonic()
             return
         if self._starting is None:
             self._began = time.monotonic() - PATIENCE_S

@@ -21,7 +21,7 @@ from .handle_calls import returns_failure
 from .live_config import LiveConfig
 from .metrics import RayExporter
 from .model_gate import wait_for_model
-from .work import PictureWork
+from .work import ImageWork
 
 
 class ImagePreprocessor:
@@ -49,7 +49,7 @@ class ImagePreprocessor:
         self._model_tier = model_tier
         self._exporter = RayExporter(self._spec.name)
         self._num_threads = _num_cpus()
-        self._work = PictureWork(self._num_threads)
+        self._work = ImageWork(self._num_threads)
         self._live = LiveConfig("ImagePreprocessor", images, self._apply)
         self._apply(images)
 

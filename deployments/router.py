@@ -92,7 +92,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
         """The smallest priority number is next, as in the engine, and of equals the one that came first."""
         waiting = [each for each in self._pending_requests_to_route if not each.future.done()]
         first = min(waiting, key=priority_of, default=None)
-        self._pending_requests_to_route = deque(each for each in waiting if each is not first)
+        self._pending_requests_to_route: deque[PendingRequest] = deque(each for each in waiting if each is not first)
         return first
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: object) -> PendingRequest | None:

@@ -35,7 +35,9 @@ class RecentRatio:
         self._amount = self._units = 0.0
 
     def add(self, amount: float, units: float) -> None:
-        """An amount that belongs to so many units."""
+        """An amount that belongs to so many units. Without units it says nothing, and nothing fades."""
+        if not units:
+            return
         self._amount = self._amount * DECAY + amount
         self._units = self._units * DECAY + units
 
@@ -64,7 +66,7 @@ class BusyShare:
         return busy / passed if passed > 0 else 0.0
 
 
-class PictureWork:
+class ImageWork:
     """The work of a replica of the picture tier, in megapixels. For one event loop.
 
     How large a picture is stands in its header, which only the process that decodes it reads. One that waits counts by
@@ -96,11 +98,11 @@ class PictureWork:
     def done(self, size: int, prepared: PreparedPrompt) -> None:
         """A prompt is prepared. A link's address is counted as its bytes: next to nothing."""
         seconds = sum(taken for stage, taken in prepared.stages if stage in WORK_STAGES)
-        pictures = sum(width * height for width, height in prepared.image_sizes) / 1e6
+        megapixels = sum(width * height for width, height in prepared.image_sizes) / 1e6
         self._busy_s += seconds
-        self._per_second.add(TEXT_MEGAPIXELS + pictures, seconds)
-        self._per_request.add(TEXT_MEGAPIXELS + pictures, 1)
-        self._per_byte.add(pictures, size)
+        self._per_second.add(TEXT_MEGAPIXELS + megapixels, seconds)
+        self._per_request.add(TEXT_MEGAPIXELS + megapixels, 1)
+        self._per_byte.add(megapixels, size)
 
     def figures(self) -> Figures:
         """As of now; `use` is that since the last call."""

@@ -10,7 +10,6 @@ import torch
 from llava_serve.config import EngineOptions, is_batch
 from llava_serve.engine.batch_share import BatchShare
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
-from llava_serve.engine.demand import online_demand
 from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.executor.kv_memory import num_blocks
 from llava_serve.engine.executor.model import VisionLanguageModel
@@ -18,6 +17,7 @@ from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
 from llava_serve.engine.executor.sampling_step import sample_step
 from llava_serve.engine.failures import failed_requests, request_failure
 from llava_serve.engine.kv_cache import KVCache
+from llava_serve.engine.online_load import online_load
 from llava_serve.engine.prefill_budget import CUDA_MIN_TOKENS, MIN_TOKENS, PrefillBudget
 from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
@@ -79,7 +79,7 @@ class Engine:
             cached_images=self._encoder_cache.num_hits,
             prefill_tokens_per_s=self._prefill_budget.tokens_per_s,
             prefill_seconds=self._prefill_budget.prefill_seconds,
-            online=online_demand(self._scheduler, self._kv.num_blocks),
+            online=online_load(self._scheduler, self._kv.num_blocks),
             **vars(self._counts),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_serve.engine.demand import NO_DEMAND, OnlineDemand
+from llava_serve.engine.online_load import NO_LOAD, OnlineLoad
 from llava_serve.types import PreparedPrompt
 
 
@@ -82,6 +82,6 @@ class EngineStats:
     computed_sequences: int = 0
     prefill_seconds: float = 0.0
     prefill_tokens_per_s: float = 0.0
-    online: OnlineDemand = NO_DEMAND
+    online: OnlineLoad = NO_LOAD
     heartbeat_age_s: float = 0.0
     slow_attention: bool = False

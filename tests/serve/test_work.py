@@ -14,10 +14,10 @@ from PIL import Image
 from deployments.autoscaling import Figures
 from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
-from deployments.work import TEXT_MEGAPIXELS, ModelWork, PictureWork
+from deployments.work import TEXT_MEGAPIXELS, ImageWork, ModelWork
 from llava_serve import SamplingParams
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
-from llava_serve.engine.demand import OnlineDemand
+from llava_serve.engine.online_load import OnlineLoad
 from llava_serve.engine.stats import EngineStats
 from llava_serve.types import Asked, ImagePart, Message, PreparedPrompt, Query, RawPrompt, TextPart
 
@@ -43,7 +43,7 @@ def prepared(*sizes: tuple[int, int], seconds: float) -> PreparedPrompt:
 
 
 def test_megapixels_are_measured_and_waiting_ones_are_estimated_by_their_bytes() -> None:
-    work = PictureWork(num_threads=2)
+    work = ImageWork(num_threads=2)
     for _ in range(100):
         work.done(3_000_000, prepared((4000, 3000), seconds=0.5))
     figures = work.figures()
@@ -57,7 +57,7 @@ def test_megapixels_are_measured_and_waiting_ones_are_estimated_by_their_bytes()
 
 
 def test_the_speed_follows_what_is_prepared_now() -> None:
-    work = PictureWork(num_threads=1)
+    work = ImageWork(num_threads=1)
     for _ in range(300):
         work.done(3_000_000, prepared((4000, 3000), seconds=0.25))
     for _ in range(300):
@@ -67,8 +67,17 @@ def test_the_speed_follows_what_is_prepared_now() -> None:
     assert figures.work_per_request == pytest.approx(0.04 + TEXT_MEGAPIXELS, rel=0.5)
 
 
+def test_prompts_without_pictures_do_not_fade_what_is_known_of_pictures() -> None:
+    work = ImageWork(num_threads=1)
+    work.done(3_000_000, prepared((4000, 3000), seconds=0.25))
+    for _ in range(50_000):
+        work.done(0, prepared(seconds=0.001))
+    with work.queued(Query("What?", (ImagePart(bytes(3_000_000)),))):
+        assert work.figures().queued_work == pytest.approx(12 + TEXT_MEGAPIXELS)
+
+
 def test_work_that_fails_does_not_wait_for_ever() -> None:
-    work = PictureWork(num_threads=1)
+    work = ImageWork(num_threads=1)
     with pytest.raises(ZeroDivisionError), work.queued(RawPrompt("Hello")):
         raise ZeroDivisionError
     assert work.figures().queued_work == 0
@@ -83,7 +92,7 @@ def test_the_room_of_a_request_and_the_time_of_prefill_are_measured() -> None:
     idle = work.figures(state)
     assert (idle.queued_work, idle.work_per_s, idle.use, idle.use_per_request) == (0, 5000, 0, 0)
     assert idle.work_per_request == pytest.approx(700)
-    busy = work.figures(dataclasses.replace(state, online=OnlineDemand(2100, sequences=3, room=0.75)))
+    busy = work.figures(dataclasses.replace(state, online=OnlineLoad(2100, sequences=3, room=0.75)))
     assert (busy.queued_work, busy.use) == (2100, 0.75)
     assert busy.use_per_request == pytest.approx(0.25)
     # All of the time since the last report went into prefill, and more: the clock has hardly moved.

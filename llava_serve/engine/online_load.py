@@ -8,7 +8,7 @@ from llava_serve.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
-class OnlineDemand:
+class OnlineLoad:
     """Batch work does not count: it takes what online requests leave.
 
     Attributes:
@@ -23,11 +23,11 @@ class OnlineDemand:
     room: float = 0.0
 
 
-NO_DEMAND = OnlineDemand()
+NO_LOAD = OnlineLoad()
 
 
-def online_demand(scheduler: Scheduler, num_blocks: int) -> OnlineDemand:
-    """The demand on an engine with so many KV blocks. What waits is taken to need as many of them as what runs has."""
+def online_load(scheduler: Scheduler, num_blocks: int) -> OnlineLoad:
+    """The load of an engine with so many KV blocks. What waits is taken to need as many of them as what runs has."""
     tokens = placed = queued = blocks = 0
     for group in scheduler.running:
         if not group.batch:
@@ -40,4 +40,4 @@ def online_demand(scheduler: Scheduler, num_blocks: int) -> OnlineDemand:
             tokens += sum(each.num_pending for each in group.active)
     sequences = placed + queued
     of_blocks = blocks / num_blocks * sequences / placed if placed else 0.0
-    return OnlineDemand(tokens, sequences, max(sequences / scheduler.max_num_seqs, of_blocks))
+    return OnlineLoad(tokens, sequences, max(sequences / scheduler.max_num_seqs, of_blocks))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava_serve.engine.demand import NO_DEMAND, OnlineDemand
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.online_load import NO_LOAD, OnlineLoad
 from llava_serve.engine.prefill_budget import PrefillBudget
 from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import FEATURES, TinyModel, engine, image, prompt
@@ -21,27 +21,27 @@ def add(subject: Engine, name: str, tokens: int, *, priority: int = 0, tiles: in
 
 def test_prompts_that_wait_count_text_and_images_and_places() -> None:
     subject = engine(TinyModel(), max_num_seqs=4)
-    assert subject.stats.online == NO_DEMAND
+    assert subject.stats.online == NO_LOAD
     add(subject, "text", 10)
     add(subject, "picture", 5, tiles=2)
-    assert subject.stats.online == OnlineDemand(10 + 5 + 2 * FEATURES, sequences=2, room=0.5)
+    assert subject.stats.online == OnlineLoad(10 + 5 + 2 * FEATURES, sequences=2, room=0.5)
     while subject.stats.online.waiting_tokens:
         subject.step()
     assert subject.stats.online.sequences == 2  # they generate
     for number in range(6):
         add(subject, f"more {number}", 7)
-    assert subject.stats.online == OnlineDemand(42, sequences=8, room=2.0)
+    assert subject.stats.online == OnlineLoad(42, sequences=8, room=2.0)
     while subject.has_work:
         subject.step()
-    assert subject.stats.online == NO_DEMAND
+    assert subject.stats.online == NO_LOAD
 
 
 def test_batch_work_asks_for_nothing() -> None:
     subject = engine(TinyModel(), max_num_seqs=4)
     add(subject, "batch", 30, priority=1)
-    assert subject.stats.online == NO_DEMAND
+    assert subject.stats.online == NO_LOAD
     subject.step()
-    assert subject.stats.online == NO_DEMAND
+    assert subject.stats.online == NO_LOAD
 
 
 def test_long_sequences_count_by_their_blocks() -> None:
