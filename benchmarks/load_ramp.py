@@ -3,9 +3,10 @@
     python -m benchmarks.load_ramp [--clients 1 10 40 10 1 0] [--phase-s 60] [--output ...] [--plot ...]
 
 The application of `serve_config.yaml`, with room for two replicas of the picture tier and of the model tier, and short
-delays of the autoscaler. In each phase so many clients ask one question after another, in turn about a photograph of 12
-megapixels, each another one, and with a long answer. On a machine of two cores a second replica computes no more: what
-is shown is that replicas come and go with the load, and that no request fails of it. There are no retries.
+delays of the autoscaler. In each phase so many clients ask one question after another, three of four about a photograph
+of 12 megapixels, each another one, and the fourth with a long answer. On a machine of two cores a second replica
+computes no more: what is shown is that replicas come and go with the load, and that no request fails of it. There are
+no retries.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Ramp:
         """Asks while there are to be more clients than its number."""
         turn = number
         while number < self._wanted:
-            await self._ask(session, photo=turn % 2 == 0)
+            await self._ask(session, photo=turn % 4 != 0)
             turn += 1
 
     async def _ask(self, session: aiohttp.ClientSession, *, photo: bool) -> None:
