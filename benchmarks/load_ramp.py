@@ -3,9 +3,10 @@
     python -m benchmarks.load_ramp [--clients 1 10 40 10 1 0] [--phase-s 60] [--output ...] [--plot ...]
 
 The application of `serve_config.yaml`, with room for two replicas of the picture tier and of the model tier, and short
-delays of the autoscaler. In each phase so many clients ask one question after another, in turn about a photograph of 12
-megapixels and with a long answer. On a machine of two cores a second replica computes no more: what is shown is that
-replicas come and go with the load, and that no request fails of it. There are no retries.
+delays of the autoscaler. In each phase so many clients ask one question after another, three of four about a photograph
+of 12 megapixels, each another one, and the fourth with a long answer. On a machine of two cores a second replica
+computes no more: what is shown is that replicas come and go with the load, and that no request fails of it. There are
+no retries.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import time
@@ -87,6 +89,7 @@ class Ramp:
         self._running = running
         self._wanted = 0
         self._photo = photograph()
+        self._numbers = itertools.count()
         self._outcomes: Counter[str] = Counter()
         self._phases: list[dict[str, Any]] = []
         self._seconds: list[float] = []
@@ -119,12 +122,12 @@ class Ramp:
         """Asks while there are to be more clients than its number."""
         turn = number
         while number < self._wanted:
-            await self._ask(session, photo=turn % 2 == 0)
+            await self._ask(session, photo=turn % 4 != 0)
             turn += 1
 
     async def _ask(self, session: aiohttp.ClientSession, *, photo: bool) -> None:
         text = [{"type": "text", "text": "What is this?"}]
-        picture = [{"type": "image_url", "image_url": {"url": self._photo}}]
+        picture = [{"type": "image_url", "image_url": {"url": url_of(self._photo, next(self._numbers))}}]
         tokens = 1 if photo else LONG
         messages = [{"role": "user", "content": picture + text if photo else text}]
         body = {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "timeout": 600}
@@ -164,12 +167,19 @@ class Ramp:
         return {"clients": self._wanted, "requests": len(seconds), **percentiles, "replicas_at_end": replicas}
 
 
-def photograph() -> str:
-    """The `data:` URL of one that takes long to decode."""
+def photograph() -> bytes:
+    """A JPEG that takes long to decode."""
     coarse = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((4000, 3000)).save(file, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
+
+
+def url_of(photo: bytes, number: int) -> str:
+    """The `data:` URL of a JPEG with a comment of its own: it is decoded anew."""
+    comment = f"{number:012}".encode()
+    marked = photo[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + photo[2:]
+    return "data:image/jpeg;base64," + base64.b64encode(marked).decode()
 
 
 if __name__ == "__main__":

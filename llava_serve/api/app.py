@@ -71,11 +71,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect could lose a body; `RequestContextMiddleware` drops a final slash
         responses=ERROR_RESPONSES,
-        telemetry={
-            "tracing": False,
-            "metrics": False,
-            "logs": False,
-        },  # ours; these would have queries and errors' texts
+        # FastAPI's own spans and logs would have queries and the texts of errors; `llava_serve.tracing` makes ours.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     service = Service(backend, options, offload)
 
