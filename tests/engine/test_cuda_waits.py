@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_serve.engine.engine import Engine
-from llava_serve.engine.executor import decoder, varlen
+from llava_serve.engine.executor import decoder, llama_decoder, sampler, varlen
+from llava_serve.engine.executor.kernels import twins
 from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
 from llava_serve.engine.executor.sampling_step import sample_step
 from llava_serve.engine.executor.transfer import to_device
@@ -106,6 +107,7 @@ class MetaModel(TinyModel):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Engine:
     monkeypatch.setattr(varlen, "available", lambda *_, **__: True)
+    monkeypatch.setattr(llama_decoder, "DEVICES", {"meta"})
     # What compares or measures at the start needs values.
     monkeypatch.setattr(decoder, "output_head", lambda language_model: language_model.get_output_embeddings())
     monkeypatch.setattr(ModelRunner, "warm_up", lambda _: 1.0)
@@ -140,7 +142,7 @@ def test_a_step_waits_for_the_device_once_however_many_sequences_there_are(
         assert (waits, len(outputs)) == (1, 5)
 
 
-@pytest.mark.parametrize("engine", ["llama", "mpt", "mistral"], indirect=True)
+@pytest.mark.parametrize("engine", ["llama", "mpt", "mistral", "qwen3"], indirect=True)
 def test_a_step_of_all_kinds_waits_once(engine: Engine) -> None:
     for at, sampling in enumerate(ALONE):
         add(engine, prompt([5, at + 2]), f"r{at}", **sampling)
@@ -152,6 +154,14 @@ def test_a_step_of_all_kinds_waits_once(engine: Engine) -> None:
         assert waits == 1
         answered |= {output.request_id for output in outputs}
     assert len(answered) == len(ALONE) + 1
+
+
+def test_sampling_by_the_kernel_waits_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "top_p_kernel", lambda dtype, device: twins.sample_top_p)
+    for at, sampling in enumerate(ALONE):
+        add(engine, prompt([5, at + 2]), f"r{at}", **sampling)
+    for _ in range(2):
+        assert step(engine)[0] == 1
 
 
 def test_a_step_of_tiles_alone_waits_for_them(engine: Engine) -> None:

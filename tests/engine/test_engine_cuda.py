@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from llava_serve.config import EngineOptions
+from llava_serve.engine.executor import llama_decoder
 from llava_serve.engine.executor.attention import PackedSequence, PackedStep
-from llava_serve.engine.executor.cuda_graphs import buckets, decode_input
+from llava_serve.engine.executor.cuda_graphs import _StaticStep, buckets, decode_input, extent_of_two
+from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kernels import twins
+from llava_serve.engine.executor.kernels.selection import LayerShape, decode_kernel, layer_kernels, top_p_kernel
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.varlen import available
 from llava_serve.errors import NumericalError
@@ -17,6 +21,7 @@ from llava_serve.llm import LLM
 from llava_serve.sampling_params import SamplingParams
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION
 from support.paths import CHECKPOINTS
+from support.tiny_engine import TinyModel
 
 TINY = CHECKPOINTS / "llava-v1.5-tiny"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -93,6 +98,53 @@ def test_every_batch_has_a_bucket_and_its_padding_touches_no_sequence() -> None:
     sequences = [PackedSequence(0, 1, 160, 30), PackedSequence(1, 1, 0, 99)]
     numbers = decode_input([7, 9], sequences, batch_size=4, padding_position=256)
     assert numbers.tolist() == [[7, 9, 0, 0], [30, 99, 0, 0], [160, 0, 256, 256]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_kernel_is_used(dtype: torch.dtype, kv_heads: int) -> None:
+    shape = LayerShape(4096, 11008, 32, kv_heads, 128, dtype, torch.device("cuda"))
+    kernels = layer_kernels(shape)
+    assert kernels.add_rmsnorm is not twins.add_rmsnorm
+    assert kernels.rotate_and_write is not twins.rotate_and_write
+    assert kernels.silu_mul is not twins.silu_mul
+    assert decode_kernel(shape, 16, alibi=False)
+    assert decode_kernel(shape, 16, alibi=True)
+    assert top_p_kernel(torch.float32, shape.device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "page_size"), [("llama", 16), ("mistral", 4), ("qwen2", 1), ("mpt", 16), ("qwen3", 4)]
+)
+def test_a_step_of_graphs_over_pages_is_a_step_over_extents(
+    kind: str, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernel's twin, which runs on a CPU, and padding."""
+    monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
+    model = TinyModel(kind)
+    config = model.language_model.config
+    kv_heads, head_dim = getattr(config, "num_key_value_heads", 4), getattr(config, "head_dim", None) or 8
+    decoder = Decoder(model.language_model)
+    pools = []
+    for _ in range(2):
+        pools.append(KVPool(2, kv_heads, 65, head_dim, torch.float64, torch.device("cpu")))
+        pools[-1]._memory.normal_(generator=torch.Generator().manual_seed(0))
+    sequences = [PackedSequence(0, 1, 32, 17), PackedSequence(1, 1, 0, 30), PackedSequence(2, 1, 16, 0)]
+    tokens = [7, 9, 11]
+    padded, positions, bases = decode_input(tokens, sequences, 4, 64)
+    steps = (
+        (tokens, PackedStep(pools[0], sequences, torch.float64, torch.device("cpu"))),
+        (padded.tolist(), _StaticStep(pools[1], positions, bases, 40, page_size, twins.decode_attention)),
+    )
+    with torch.inference_mode():
+        packed, static = (decoder.forward(model.embed(torch.tensor(ids)), step) for ids, step in steps)
+    torch.testing.assert_close(static[:3], packed, rtol=0, atol=1e-9)
+    torch.testing.assert_close(pools[1]._memory[..., :64, :], pools[0]._memory[..., :64, :], rtol=0, atol=1e-9)
+
+
+def test_an_extent_of_two_positions_is_whole_pages() -> None:
+    assert [extent_of_two(page_size) for page_size in (1, 2, 16)] == [2, 2, 16]
 
 
 @pytest.mark.gpu

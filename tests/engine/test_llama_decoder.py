@@ -21,7 +21,8 @@ from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import TinyModel, engine, image, prompt, reference_ids, run
 
 CPU = torch.device("cpu")
-FUSED = ["llama", "mistral", "qwen2", "llama-linear", "llama-llama3", "llama-yarn", "qwen2-full"]
+EVERYDAY = ["mistral", "qwen2"]
+FUSED = [*EVERYDAY, "llama", "llama-linear", "llama-llama3", "llama-yarn", "qwen2-full"]
 OTHERS = ["mpt", "qwen3", "gemma", "phi3"]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
 PROMPTS = [
@@ -38,7 +39,9 @@ def also_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
 
 
-@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in EVERYDAY else pytest.mark.extended) for kind in FUSED]
+)
 def test_it_gives_what_transformers_gives(kind: str) -> None:
     some = slice(None) if kind in ("llama", "mistral") else slice(1, 3)
     expected = [reference_ids(TinyModel(kind), one, 20) for one in PROMPTS[some]]

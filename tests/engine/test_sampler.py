@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llava_serve.engine.executor import sampler
+from llava_serve.engine.executor.kernels import twins
 from llava_serve.engine.executor.sampler import adjust, uniform
 from llava_serve.engine.sequence import EngineRequest, RawLogprob, Sequence
 from llava_serve.sampling_params import SamplingParams
@@ -103,6 +104,33 @@ def test_where_too_few_are_sorted_the_answer_is_the_same_whenever_that_is_notice
     monkeypatch.setattr(sampler, "_answers_at_once", lambda _: False)
     assert sample(table, sequences) == expected
     assert sorts == [False, True]
+
+
+def test_a_kernel_of_its_own_samples_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever requests ask for: it gets what others have truncated, and no token that they exclude."""
+    rng = random.Random(0)
+    sequences = [
+        sequence(
+            seed,
+            temperature=rng.choice((0.0, 0.4, 1.0, 2.0)),
+            top_p=rng.choice((1.0, 0.9, 0.5, 1e-30)),
+            top_k=rng.choice((0, 0, 1, 7)),
+            min_p=rng.choice((0.0, 0.0, 0.2)),
+            repetition_penalty=rng.choice((1.0, 1.2)),
+        )
+        for seed in range(200)
+    ]
+    table = logits(200).float()
+    expected = [one.token_id for one in sample(table, sequences)]
+    calls = []
+
+    def kernel(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(arguments)
+        return twins.sample_top_p(*arguments)
+
+    monkeypatch.setattr(sampler, "top_p_kernel", lambda dtype, device: kernel)
+    assert [one.token_id for one in sample(table, sequences)] == expected
+    assert len(calls) == 1
 
 
 def test_a_sequence_does_not_depend_on_the_batch() -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from llava_serve.engine.executor import llama_decoder, sampler
 from llava_serve.engine.executor.kernels import selection, twins
-from llava_serve.engine.executor.kernels.selection import Arguments, LayerShape, disagreement
+from llava_serve.engine.executor.kernels.selection import Arguments, LayerKernels, LayerShape, disagreement
+from llava_serve.sampling_params import SamplingParams
+from support.tiny_engine import TinyModel, engine, prompt, run
 from support.triton_interpreter import GuardedMemory, require_interpreter
 
 require_interpreter()
@@ -162,11 +165,19 @@ def test_sampling_from_vocabularies_of_any_size(vocabulary: int) -> None:
     assert torch.equal(found, twins.sample_top_p(logits, share, noise))
 
 
-def test_tokens_that_are_equally_likely_are_kept_together() -> None:
-    logits = torch.tensor([[2.0, 1.0, 1.0, 0.0]]).repeat(16, 1)
-    noise = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
-    found = top_p.sample_top_p(logits, torch.full((16,), 0.7), noise)
-    assert set(found.tolist()) == {0, 1, 2}
+def test_of_equally_likely_tokens_the_first_are_kept() -> None:
+    """Logits in half precision have many."""
+    noise = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    few = torch.tensor([[2.0, 1.0, 1.0, 0.0]]).repeat(8, 1)  # shares of 0.53, 0.20, 0.20 and 0.07
+    for share, kept in ((0.5, {0}), (0.7, {0, 1}), (0.9, {0, 1, 2})):
+        assert set(top_p.sample_top_p(few, torch.full((8,), share), noise).tolist()) == kept
+    coarse = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    arguments = (
+        torch.cat([coarse, torch.zeros(1, 5000)]),
+        torch.tensor([0.3, 0.9, 0.999, 0.4999]),
+        noise[[0, 4, 6, 7]],
+    )
+    assert compare(top_p.sample_top_p, twins.sample_top_p, [arguments]) == 1
 
 
 def test_a_step_with_nan_gets_a_token_of_the_vocabulary() -> None:
@@ -176,7 +187,20 @@ def test_a_step_with_nan_gets_a_token_of_the_vocabulary() -> None:
     logits[1] = float("-inf")
     found, *_ = guarded(top_p.sample_top_p, (logits, torch.full((3,), 0.9), torch.full((3,), 0.5, dtype=torch.float64)))
     assert all(0 <= token < 50 for token in found.tolist())
-    assert found[2] == 25
+    assert found[2] == 22  # of the first 45
+
+
+def test_an_engine_computes_and_samples_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [
+        (prompt(1, [5, 6, 7]), SamplingParams(temperature=0, max_new_tokens=3)),
+        (prompt(1, [8, 9]), SamplingParams(temperature=0.7, top_p=0.8, seed=3, max_new_tokens=3)),
+    ]
+    expected = run(engine(TinyModel("qwen2", torch.float32)), *requests)
+    by_layers = LayerKernels(layers.add_rmsnorm, layers.rotate_and_write, layers.silu_mul)
+    monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
+    monkeypatch.setattr(llama_decoder, "layer_kernels", lambda shape: by_layers)
+    monkeypatch.setattr(sampler, "top_p_kernel", lambda dtype, device: top_p.sample_top_p)
+    assert run(engine(TinyModel("qwen2", torch.float32)), *requests) == expected
 
 
 @pytest.mark.usefixtures("few_shares")

@@ -26,14 +26,16 @@ def sample_top_p_kernel(
     top = tl.max(highest, 0)
     share = tl.load(top_p + sequence)
 
-    low = tl.full([1], 0.0, tl.float32)
-    width = tl.full([1], 1.0, tl.float32)
+    limit = tl.full([1], 0.0, tl.float64)
+    least = tl.full([1], 0.0, tl.float32)  # the smallest mass of a token that is kept
     if share < 1:
-        whole = tl.full([1], 0.0, tl.float64)
         for at in range(0, vocabulary, block):
             inside = at + column < vocabulary
             mass = tl.exp(tl.load(source + at + column, mask=inside, other=float("-inf")) - top)
-            whole += tl.sum(mass, 0).to(tl.float64)
+            limit += tl.sum(mass, 0).to(tl.float64)
+        limit *= share.to(tl.float64)
+        low = tl.full([1], 0.0, tl.float32)
+        width = tl.full([1], 1.0, tl.float32)
         for _ in range(passes):
             width /= ways
             threshold = low + width * (1 + tl.arange(0, ways)).to(tl.float32)
@@ -41,36 +43,46 @@ def sample_top_p_kernel(
             for at in range(0, vocabulary, block):
                 inside = at + column < vocabulary
                 mass = tl.exp(tl.load(source + at + column, mask=inside, other=float("-inf")) - top)
-                above = tl.where(mass[None, :] >= threshold[:, None], mass[None, :], 0.0)
-                kept += tl.sum(above, 1).to(tl.float64)
-            reached = (kept >= share.to(tl.float64) * whole).to(tl.int32)
-            low += width * tl.sum(reached, 0).to(tl.float32)
+                kept += tl.sum(tl.where(mass[None, :] >= threshold[:, None], mass[None, :], 0.0), 1).to(tl.float64)
+            low += width * tl.sum((kept >= limit).to(tl.int32), 0).to(tl.float32)
+        low = tl.minimum(low, 1.0)  # a limit that rounds to 0 keeps the likeliest token all the same
+        least += 1.0
+        for at in range(0, vocabulary, block):
+            inside = at + column < vocabulary
+            mass = tl.exp(tl.load(source + at + column, mask=inside, other=float("-inf")) - top)
+            least = tl.minimum(least, tl.min(tl.where((mass >= low) & (mass > 0), mass, 1.0), 0))
 
-    low = tl.minimum(low, 1.0)  # a share that rounds to 0 keeps the likeliest token all the same
-
-    remaining = tl.full([1], 0.0, tl.float64)
+    above = tl.full([1], 0.0, tl.float64)
     for at in range(0, vocabulary, block):
         inside = at + column < vocabulary
         mass = tl.exp(tl.load(source + at + column, mask=inside, other=float("-inf")) - top)
-        remaining += tl.sum(tl.where(mass >= low, mass, 0.0), 0).to(tl.float64)
-    target = tl.load(noise + sequence) * remaining
+        above += tl.sum(tl.where(mass > least, mass, 0.0), 0).to(tl.float64)
+    ties = tl.full([1], 0.0, tl.float64)  # how many tokens of the smallest mass are kept, the first ones
+    if share < 1:
+        ties = tl.maximum(tl.ceil((limit - above) / least.to(tl.float64)), 1.0)
+
+    target = tl.load(noise + sequence) * (above + ties * least.to(tl.float64))
     passed = tl.full([1], 0.0, tl.float64)
+    met = tl.full([1], 0, tl.int32)
     sampled = tl.full([1], 0, tl.int32) + vocabulary
     last = tl.full([1], 0, tl.int32)
     for at in range(0, vocabulary, block):
         inside = at + column < vocabulary
         mass = tl.exp(tl.load(source + at + column, mask=inside, other=float("-inf")) - top)
-        mass = tl.where(mass >= low, mass, 0.0)
+        equal = (mass == least).to(tl.int32)
+        within = (met + tl.cumsum(equal, 0)).to(tl.float64) <= ties
+        mass = tl.where((mass > least) | ((equal > 0) & within), mass, 0.0)
         reached = (mass > 0) & (passed + tl.cumsum(mass, 0).to(tl.float64) > target)
         sampled = tl.minimum(sampled, tl.min(tl.where(reached, at + column, vocabulary), 0))
         last = tl.maximum(last, tl.max(tl.where(mass > 0, at + column, 0), 0))
         passed += tl.sum(mass, 0).to(tl.float64)
+        met += tl.sum(equal, 0)
     # Rounding may put the target at the very end: then the last token with any mass is taken.
     tl.store(out + sequence + tl.arange(0, 1), tl.minimum(sampled, last).to(tl.int64))
 
 
 def sample_top_p(logits: torch.Tensor, top_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """See `twins.sample_top_p`. Of tokens that are equally likely it keeps all or none."""
+    """See `twins.sample_top_p`."""
     assert logits.stride(1) == 1, "a sequence's logits are neighbours"
     sequences, vocabulary = logits.shape
     out = torch.empty(sequences, dtype=torch.int64, device=logits.device)

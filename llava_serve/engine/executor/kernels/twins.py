@@ -118,7 +118,7 @@ def decode_attention(
 
 
 def sample_top_p(logits: torch.Tensor, top_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Inverse transform sampling among the likeliest tokens that reach a share.
+    """Inverse transform sampling among the fewest tokens that reach a share: of equally likely ones the first.
 
     Args:
         logits: float32 [sequences, vocabulary]; -inf is no token.
