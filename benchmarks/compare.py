@@ -75,7 +75,7 @@ def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tu
     try:
         for _ in range(480):  # four minutes: a busy machine starts slowly
             if process.poll() is not None:
-                raise RuntimeError(f"The server has ended with the status {process.returncode}: {process.args}")
+                raise RuntimeError(f"The server has ended with the status {process.returncode}: {process.args!r}")
             try:
                 httpx.get(f"{url}/health", timeout=5)
                 break

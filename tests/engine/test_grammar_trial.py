@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.hostile_inputs import INTERSECTION
 from llava_serve.async_llm import AsyncLLM
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
@@ -16,6 +15,7 @@ from llava_serve.engine.grammar_trial import GrammarTrial
 from llava_serve.errors import RequestError
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
+from testbed.hostile_inputs import INTERSECTION
 
 CHOICE = StructuredOutput(choice=("yes", "no"))
 ENDLESS = {

@@ -223,7 +223,7 @@ def test_tokens_that_are_allowed_take_no_mask(monkeypatch: pytest.MonkeyPatch) -
 def test_sampled_tokens_have_the_distribution_that_the_grammar_leaves(fields: dict[str, Any], left: str) -> None:
     """Of 4,000 tokens with a seed each, over the vocabulary's bytes: three letters of six are allowed."""
     count, logit_of = 4000, {"a": 1.0, "b": 2.0, "c": 0.5, "d": 0.0, "e": -1.0, "f": 1.5}
-    grammar = GrammarCompiler(llm("llava-v1.5-tiny").spec, BYTES).compile(StructuredOutput(regex="[ace]x"))
+    grammar = GrammarCompiler(llm("llava-v1.5-tiny").spec.tokenizer, BYTES).compile(StructuredOutput(regex="[ace]x"))
     logits = torch.full((1, BYTES), -30.0)
     for letter, logit in logit_of.items():
         logits[0, byte(letter)] = logit
