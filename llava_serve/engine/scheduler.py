@@ -149,10 +149,9 @@ class Scheduler:
         """
         while self.waiting and not self.waiting[0].batch and self.running and self.running[-1].batch:
             group, online = self.waiting[0], [each for each in self.running if not each.batch]
-            prompts = [each.num_pending for other in online for each in other.active if each.num_pending > 1]
-            if sum(prompts) >= tokens or self._kv.next_missing(group.sequences[0]) in self._pending_keys(online):
-                return
-            if _num_sequences(online) + len(group.sequences) > self.max_num_seqs:
+            ahead = sum(each.num_pending for other in online for each in other.active if each.num_pending > 1)
+            too_many = _num_sequences(online) + len(group.sequences) > self.max_num_seqs
+            if too_many or ahead >= tokens or self._kv.next_missing(group.sequences[0]) in self._pending_keys(online):
                 return
             while self.num_running + len(group.sequences) > self.max_num_seqs or not self._admit(group):
                 if not self.running or not self.running[-1].batch:

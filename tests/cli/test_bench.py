@@ -285,9 +285,8 @@ def test_a_terminal_sees_the_progress(bench: Callable[..., Any], monkeypatch: py
         def isatty(self) -> bool:
             return True
 
-    terminal = Terminal()
     with app_over(PacedBackend(pace_s=0.2)) as web:
-        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
         bench(web.base_url, "--requests", 3, "--clients", 1, *TEXT_ONLY)
     shown = terminal.getvalue().split("\r")
     assert shown[1].startswith("0 of 3 requests (0 failed)")
@@ -297,5 +296,4 @@ def test_a_terminal_sees_the_progress(bench: Callable[..., Any], monkeypatch: py
 
 def test_it_imports_no_torch_and_no_ray() -> None:
     script = "import sys, llava_serve.bench.load, llava_serve.bench.report; print({'torch', 'ray'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "set()\n"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT) == "set()\n"
