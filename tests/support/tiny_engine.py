@@ -88,6 +88,7 @@ class TinySpec:
     eos_token_ids: tuple[int, ...] = (2,)
     image: TinyImage = TinyImage()
     feature_width: int = HIDDEN
+    tokenizer: None = None
 
 
 class TinyModel:
