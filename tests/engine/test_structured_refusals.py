@@ -55,9 +55,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "sentence"), WRONG, ids=[f"{at}" for at in range(len(WRONG))])
 def test_a_form_that_cannot_be_followed_is_refused_by_name(builtin: LLM, fields: dict[str, Any], sentence: str) -> None:
-    asked = SamplingParams(structured=StructuredOutput(**fields))
     with pytest.raises(RequestError, match=sentence) as refused:
-        builtin.generate("Who?", sampling=asked)
+        builtin.generate("Who?", sampling=SamplingParams(structured=StructuredOutput(**fields)))
     assert len(refused.value.message) < 200
     assert "\n" not in refused.value.message
 
