@@ -5,6 +5,7 @@ It imports neither torch nor Ray until a fixture needs them: many tests do witho
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -27,6 +28,12 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 # A shell starts what runs in the background with SIGINT ignored, and all that the tests start would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of the imported libraries stay to the end: no later collection looks at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,6 +46,7 @@ PARTS = {
     "docs_plots",
     "gpu_kernels",
     "gpu_model",
+    "machine",
     "make_checkpoint",
     "options",
     "paced",
