@@ -14,15 +14,9 @@ from llava_serve.checkpoints.original import token_ids
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.sampling_params import SamplingParams
-from support.tiny_engine import CONFIGS, TinyModel, engine, image, prompt, reference_ids, run
+from support.tiny_engine import CONFIGS, PROMPTS, TinyModel, engine, image, prompt, reference_ids, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
-PROMPTS = [
-    prompt(1, [5, 6, 7]),
-    prompt(1, image((10, 20, 30), 2), [8, 9]),
-    prompt(1, list(range(3, 60))),
-    prompt(1, image((200, 20, 30)), [8, 9], image((0, 20, 30), 3), 4),
-]
 
 
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}

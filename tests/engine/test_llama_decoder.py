@@ -18,19 +18,13 @@ from llava_serve.engine.executor.kernels import selection, twins
 from llava_serve.engine.executor.kernels.selection import LayerShape, disagreement
 from llava_serve.errors import CheckpointError
 from llava_serve.sampling_params import SamplingParams
-from support.tiny_engine import TinyModel, engine, image, prompt, reference_ids, run
+from support.tiny_engine import PROMPTS, TinyModel, engine, reference_ids, run
 
 CPU = torch.device("cpu")
 EVERYDAY = ["mistral", "qwen2"]
 FUSED = [*EVERYDAY, "llama", "llama-linear", "llama-llama3", "llama-yarn", "qwen2-full"]
 OTHERS = ["mpt", "qwen3", "gemma", "phi3"]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
-PROMPTS = [
-    prompt(1, [5, 6, 7]),
-    prompt(1, image((10, 20, 30), 2), [8, 9]),
-    prompt(1, list(range(3, 60))),
-    prompt(1, image((200, 20, 30)), [8, 9], image((0, 20, 30), 3), 4),
-]
 SHAPE = LayerShape(96, 48, 6, 2, 16, torch.float32, CPU)
 
 

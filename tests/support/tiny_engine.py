@@ -264,3 +264,12 @@ def reference_ids(model: TinyModel, one: PreparedPrompt, count: int) -> list[int
             embeddings = torch.cat([embeddings, model.embed(torch.tensor([ids[-1]]))])
     language_model.set_attn_implementation(before)
     return ids
+
+
+PROMPTS = [
+    prompt(1, [5, 6, 7]),
+    prompt(1, image((10, 20, 30), 2), [8, 9]),
+    prompt(1, list(range(3, 60))),
+    prompt(1, image((200, 20, 30)), [8, 9], image((0, 20, 30), 3), 4),
+]
+"""With text alone, and with images at several places."""
