@@ -48,6 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes that test, one has all that starts a Ray cluster; else each takes the next file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "ray" if file.startswith(("tests/serve/", "tests/test_readme.py")) else file
+
+    return Scheduler(config, log)
+
+
 @pytest.fixture(scope="session")
 def served() -> Iterator[Any]:
     """The application of the real `serve_config.yaml` on a Ray of two CPUs; only the port differs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -49,14 +50,14 @@ def running(served: Any) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All of them at once: most of a script's time is its imports."""
     environment = os.environ | {"RAY_ADDRESS": served.ray_address, "OPENAI_BASE_URL": f"{served.url}/v1"}
     pipe = subprocess.PIPE
-    scripts = {
-        name: subprocess.Popen([sys.executable, EXAMPLES / name], env=environment, stdout=pipe, stderr=pipe, text=True)
-        for name in PRINTS
-    }
-    yield scripts
-    for script in scripts.values():
-        script.kill()
-        script.wait()
+    with contextlib.ExitStack() as ended:
+        scripts = {}
+        for name in PRINTS:
+            command = [sys.executable, EXAMPLES / name]
+            started = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+            scripts[name] = ended.enter_context(started)
+            ended.callback(started.kill)
+        yield scripts
 
 
 @pytest.mark.parametrize("name", PRINTS)
