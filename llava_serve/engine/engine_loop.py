@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -33,6 +34,9 @@ _EXIT_S = 10.0
 """For the step that runs when the interpreter exits."""
 _SLOWEST_DECAY = 0.99
 """Per step, of the slowest usual step: one slow step is forgotten after a few hundred."""
+_SWITCH_S = 5e-4
+"""Torch gives the interpreter up in each of its calls, some hundred a step, and another thread that computes gives it
+back after this time. By default 5 ms: a body that is parsed beside the engine stretched a step tenfold."""
 _DEAD = "The engine has stopped."
 
 
@@ -87,6 +91,7 @@ class EngineLoop:
         self._slowest_step_s = _MAX_STALLED_S / _STALLED_STEPS  # nothing is measured
         self._aborted = 0
         self._dead = False
+        sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
         built: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(built, build), name="engine", daemon=True)
         self._thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -248,3 +249,14 @@ async def test_closing_fails_requests_in_flight() -> None:
     with pytest.raises(EngineDeadError):
         await waiting
     assert not llm.healthy
+
+
+@pytest.mark.parametrize(("before", "after"), [(5e-3, 5e-4), (1e-4, 1e-4)])
+async def test_the_engine_gets_the_interpreter_back_soon(before: float, after: float) -> None:
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+        AsyncLLM(MODEL, OPTIONS).close()
+        assert sys.getswitchinterval() == pytest.approx(after, rel=0.1)  # the user's own is kept where it is shorter
+    finally:
+        sys.setswitchinterval(interval)
