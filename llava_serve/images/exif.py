@@ -46,13 +46,13 @@ class Directory:
     entries: dict[int, tuple[int, int, bytes]] = field(default_factory=dict)
     cut: set[int] = field(default_factory=set)
 
-    def numbers(self, tag: int) -> tuple[float, ...]:
+    def numbers(self, tag: int, most: int = _MOST_NUMBERS) -> tuple[float, ...]:
         """The first numbers of a tag; empty where it is absent, or holds none."""
         kind, count, value = self.entries.get(tag, (0, 0, b""))
         code = _TYPES.get(kind, "c")
         if len(code) > 1 or code == "c":
             return ()
-        return struct.unpack_from(f"{self.order}{min(count, _MOST_NUMBERS)}{code}", value)
+        return struct.unpack_from(f"{self.order}{min(count, most)}{code}", value)
 
     def number(self, tag: int, default: int) -> int:
         """The first whole number of a tag."""

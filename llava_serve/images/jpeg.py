@@ -95,6 +95,12 @@ def open_jpeg(data: bytes, options: ImageOptions) -> Opened:
     return Opened(size, load, jpeg.orientation)
 
 
+def whole_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a JPEG of which nothing is missing, and (0, 0) of any other; tables may lie elsewhere."""
+    jpeg = _split(data)
+    return jpeg.size if jpeg.whole else (0, 0)
+
+
 def _scale(jpeg: _Jpeg, max_pixels: int) -> int:
     pixels = jpeg.size[0] * jpeg.size[1]
     if jpeg.scans > 1 or jpeg.progressive or pixels > MAX_REDUCED_PIXELS:

@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from llava_serve.config import ImageOptions
 from llava_serve.errors import InvalidImageError
 from llava_serve.images.exif import ORIENTATION, Directory, append_directory, read_directory, valid_orientation
+from llava_serve.images.jpeg import whole_size
 from llava_serve.images.opened import Opened, loaded
 from llava_serve.images.pixels import Samples, scale
 
@@ -41,10 +42,10 @@ _READ_HERE = {ORIENTATION, _LEAST, _GREATEST, _LEAST_SAMPLE, _GREATEST_SAMPLE}
 _UNPACKED = {1: "no", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "Zstandard"}
 _KINDS = {1: "u", 2: "i", 3: "f"}
 _KIND_NAMES = {1: "unsigned", 2: "signed", 3: "float"}
-_INVERTED, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_INVERTED, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
 _SHORT, _LONG = 3, 4
-_OLD_JPEG = 6
-"""Its pixels may lie in one stream that no strip names."""
+_OLD_JPEG, _JPEG = 6, 7
+"""The pixels of the old one may lie in one stream that no strip names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ def open_tiff(data: bytes, options: ImageOptions) -> Opened:
     width, height = found.number(_WIDTH, 0), found.number(_HEIGHT, 0)
     if width < 1 or height < 1 or found.cut & _NEEDED or _lacks_strips(found, width, height):
         raise ValueError("cut off")
+    if found.number(_COMPRESSION, 1) == _JPEG and _lacks_rows(data, found, width, height):
+        raise ValueError("rows are missing")
     kept = replace(found, entries={tag: entry for tag, entry in found.entries.items() if tag in _KEPT})
     orientation = valid_orientation(found)
     if found.number(_TILE_WIDTH, 1) * found.number(_TILE_HEIGHT, 1) > options.max_pixels:
@@ -119,6 +122,31 @@ def _lacks_strips(directory: Directory, width: int, height: int) -> bool:
     planes = number(_CHANNELS, 1) if number(_PLANAR, 1) == 2 else 1
     _, named, _ = directory.entries.get(tag, (0, 0, b""))
     return named < needed * planes and number(_COMPRESSION, 1) != _OLD_JPEG
+
+
+def _lacks_rows(data: bytes, directory: Directory, width: int, height: int) -> bool:
+    """Whether a JPEG in the file is cut, or smaller than its strip or tile. What is missing would be grey or black."""
+    if tiled := _TILE_OFFSETS in directory.entries:
+        size = directory.number(_TILE_WIDTH, 0), max(1, directory.number(_TILE_HEIGHT, 0))
+    else:
+        size = width, min(max(1, directory.number(_STRIP_HEIGHT, height)), height)
+    reduced = (
+        directory.number(_PLANAR, 1) == 2 and directory.number(_PHOTOMETRIC, 0) == _YCBCR
+    )  # but for the first plane
+    offsets, lengths = (
+        directory.numbers(tag, most=len(data))
+        for tag in ((_TILE_OFFSETS, _TILE_BYTES) if tiled else (_STRIP_OFFSETS, _STRIP_BYTES))
+    )
+    if sum(lengths) > 4 * len(data):
+        return True  # parts that overlap, so that there is more to read than was sent
+    rows = height % size[1] or size[1]
+    for index, (offset, length) in enumerate(zip(offsets, lengths, strict=False)):
+        found = whole_size(data[int(offset) : int(offset + length)])
+        last = not tiled and (index + 1) % -(-height // size[1]) == 0
+        needed = (1, 1) if reduced else (size[0], rows if last else size[1])
+        if found[0] < needed[0] or found[1] < needed[1]:
+            return True
+    return False
 
 
 def _bits(directory: Directory) -> tuple[int, ...]:

@@ -71,6 +71,25 @@ def test_a_tiff_that_names_too_few_of_its_parts_is_refused(dtype: str, options: 
     assert outcome(bytes(short)) == "refused"
 
 
+@pytest.mark.parametrize("fault", ["height", "width", "end"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "YCbCr"])
+def test_a_jpeg_in_a_tiff_that_lacks_pixels_of_its_strip_is_refused(mode: str, fault: str) -> None:
+    """libtiff leaves the rest black, and libjpeg makes it grey."""
+    whole = encoded(SCENE.convert(mode), "TIFF", compression="jpeg", tiffinfo={278: 16})
+    assert outcome(whole) == "read"
+    starts = [found.start() for found in re.finditer(rb"\xff\xc0\x00", whole)]
+    assert len(starts) == -(-SCENE.height // 16)
+    for start in starts:
+        short = bytearray(whole)
+        if fault == "end":
+            end = whole.index(b"\xff\xd9", start)
+            short[end : end + 2] = b"\0\0"
+        else:
+            at = start + {"height": 5, "width": 7}[fault]
+            short[at : at + 2] = (int.from_bytes(short[at : at + 2]) - 1).to_bytes(2)
+        assert outcome(bytes(short)) == "refused"
+
+
 @pytest.mark.parametrize("compression", ["raw", "zstd", "lzma", "group4"])
 def test_a_tiff_whose_directory_is_cut_is_damaged_and_no_strange_kind(compression: str) -> None:
     data = encoded(GREY.convert("1") if compression == "group4" else SCENE, "TIFF", compression=compression)

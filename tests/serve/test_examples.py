@@ -53,7 +53,7 @@ def running(served: Any) -> Iterator[dict[str, subprocess.Popen[str]]]:
     with contextlib.ExitStack() as ended:
         scripts = {}
         for name in PRINTS:
-            command = [sys.executable, EXAMPLES / name]
+            command = [sys.executable, str(EXAMPLES / name)]
             started = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
             scripts[name] = ended.enter_context(started)
             ended.callback(started.kill)
