@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 _log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Quantization = Literal["8bit", "4bit", "fp8"]
 Transparency = Literal["white", "drop"]
 CacheScope = Literal["shared", "key"]
 
@@ -50,7 +51,8 @@ class ModelOptions(Options):
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: `auto` is float32 on a CPU and the checkpoint's half precision on CUDA; that of the files where they are
             quantized.
-        quantization: layers of the language model in 8 or 4 bits (bitsandbytes).
+        quantization: linear layers of the language model, without its head: `8bit` and `4bit` by bitsandbytes, `fp8`
+            with weights and inputs in 8-bit floats, for GPUs that multiply them.
     """
 
     model: str = "builtin"
@@ -61,7 +63,7 @@ class ModelOptions(Options):
     image_aspect: Literal["pad", "square"] | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
-    quantization: Literal["8bit", "4bit"] | None = None
+    quantization: Quantization | None = None
 
     @property
     def prompt_key(self) -> str:
@@ -80,7 +82,7 @@ class ModelKeywords(TypedDict, total=False):
     image_aspect: Literal["pad", "square"] | None
     device: str
     dtype: Dtype
-    quantization: Literal["8bit", "4bit"] | None
+    quantization: Quantization | None
 
 
 def resolve_model_options(model: str | ModelOptions, **keywords: Unpack[ModelKeywords]) -> ModelOptions:

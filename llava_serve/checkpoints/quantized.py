@@ -59,8 +59,8 @@ def read_quantization(
     quantization = _read(settings, folder)
     if options.quantization is not None:
         raise CheckpointError(
-            f"The weights in {folder} are quantized already ({quantization}); leave --load-8bit and --load-4bit "
-            "(quantization) out."
+            f"The weights in {folder} are quantized already ({quantization}); leave --load-8bit, --load-4bit and "
+            "--load-fp8 (quantization) out."
         )
     if (folder / "adapter_config.json").is_file() or options.model_base is not None:
         raise CheckpointError(

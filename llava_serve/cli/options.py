@@ -42,6 +42,9 @@ def add_loading_flags(group: argparse._ActionsContainer) -> None:
     bits.add_argument(
         "--load-4bit", dest="quantization", action="store_const", const="4bit", help="4-bit weights (bitsandbytes)"
     )
+    bits.add_argument(
+        "--load-fp8", dest="quantization", action="store_const", const="fp8", help="weights in 8-bit floats, on a GPU"
+    )
     group.add_argument("--device", type=_device, help="auto (the default), cpu, cuda, cuda:1")
     group.add_argument(
         "--dtype", choices=_DTYPES, help="auto (the default) is float32 on a CPU, else the checkpoint's own"

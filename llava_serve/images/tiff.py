@@ -90,7 +90,7 @@ def open_tiff(data: bytes, options: ImageOptions) -> Opened:
     width, height = found.number(_WIDTH, 0), found.number(_HEIGHT, 0)
     if width < 1 or height < 1 or found.cut & _NEEDED or _lacks_strips(found, width, height):
         raise ValueError("cut off")
-    if found.number(_COMPRESSION, 1) == _JPEG and _lacks_rows(data, found, width, height):
+    if found.number(_COMPRESSION, 1) == _JPEG and _lacks_pixels(data, found, width, height):
         raise ValueError("rows are missing")
     kept = replace(found, entries={tag: entry for tag, entry in found.entries.items() if tag in _KEPT})
     orientation = valid_orientation(found)
@@ -124,7 +124,7 @@ def _lacks_strips(directory: Directory, width: int, height: int) -> bool:
     return named < needed * planes and number(_COMPRESSION, 1) != _OLD_JPEG
 
 
-def _lacks_rows(data: bytes, directory: Directory, width: int, height: int) -> bool:
+def _lacks_pixels(data: bytes, directory: Directory, width: int, height: int) -> bool:
     """Whether a JPEG in the file is cut, or smaller than its strip or tile. What is missing would be grey or black."""
     if tiled := _TILE_OFFSETS in directory.entries:
         size = directory.number(_TILE_WIDTH, 0), max(1, directory.number(_TILE_HEIGHT, 0))
@@ -139,11 +139,11 @@ def _lacks_rows(data: bytes, directory: Directory, width: int, height: int) -> b
     )
     if sum(lengths) > 4 * len(data):
         return True  # parts that overlap, so that there is more to read than was sent
-    rows = height % size[1] or size[1]
+    last_height = height % size[1] or size[1]
     for index, (offset, length) in enumerate(zip(offsets, lengths, strict=False)):
         found = whole_size(data[int(offset) : int(offset + length)])
         last = not tiled and (index + 1) % -(-height // size[1]) == 0
-        needed = (1, 1) if reduced else (size[0], rows if last else size[1])
+        needed = (1, 1) if reduced else (size[0], last_height if last else size[1])
         if found[0] < needed[0] or found[1] < needed[1]:
             return True
     return False

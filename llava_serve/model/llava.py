@@ -15,12 +15,13 @@ from transformers.activations import ACT2FN
 
 from llava_serve.checkpoints import CheckpointSpec
 from llava_serve.checkpoints.weights import stored_tensors
+from llava_serve.config import Quantization
 from llava_serve.errors import CheckpointError, reason
 from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
 from llava_serve.model.quantized import check_files, load_quantized, quantized_bytes
 from llava_serve.model.vocabulary import fit_vocabulary
-from llava_serve.model.weight_loader import Quantization, load_weights, quantize_layers, refuse_delta, weight_bytes
+from llava_serve.model.weight_loader import load_weights, quantize_layers, refuse_delta, weight_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -84,13 +85,13 @@ class Llava(nn.Module):
         """
         if spec.quantization is not None:
             return cls._load_quantized(spec, torch.device(device), dtype, kv_cache_bytes)
+        device = torch.device(device)
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
         tensors, text_config = fit_vocabulary(spec, tensors)
         model = cls._on_meta(spec, text_config)
         if quantization is not None:
-            quantize_layers(model.language_model, quantization, dtype)
-        device = torch.device(device)
+            quantize_layers(model.language_model, quantization, device, dtype)
         check_memory(spec.name, weight_bytes(model, dtype), kv_cache_bytes, device, dtype)
         load_weights(model, tensors, spec, device, dtype)
         refuse_delta(model.language_model, spec)

@@ -35,7 +35,7 @@ def check_memory(name: str, weights: int, beside: int, device: torch.device, dty
     if weights > free:
         raise CheckpointError(
             f"{needed}, and {device} has {gigabytes(free)} of free memory. One engine runs on one device; choose fewer "
-            "bits (dtype: bfloat16, quantization: 8bit or 4bit), a smaller model, or a machine with more."
+            "bits (dtype: bfloat16, quantization: 8bit, 4bit or fp8), a smaller model, or a machine with more."
         )
     if weights + beside > free:
         _log.warning(

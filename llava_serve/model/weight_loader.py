@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from llava_serve.checkpoints.files import gigabytes, training_step
 from llava_serve.checkpoints.spec import CheckpointSpec
 from llava_serve.checkpoints.stored_tensor import StoredTensor
 from llava_serve.checkpoints.weight_mapping import stored_name
+from llava_serve.config import Quantization
 from llava_serve.errors import CheckpointError
+from llava_serve.model.float8 import Float8Linear, replace_linears
 from llava_serve.model.numerics import are_finite
-
-Quantization = Literal["8bit", "4bit"]
 
 _log = logging.getLogger(__name__)
 
@@ -89,22 +89,42 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _bytes_each(parameter: nn.Parameter, dtype: torch.dtype) -> float:
-    kind = type(parameter).__name__  # bitsandbytes' own, which is imported only where it is used
-    return {"Int8Params": 1.0, "Params4bit": 0.5}.get(kind, float(dtype.itemsize))
+    kind = type(parameter).__name__  # bitsandbytes is imported only where it is used
+    return {"Int8Params": 1.0, "Params4bit": 0.5, "Float8Weight": 1.0}.get(kind, float(dtype.itemsize))
 
 
-def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of a language model, without its head, by bitsandbytes' in 8 or 4 bits. `load_weights`
-    quantizes the weights while loading.
+def quantize_layers(
+    language_model: nn.Module, quantization: Quantization, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replaces the linear layers of a language model, without its head. `load_weights` quantizes the weights while
+    loading.
 
     Args:
         language_model: on the meta device.
-        quantization: 8 bits (LLM.int8) or 4 bits (NF4 with double quantization), as in the original.
-        dtype: of the layers' computation.
+        quantization: 8 bits (LLM.int8) or 4 bits (NF4 with double quantization) by bitsandbytes, as in the original, or
+            8-bit floats.
+        device: where the weights go.
+        dtype: of the layers' inputs and outputs.
 
     Raises:
-        CheckpointError: bitsandbytes is not installed, or cannot compute in this precision.
+        CheckpointError: bitsandbytes is not installed, or cannot compute in this precision; or the GPU cannot.
     """
+    if quantization == "fp8":
+        replace_linears(language_model, device)
+    else:
+        _replace_by_bitsandbytes(language_model, quantization == "8bit", dtype)
+    # The experts of a layer are one tensor, and no linear layers.
+    if experts := sum(parameter.numel() for parameter in language_model.parameters() if parameter.ndim == 3):
+        _log.warning(
+            "The experts of this mixture are not quantized: they stay in %s and take %s. --load-%s saves memory in its "
+            "other layers only.",
+            str(dtype).removeprefix("torch."),
+            gigabytes(experts * dtype.itemsize),
+            quantization,
+        )
+
+
+def _replace_by_bitsandbytes(language_model: nn.Module, eight: bool, dtype: torch.dtype) -> None:
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
@@ -116,23 +136,14 @@ def quantize_layers(language_model: nn.Module, quantization: Quantization, dtype
     quiet_bitsandbytes()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError("8-bit and 4-bit layers compute in float32, bfloat16 or float16; choose one with dtype.")
-    eight = BitsAndBytesConfig(load_in_8bit=True)
     four = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"
     )
     replace_with_bnb_linear(
         language_model,
         modules_to_not_convert=["lm_head"],
-        quantization_config=eight if quantization == "8bit" else four,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True) if eight else four,
     )
-    # The experts of a layer are one tensor, and no linear layers.
-    if experts := sum(parameter.numel() for parameter in language_model.parameters() if parameter.ndim == 3):
-        _log.warning(
-            "The experts of this mixture are not quantized: they stay in %s and take %s. --load-8bit and --load-4bit "
-            "save memory in its other layers only.",
-            str(dtype).removeprefix("torch."),
-            gigabytes(experts * dtype.itemsize),
-        )
 
 
 def quiet_bitsandbytes() -> None:
@@ -226,6 +237,9 @@ def _place(
     old = getattr(module, name)
     if type(old) is nn.Parameter:
         loaded = old.copy_(value)
+    elif isinstance(module, Float8Linear):
+        loaded = value
+        module.set_weight(value, device)
     else:  # bitsandbytes' parameters quantize themselves when they are moved to their device.
         loaded = value.to(dtype)
         settings = {key: item for key, item in old.__dict__.items() if key not in ("CB", "SCB")}

@@ -1,4 +1,4 @@
-"""8-bit and 4-bit weights of the language model, by bitsandbytes on a CPU."""
+"""8-bit and 4-bit weights of the language model by bitsandbytes, and 8-bit floats, on a CPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
 from llava_serve.errors import CheckpointError
+from llava_serve.model.float8 import Float8Linear, to_float8
 from llava_serve.model.llava import Llava
 from support.random_llava import write_llava
 from support.tiny_hf import Tiny, write_model
@@ -32,7 +33,7 @@ LAYERS = 8
 LINEAR_LAYERS = 7 * LAYERS
 # The least cosine that any position's logits may have with the unquantized model's; the bounds of the memory, with
 # scales, embeddings and head, beside that in bfloat16.
-EXPECTED = {"8bit": (0.998, (0.50, 0.53)), "4bit": (0.93, (0.25, 0.29))}
+EXPECTED = {"8bit": (0.998, (0.50, 0.53)), "4bit": (0.93, (0.25, 0.29)), "fp8": (0.99, (0.50, 0.53))}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized_layers(module: nn.Module) -> list[str]:
-    return [name for name, one in module.named_modules() if type(one).__name__ in ("Linear8bitLt", "Linear4bit")]
+    return [
+        name
+        for name, one in module.named_modules()
+        if type(one).__name__ in ("Linear8bitLt", "Linear4bit", "Float8Linear")
+    ]
 
 
 def memory(module: nn.Module) -> int:
@@ -51,6 +56,7 @@ def memory(module: nn.Module) -> int:
 
 
 def tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from (one.scale for one in module.modules() if isinstance(one, Float8Linear))
     for parameter in module.parameters():
         yield parameter
         state = getattr(parameter, "quant_state", None)
@@ -137,7 +143,7 @@ def test_weights_are_checked_before_they_are_quantized(quantization: Any, llava_
         Llava.load(open_checkpoint(str(llava_15)), quantization=quantization)
 
 
-@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_without_bitsandbytes_it_says_what_to_install(
     folder: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +153,7 @@ def test_without_bitsandbytes_it_says_what_to_install(
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.parametrize("kind", EXPECTED)
 def test_experts_stay_as_they_are_and_that_is_said(kind: Any, tmp_path: Path, caplog: Any) -> None:
     write_model(tmp_path / "mixture", Tiny("llava", "mixtral", text={"num_local_experts": 4, "intermediate_size": 128}))
     model = Llava.load(open_checkpoint(str(tmp_path / "mixture")), quantization=kind)
@@ -156,3 +162,40 @@ def test_experts_stay_as_they_are_and_that_is_said(kind: Any, tmp_path: Path, ca
     assert {tensor.dtype for tensor in experts} == {torch.float32}
     assert len(experts) == 2 * 2
     assert "experts of this mixture are not quantized: they stay in float32" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (7, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_8_bit_floats_gives_what_its_rounded_numbers_give(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48, bias=bias, dtype=dtype)
+    layer = Float8Linear(plain)
+    layer.set_weight(plain.weight.detach(), torch.device("cpu"))
+    inputs = torch.randn(shape, dtype=dtype)
+    inputs[..., 0] *= 100  # of one token, whose scale the others do not share
+    (rows, scales), (weight, weight_scales) = to_float8(inputs), to_float8(plain.weight.detach())
+    assert float((rows.double() * scales - inputs).abs().max()) <= float(inputs.abs().max()) / 16
+    expected = (rows.double() * scales) @ (weight.double() * weight_scales).T
+    expected = expected.to(torch.bfloat16).to(dtype)
+    with torch.inference_mode():
+        found = layer(inputs)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected if plain.bias is None else expected + plain.bias, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row(number: float) -> None:
+    layer = Float8Linear(nn.Linear(16, 16, bias=False))
+    layer.set_weight(torch.eye(16), torch.device("cpu"))
+    inputs = torch.ones(3, 16)
+    inputs[1, 2] = number
+    with torch.inference_mode():
+        assert layer(inputs).isfinite().all(dim=-1).tolist() == [True, False, True]
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    rows, scales = to_float8(torch.zeros(2, 16))
+    assert torch.equal(rows.float() * scales, torch.zeros(2, 16))

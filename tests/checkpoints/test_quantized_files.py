@@ -214,7 +214,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "quantized twice": (
         {"load_in_4bit": True},
         {"quantization": "8bit"},
-        r"quantized already \(bitsandbytes, 4 bit\); leave --load-8bit and --load-4bit",
+        r"quantized already \(bitsandbytes, 4 bit\); leave --load-8bit, --load-4bit and --load-fp8",
     ),
 }
 

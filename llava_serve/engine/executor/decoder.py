@@ -15,6 +15,7 @@ from llava_serve.engine.executor import attention, compiled
 from llava_serve.engine.executor.attention import Step
 from llava_serve.engine.executor.llama_decoder import LlamaDecoder
 from llava_serve.engine.executor.output_head import output_head
+from llava_serve.model.float8 import Float8Linear
 
 
 class Decoder:
@@ -36,8 +37,9 @@ class Decoder:
         self._extra: dict[str, torch.Tensor] = {}
         self._compiled: compiled.CompiledDecoder | None = None
         self._llama: LlamaDecoder | None = None
-        floats = all(parameter.is_floating_point() for parameter in language_model.parameters())
-        floats &= not any("forward" in vars(module) for module in language_model.modules())  # compressed-tensors
+        whole = all(parameter.is_floating_point() for parameter in language_model.parameters())
+        whole &= not any("forward" in vars(module) for module in language_model.modules())  # compressed-tensors
+        floats = whole and not any(isinstance(module, Float8Linear) for module in language_model.modules())
         self.has_float_weights = floats
         """No layer is quantized."""
         if isinstance(language_model, MptForCausalLM):
@@ -54,8 +56,9 @@ class Decoder:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
             if floats and LlamaDecoder.supports(language_model):
                 self._llama = LlamaDecoder(language_model)
-        self.capturable = floats
-        """Its steps can be captured as CUDA graphs: it has no quantized layers, whose kernels synchronize."""
+        self.capturable = whole
+        """Its steps can be captured as CUDA graphs: it has no quantized layers of bitsandbytes' or of a quantizer's,
+        whose kernels synchronize."""
         self.has_alibi = bool(self._replaced)
 
     @property
