@@ -5,6 +5,7 @@
     python -m benchmarks.compare /tmp/bench/60m --before /tmp/before
     python -m benchmarks.compare /tmp/bench/60m --without-max-tokens
     python -m benchmarks.compare /tmp/bench/60m --structured
+    python -m benchmarks.compare /tmp/bench/60m --vllm /opt/vllm
 
 Each server runs alone on the machine, one after the other, several rounds, in bfloat16.
 """
@@ -37,7 +38,7 @@ from llava_serve.bench.report import summarise
 from llava_serve.bench.workload import Workload, make_conversations
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS, BEFORE, THEIRS = "llava-serve", "llava-serve before", "transformers serve"
+OURS, BEFORE, THEIRS, VLLM = "llava-serve", "llava-serve before", "transformers serve", "vllm serve"
 WITHOUT = "llava-serve without max_tokens"
 STRUCTURED = "llava-serve structured"
 ANY_TEXT = {"structured_outputs": {"regex": r"(.|\n)*"}}
@@ -46,17 +47,22 @@ STOPS = list(" etaoinsrhldcu.")
 """Most texts soon have one of them."""
 
 
-def command(server: str, model: str, device: str, port: int) -> list[str]:
+def command(server: str, home: Path, model: str, device: str, port: int) -> list[str]:
     """The command that starts a server."""
     common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
+    if server == VLLM:
+        return [str(home / "bin" / "vllm"), "serve", model, *common[2:]]  # its device is that of its package
     if server == THEIRS:
         return [str(Path(sys.executable).parent / "transformers"), "serve", *common, model]
     return [sys.executable, "-m", "llava_serve.cli", "serve", "--in-process", "--compile", "--model", model, *common]
 
 
 @contextmanager
-def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tuple[str, int]]:
-    """A server on a free port: its URL and process id. The end of the block stops it. Ours is that of a checkout.
+def running(server: str, home: Path, model: str, device: str) -> Iterator[tuple[str, int]]:
+    """A server on a free port: its URL and process id. The end of the block stops it.
+
+    Args:
+        home: the checkout of ours, or the virtual environment of vLLM.
 
     Raises:
         RuntimeError: it has ended before it answers.
@@ -66,9 +72,9 @@ def running(server: str, checkout: Path, model: str, device: str) -> Iterator[tu
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
-        command(server, model, device, port),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout)},
-        cwd=checkout,
+        command(server, home, model, device, port),
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(home)},
+        cwd=home,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -96,7 +102,7 @@ def peak_memory_mb(pid: int) -> float:
 
 def measure(
     server: str,
-    checkout: Path,
+    home: Path,
     model: str,
     device: str,
     clients: int,
@@ -106,9 +112,9 @@ def measure(
     stopped: bool,
 ) -> dict[str, Any]:
     """One server, one number of clients, after a short warm-up. `stopped`: see `StoppedClient`."""
-    name = model if server == THEIRS else Path(model).name
+    name = model if server in (THEIRS, VLLM) else Path(model).name
     workload = Workload(requests=requests_, repeated_images=float(same), seed=seed)
-    with running(server, checkout, model, device) as (url, pid):
+    with running(server, home, model, device) as (url, pid):
         extra = {THEIRS: {}, STRUCTURED: ANY_TEXT}.get(server, {"ignore_eos": True})
         client = StoppedClient(url, name, server == WITHOUT, extra) if stopped else Client(url, name, extra=extra)
         report = asyncio.run(send(client, workload, clients))
@@ -167,6 +173,7 @@ def main() -> None:
         action="store_true",
         help="ours beside ours with a form for each answer, instead of transformers'",
     )
+    parser.add_argument("--vllm", type=Path, help="a virtual environment with vLLM, instead of transformers' server")
     parser.add_argument("--output", type=Path)
     parser.set_defaults(same_picture=[8])
     args = parse(parser, clients=[1], per_client=1, rounds=1, same_picture=[])
@@ -177,9 +184,19 @@ def main() -> None:
 def compare(model: str, args: argparse.Namespace) -> None:
     """Runs all rounds of all cases, and prints the ratios."""
     without = args.without_max_tokens
-    other = STRUCTURED if args.structured else WITHOUT if without else BEFORE if args.before else THEIRS
-    older = args.before and args.before.resolve()
-    checkouts = {OURS: ROOT, BEFORE: older, THEIRS: ROOT, WITHOUT: ROOT, STRUCTURED: ROOT}
+    other = (
+        STRUCTURED
+        if args.structured
+        else WITHOUT
+        if without
+        else BEFORE
+        if args.before
+        else VLLM
+        if args.vllm
+        else THEIRS
+    )
+    named = args.before or args.vllm
+    home = {other: named.resolve()} if named and other in (BEFORE, VLLM) else {}
     runs = []
     cases = [(clients, False) for clients in args.clients] + [(clients, True) for clients in args.same_picture]
     for round_ in range(args.rounds):
@@ -187,8 +204,9 @@ def compare(model: str, args: argparse.Namespace) -> None:
             for server in (OURS, other)[:: -1 if round_ % 2 else 1]:  # the second of two is often a little quicker
                 count = max(4, clients * args.per_client)
                 seed = 10 * round_
-                checkout = checkouts[server]
-                runs.append(measure(server, checkout, model, args.device, clients, count, seed, same, without))
+                runs.append(
+                    measure(server, home.get(server, ROOT), model, args.device, clients, count, seed, same, without)
+                )
                 print(json.dumps(runs[-1]), flush=True)
     speeds = {
         (server, clients, same): median(
