@@ -23,6 +23,7 @@ FOR_TESTS = (
     "pytest",
     "pytest-asyncio",
     "pytest-timeout",
+    "trustme",
 )
 TESTS = (
     "tests/api/test_api_endpoints.py",
