@@ -34,8 +34,8 @@ class StepAhead:
 
 @contextmanager
 def planned_ahead(schedule: Schedule, scheduler: Scheduler, kv: KVCache) -> Iterator[StepAhead | None]:
-    """The step behind a schedule that is launched; None where that must wait for the tokens. Within, its sequences are
-    as they will be once these are read, but for `UNREAD_TOKEN_ID` as the last id.
+    """The step behind a schedule that is launched; None where that must wait for the tokens. Within, its sequences have
+    `UNREAD_TOKEN_ID` in their place.
 
     It must wait where another group may be admitted, where something that runs is not in the schedule or is not
     decoding behind it, where sampling needs the tokens themselves, and where a sequence must move to grow.
@@ -46,9 +46,7 @@ def planned_ahead(schedule: Schedule, scheduler: Scheduler, kv: KVCache) -> Iter
     if not last or not _is_all(sampled, scheduler) or _may_admit(len(last), scheduler):
         yield None
         return
-    computed = [segment.sequence.num_computed for segment in last]
     for segment in last:
-        segment.sequence.num_computed = segment.end
         segment.sequence.token_ids.append(UNREAD_TOKEN_ID)
     try:
         # A move would be queued for the next schedule, and blocks are committed meanwhile, where they are not yet.
@@ -57,8 +55,7 @@ def planned_ahead(schedule: Schedule, scheduler: Scheduler, kv: KVCache) -> Iter
         of_batch = len(last) if scheduler.running[0].batch else 0
         yield StepAhead(Schedule((), (), (), segments, len(last), of_batch), indices) if grown else None
     finally:
-        for segment, positions in zip(last, computed, strict=True):
-            segment.sequence.num_computed = positions
+        for segment in last:
             segment.sequence.token_ids.pop()
 
 

@@ -128,6 +128,24 @@ def test_a_failure_in_a_step_that_is_launched_ahead_fails_its_request_only() -> 
     assert [(each.request_id, type(each.error)) for each in outputs if each.error] == [("odd", LlavaServeError)]
 
 
+def test_a_failure_in_a_step_that_is_launched_ahead_is_nothing_to_a_request_that_takes_the_id() -> None:
+    odd, other = (prompt([1, 5, 6, 9]), unchecked(temperature=0)), (prompt([1, 5, 6, 7]), GREEDY)
+    (expected,) = run(engine(TinyModel()), other)
+    object.__setattr__(odd[1], "min_tokens", FailsAtThree())
+    subject = engine(TinyModel(), ahead=True)
+    subject.add(subject.validator.accept("r", *odd))
+    subject.add(subject.validator.accept("other", *other))
+    for _ in range(3):
+        subject.step()
+    subject.abort("r")
+    subject.add(subject.validator.accept("r", *other))
+    outputs = []
+    while subject.has_work:
+        outputs += subject.step()
+    assert not [each.error for each in outputs if each.error]
+    assert [token for each in outputs if each.request_id == "r" for token in each.token_ids] == expected[0]
+
+
 def test_no_choice_continues_when_another_has_failed() -> None:
     """The first choice gets NaN in its answer; no output follows the error."""
     model = TinyModel()
