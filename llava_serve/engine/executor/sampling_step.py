@@ -117,9 +117,9 @@ def _follow(
     if refused := [index for index, token in enumerate(followed) if token is None]:
         own = [sequences[index] for index in refused]
         no_flags = torch.ones(0, dtype=torch.bool, device=logits.device)
-        masked = _chosen(logits, refused)
-        batch = attempt(partial(sample, masked, own, no_flags, again=True))
-        again, _ = _read_each(batch, masked, own, no_flags, again=True)
+        chosen = _chosen(logits, refused)
+        batch = attempt(partial(sample, chosen, own, no_flags, again=True))
+        again, _ = _read_each(batch, chosen, own, no_flags, again=True)
         for index, sequence, token in zip(refused, own, again, strict=True):
             followed[index] = _advance(sequence, token)
     return [token or too_complex() for token in followed]
@@ -155,8 +155,7 @@ def _read_each(
     each: list[RawLogprob | Exception] = []
     for index, sequence in enumerate(sequences):
         own = logits[index : index + 1]
-        single = attempt(partial(_sample_one, own, sequence, flags[:0], again=again))
-        each.append(single)
+        each.append(attempt(partial(_sample_one, own, sequence, flags[:0], again=again)))
     if not any(isinstance(one, Exception) for one in each):
         _logger.error("The tokens of a step could not be sampled as a batch, but one by one.", exc_info=read)
     return each, flags.cpu().tolist()
