@@ -8,10 +8,11 @@ JSON, and adds them to `--output`. A part that fails prints its error as such a 
 status is then 1.
 
 `env`: the card, its bandwidth, products, and the parameters of torch's FlashAttention. `attention`: that kernel alone,
-with ALiBi too. `decode`: steps of 1 to 128 sequences against the time in which weights and keys can be read, and the
-graph without the host. `sampled`: what kinds of sampling add. `vision`: the tower by tiles, first tokens, bursts, and
-pictures that come while others decode, with the sizes of their pieces. `stream`: streams in one event loop. `profile`:
-the kernels of a step by time. `transformers`: its own `generate` over the same sizes.
+with ALiBi too. `decode`: steps of 1 to 128 sequences against the time in which weights and keys can be read, the
+graph without the host, and steps that are not launched ahead. `sampled`: what kinds of sampling add. `vision`: the
+tower by tiles, first tokens, bursts, and pictures that come while others decode, with the sizes of their pieces.
+`stream`: streams in one event loop. `profile`: the kernels of a step by time. `transformers`: its own `generate` over
+the same sizes.
 
 A bare machine needs: Python 3.11 or later with torch 2.11 or later for CUDA, transformers 5.17 or later, numpy, Pillow,
 tokenizers, safetensors, accelerate, jinja2, psutil, tqdm, httpx2, llguidance and pydantic; this repository on
@@ -79,10 +80,13 @@ def decode(args: argparse.Namespace) -> Figures:
         config = language.config
         key = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
         least = (weights + keys * key) / (args.bandwidth * 1e9)
+        engine._pipeline.ahead = False
+        synchronous = step_times(engine, args.steps)
         yield {
             "sequences": count,
             "step_ms": round(median(times), 3),
             "worst_ms": round(max(times), 3),
+            "synchronous_ms": round(median(synchronous), 3),
             "graph_ms": _graph_ms(engine, count),
             "roofline_ms": round(least, 3),
             "share_of_roofline": round(least / median(times), 3),

@@ -13,8 +13,7 @@ from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.encoder_cache import EncoderCacheManager
 from llava_serve.engine.executor.kv_memory import num_blocks
 from llava_serve.engine.executor.model import VisionLanguageModel
-from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
-from llava_serve.engine.executor.sampling_step import sample_step
+from llava_serve.engine.executor.model_runner import ModelRunner
 from llava_serve.engine.failures import failed_requests, request_failure
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.online_load import online_load
@@ -23,6 +22,7 @@ from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Output, PromptLogprobs, RawLogprob, Sequence, SequenceGroup
 from llava_serve.engine.stats import Counts, EngineStats
+from llava_serve.engine.step_pipeline import LaunchedStep, StepPipeline
 from llava_serve.errors import CapacityError, DeadlineExceededError, NumericalError, RequestError
 from llava_serve.types import FinishReason, StageTimes
 
@@ -30,9 +30,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Continuous batching over one model. One thread owns it; nothing here waits or locks."""
+    """Continuous batching over one model. One thread owns it; nothing here waits or locks.
 
-    def __init__(self, model: VisionLanguageModel, options: EngineOptions) -> None:
+    Args:
+        ahead: steps are launched one ahead: see `StepPipeline`. None is on CUDA; it brings nothing on a CPU.
+    """
+
+    def __init__(self, model: VisionLanguageModel, options: EngineOptions, *, ahead: bool | None = None) -> None:
         self.model = model
         spec = model.spec
         self._kv = KVCache(
@@ -49,12 +53,14 @@ class Engine:
         self._batch_share = BatchShare(self._prefill_budget)
         self._runner = ModelRunner(model, self._kv.num_blocks, options)
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
+        self._searches: dict[str, BeamSearch] = {}
+        ahead = model.device.type == "cuda" if ahead is None else ahead
+        self._pipeline = StepPipeline(self._runner, self._scheduler, self._kv, self._searches, model.dtype, ahead=ahead)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
         self.validator = RequestValidator(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[SequenceGroup]] = {}
-        self._searches: dict[str, BeamSearch] = {}
         self._arrivals = self._num_sequences = self._num_batch = 0
-        self._counts = Counts()
+        self._counts, self._read_at = Counts(), 0.0  # when the last step was read
 
     @property
     def has_work(self) -> bool:
@@ -105,8 +111,8 @@ class Engine:
         if request.sampling.num_beams > 1:
             self._searches[request.request_id] = BeamSearch(groups[0])
         self._groups[request.request_id] = groups
-        self._num_sequences += _num_sequences(request)
-        self._num_batch += is_batch(request.priority) * _num_sequences(request)
+        self._num_sequences += request.num_sequences
+        self._num_batch += is_batch(request.priority) * request.num_sequences
 
     def has_room(self, request: EngineRequest, coming: int = 0) -> bool:
         """The queue has room for all sequences of a request behind `coming` others: an online one is added as if there
@@ -115,7 +121,7 @@ class Engine:
             return True
         batch, most = is_batch(request.priority), self.validator.max_sequences
         taken = coming + (self._num_sequences if batch else self._num_sequences - self._num_batch)
-        return taken + _num_sequences(request) <= (self.validator.max_batch_sequences if batch else most)
+        return taken + request.num_sequences <= (self.validator.max_batch_sequences if batch else most)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one choice of it, without further output. Unknown ones have ended and are ignored."""
@@ -132,19 +138,25 @@ class Engine:
         """Advances every decoding sequence by a token, and prompts within the budget."""
         started = time.perf_counter()
         outputs = self._expire()
+        step = self._pipeline.launch(self._schedule)
+        outputs += self._postprocess(step)
+        ended = time.perf_counter()
+        self._counts.step_seconds += ended - started
+        self._observe(step.schedule, ended - max(step.began, self._read_at))
+        self._read_at = ended
+        return outputs
+
+    def _schedule(self) -> Schedule:
+        """The next step, where none is launched."""
+        started = time.perf_counter()
         self._scheduler.make_room(self._prefill_budget.step_budget(self._scheduler.load.online_decoding).tokens)
         schedule = self._scheduler.schedule(self._batch_share.step_budget(self._scheduler.load))
-        scheduled = time.perf_counter()
-        result = self._runner.run(schedule)
-        outputs += self._postprocess(schedule, result)
-        self._counts.schedule_seconds += scheduled - started
-        self._observe(schedule, time.perf_counter() - started)
-        return outputs
+        self._counts.schedule_seconds += time.perf_counter() - started
+        return schedule
 
     def _observe(self, schedule: Schedule, seconds: float) -> None:
         """Learns what steps cost."""
         self._counts.steps += 1
-        self._counts.step_seconds += seconds
         self._counts.computed_sequences += len(schedule.segments)
         decoding, batch = schedule.num_decoding, schedule.num_batch_decoding
         prefill = schedule.num_tokens - decoding
@@ -165,28 +177,21 @@ class Engine:
         error = DeadlineExceededError("The request's time was up before its answer was complete.")
         return [Output(request_id, 0, error=error) for request_id in expired]
 
-    def _postprocess(self, schedule: Schedule, result: StepResult) -> list[Output]:
-        """Samples the next tokens and appends them. What a failed request has computed is not kept."""
-        self._credit_vision(schedule, result.vision_s)
-        sequences = [segment.sequence for segment in schedule.segments if segment.needs_sampling]
-        sampled = sample_step(result, sequences, self._searches, self.model.dtype)
+    def _postprocess(self, step: LaunchedStep) -> list[Output]:
+        """Reads the next tokens and appends them. What a failed request has computed is not kept."""
+        encoded = {job.digest for job in step.schedule.tile_jobs}
+        for group in self._scheduler.running:
+            group.credit_vision(encoded, step.result.vision_s)
+        sampled = step.sampling.read()
         outputs = [self._fail(*failed) for failed in failed_requests(sampled.failures, self._scheduler).items()]
-        self._record(schedule, result.prompt_logprobs)
+        self._record(step.schedule, step.result.prompt_logprobs)
         for sequence, token in sampled.tokens:
-            if self.has(sequence.request.request_id):
+            if sequence.is_running:
                 outputs.append(self._append(sequence, token))
         for search, extended in sampled.beams:
             if self.has(search.group.request.request_id):
                 outputs += self._advance_beams(search.group, extended)
         return outputs
-
-    def _credit_vision(self, schedule: Schedule, seconds: float) -> None:
-        """Adds the tower's time to the groups that needed what it encoded."""
-        if schedule.tile_jobs:
-            digests = {job.digest for job in schedule.tile_jobs}
-            for group in self._scheduler.running:
-                if not digests.isdisjoint(group.pins):
-                    group.timeline.vision_s += seconds
 
     def _fail(self, request_id: str, error: Exception) -> Output:
         """Ends a request with an error."""
@@ -204,7 +209,7 @@ class Engine:
             sequence.prompt_logprobs += new
         self._counts.computed_tokens += schedule.num_tokens
         for segment in schedule.segments:
-            if self.has(segment.sequence.request.request_id):
+            if segment.sequence.is_running:
                 segment.sequence.num_computed = segment.end
                 self._kv.commit(segment.sequence)
         for group in self._scheduler.running:
@@ -282,8 +287,3 @@ class Engine:
         groups.remove(group)
         if not groups:
             del self._groups[group.request.request_id]
-
-
-def _num_sequences(request: EngineRequest) -> int:
-    """Sequences that a request takes."""
-    return request.sampling.n * request.sampling.num_beams

@@ -75,8 +75,8 @@ class KVCache:
             sequence.num_cached = sequence.num_computed
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Extends the blocks to all tokens; moves them if the next ones are held. False if there is no room."""
+    def grow(self, sequence: Sequence, *, move: bool = True) -> bool:
+        """Extends the blocks to all tokens; `move`s them if the next ones are held. False if there is no room."""
         extent = sequence.extent
         assert extent is not None, "only a running sequence grows"
         need = self._blocks(len(sequence.token_ids))
@@ -88,7 +88,7 @@ class KVCache:
             del self._claims[end]
             sequence.extent = Extent(extent.start, need)
         else:
-            start = self._find_free_run(need, self._blocks(sequence.expected_length))
+            start = self._find_free_run(need, self._blocks(sequence.expected_length)) if move else None
             if start is None:
                 return False
             self._add_refs(start, need)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from llava_serve.config import is_batch
@@ -44,6 +45,11 @@ class EngineRequest:
     end_tokens: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     arrived: float = field(default_factory=time.perf_counter)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that it takes."""
+        return self.sampling.n * self.sampling.num_beams
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,11 @@ class Sequence:
             self.prompt_logprobs = [None if first == IMAGE_TOKEN_ID else RawLogprob(first, math.nan)]
 
     @property
+    def is_running(self) -> bool:
+        """It has a place in the KV cache: it neither waits nor has ended."""
+        return self.extent is not None
+
+    @property
     def num_prompt(self) -> int:
         return self.request.prompt.num_tokens
 
@@ -214,3 +225,8 @@ class SequenceGroup:
     def rank(self) -> tuple[int, int]:
         """The lower is admitted first and preempted last."""
         return (self.request.priority, self.arrival)
+
+    def credit_vision(self, encoded: Set[str], seconds: float) -> None:
+        """Adds the tower's time, if it has encoded an image that the prefill needs."""
+        if not encoded.isdisjoint(self.pins):
+            self.timeline.vision_s += seconds

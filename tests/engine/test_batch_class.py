@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ class Answers:
 @pytest.mark.parametrize(
     "limits", [{"max_num_seqs": 4}, {"max_num_seqs": 64, "blocks": 24}], ids=["sequences", "blocks"]
 )
-def test_an_online_request_is_answered_at_once_among_a_full_batch(model: TinyModel, limits: dict[str, int]) -> None:
+def test_an_online_request_is_answered_at_once_among_a_full_batch(model: TinyModel, limits: dict[str, Any]) -> None:
     batch = {f"b{number}": batch_prompt(number) for number in range(10)}
     online = [50, 51, 52, 53]
     alone = engine(model)

@@ -18,10 +18,10 @@ from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor import decoder, llama_decoder, sampler, varlen
 from llava_serve.engine.executor.kernels import twins
 from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
-from llava_serve.engine.executor.sampling_step import sample_step
-from llava_serve.engine.executor.transfer import to_device
+from llava_serve.engine.executor.sampling_step import PendingStep
+from llava_serve.engine.executor.transfer import HostCopy, to_device
 from llava_serve.engine.failures import StepFailures
-from llava_serve.engine.sequence import EngineRequest, Output, Sequence
+from llava_serve.engine.sequence import EngineRequest, Extent, Output, Sequence
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
 from support import tiny_engine
@@ -164,6 +164,40 @@ def test_sampling_by_the_kernel_waits_once(engine: Engine, monkeypatch: pytest.M
         assert step(engine)[0] == 1
 
 
+def test_one_step_ahead_a_step_is_read_behind_the_launch_of_the_next(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "top_p_kernel", lambda dtype, device: twins.sample_top_p)
+    log: list[str] = []
+    copies: list[HostCopy] = []
+    forward, begin, values = decoder.Decoder.forward, HostCopy.__init__, HostCopy.values
+
+    def launched(*args: Any) -> torch.Tensor:
+        log.append("launch")
+        return forward(*args)
+
+    def begun(copy: HostCopy, parts: Any) -> None:
+        begin(copy, parts)
+        copies.append(copy)
+        log.append(f"copy {len(copies)}")
+
+    def read(copy: HostCopy) -> list[list[float]]:
+        log.append(f"read {copies.index(copy) + 1}")
+        return values(copy)
+
+    monkeypatch.setattr(decoder.Decoder, "forward", launched)
+    monkeypatch.setattr(HostCopy, "__init__", begun)
+    monkeypatch.setattr(HostCopy, "values", read)
+    engine._pipeline.ahead = True
+    for at, sampling in enumerate((*ALONE[:6], ALONE[-1])):
+        add(engine, prompt([5, at + 2]), f"r{at}", **sampling)
+    for _ in range(3):
+        waits, outputs = step(engine)
+        assert (waits, len(outputs)) == (1, 7)
+    first = ["launch", "copy 1", "launch", "copy 2", "read 1"]
+    assert log == [*first, "launch", "copy 3", "read 2", "launch", "copy 4", "read 3"]
+
+
 def test_a_step_of_tiles_alone_waits_for_them(engine: Engine) -> None:
     """Else its time, by which prefill is planned, is that of the launch."""
     add(engine, prompt(image((1, 2, 3), 12), [8]), "image", temperature=0)
@@ -191,12 +225,12 @@ def test_a_grammar_costs_a_wait_only_where_it_refuses_a_token(
             return bool(allows.pop(0))
 
     request = EngineRequest("r", prompt([1]), SamplingParams(**sampling), None, 0, 0, 9, frozenset())
-    sequence = Sequence(request, 0, [1], matcher=Grammar())  # type: ignore[arg-type]
+    sequence = Sequence(request, 0, [1], extent=Extent(0, 1), matcher=Grammar())  # type: ignore[arg-type]
     result = StepResult(
         torch.empty(1, 5, device=META), [], torch.ones(0, dtype=torch.bool, device=META), [], StepFailures(), 0.0
     )
     with counted() as waits:
-        sampled = sample_step(result, [sequence], {}, torch.bfloat16)
+        sampled = PendingStep(result, [sequence], {}, torch.bfloat16).read()
     assert (len(sampled.tokens), allows, sampled.failures.requests) == (1, [], {})
     assert (waits.to_host, waits.to_device) == (waited, 0)
 

@@ -165,6 +165,22 @@ def test_cuda_graphs_answer_as_their_kernels_do(batch_size: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_steps_launched_ahead_answer_as_others_do(cuda_graphs: bool) -> None:
+    """Sequences that end at different times, greedy and sampled, with a prompt more than there are places."""
+    llm = LLM("builtin", device="cuda", dtype="float32", engine=EngineOptions(max_num_seqs=3, cuda_graphs=cuda_graphs))
+    assert llm.engine._pipeline.ahead
+    questions = ["What is in the picture?", DEMO_QUESTION, f"{DEMO_QUESTION}{SHORT}", "How many shapes are there?"]
+    for sampling in (GREEDY, SamplingParams(temperature=0.7, top_k=20, seed=1, logprobs=1)):
+        found = []
+        for ahead in (True, False):
+            llm.engine._pipeline.ahead = ahead
+            results = llm.generate(questions, images=[[DEMO_IMAGE]] * 4, sampling=sampling)
+            found.append([(result.token_ids, result.finish_reason) for result in results])
+        assert found[0] == found[1]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_builtin_model_answers_on_cuda_as_on_a_cpu(dtype: Any) -> None:
     llm = LLM("builtin", device="cuda", dtype=dtype)

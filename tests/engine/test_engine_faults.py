@@ -102,6 +102,50 @@ def test_a_failure_of_the_batch_only_fails_no_request(caplog: pytest.LogCaptureF
     assert "one by one" in record.message
 
 
+class FailsAtThree(int):
+    """A number that cannot be compared with 3."""
+
+    def __gt__(self, other: int) -> bool:
+        if other == 3:
+            raise ValueError("not three")
+        return super().__gt__(other)
+
+
+def test_a_failure_in_a_step_that_is_launched_ahead_fails_its_request_only() -> None:
+    odd, other = (prompt([1, 5, 6, 9]), unchecked(temperature=0)), (prompt([1, 5, 6, 7]), GREEDY)
+    whole, expected = run(engine(TinyModel()), odd, other)
+    object.__setattr__(odd[1], "min_tokens", FailsAtThree())
+    subject = engine(TinyModel(), ahead=True)
+    for name, (asked, sampling) in {"odd": odd, "other": other}.items():
+        subject.add(subject.validator.accept(name, asked, sampling))
+    outputs, ahead = [], []
+    while subject.has_work:
+        outputs += subject.step()
+        ahead.append(subject._pipeline._next is not None)
+    assert ahead[:5] == [True, True, True, False, True]  # the fourth token was sampled one by one, on the CPU
+    assert [token for each in outputs if each.request_id == "odd" for token in each.token_ids] == whole[0][:3]
+    assert [token for each in outputs if each.request_id == "other" for token in each.token_ids] == expected[0]
+    assert [(each.request_id, type(each.error)) for each in outputs if each.error] == [("odd", LlavaServeError)]
+
+
+def test_a_failure_in_a_step_that_is_launched_ahead_is_nothing_to_a_request_that_takes_the_id() -> None:
+    odd, other = (prompt([1, 5, 6, 9]), unchecked(temperature=0)), (prompt([1, 5, 6, 7]), GREEDY)
+    (expected,) = run(engine(TinyModel()), other)
+    object.__setattr__(odd[1], "min_tokens", FailsAtThree())
+    subject = engine(TinyModel(), ahead=True)
+    subject.add(subject.validator.accept("r", *odd))
+    subject.add(subject.validator.accept("other", *other))
+    for _ in range(3):
+        subject.step()
+    subject.abort("r")
+    subject.add(subject.validator.accept("r", *other))
+    outputs = []
+    while subject.has_work:
+        outputs += subject.step()
+    assert not [each.error for each in outputs if each.error]
+    assert [token for each in outputs if each.request_id == "r" for token in each.token_ids] == expected[0]
+
+
 def test_no_choice_continues_when_another_has_failed() -> None:
     """The first choice gets NaN in its answer; no output follows the error."""
     model = TinyModel()

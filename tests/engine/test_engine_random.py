@@ -72,16 +72,16 @@ def make_prompt(rng: random.Random) -> PreparedPrompt:
     return prompt(*parts, [rng.randrange(3, 90) for _ in range(rng.choice((1, 2, 9)))])  # type: ignore[arg-type]
 
 
-def make_sampling(rng: random.Random) -> SamplingParams:
-    """Now and then the prompt is scored, too."""
-    sampling = make_plain_sampling(rng)
+def make_sampling(rng: random.Random, *, free: bool = False) -> SamplingParams:
+    """Now and then the prompt is scored, too. `free`: what is sampled needs no tokens but the last one."""
+    sampling = make_plain_sampling(rng, free=free)
     scored = sampling.num_beams == 1 and rng.random() < 0.25
     return dataclasses.replace(sampling, prompt_logprobs=rng.choice((0, 2))) if scored else sampling
 
 
-def make_plain_sampling(rng: random.Random) -> SamplingParams:
+def make_plain_sampling(rng: random.Random, *, free: bool = False) -> SamplingParams:
     count = rng.choice((1, 3, 8, 20))
-    match rng.randrange(7):
+    match rng.choice((1, 2, 4, 5)) if free else rng.randrange(7):
         case 0:
             return SamplingParams(temperature=0, num_beams=rng.choice((2, 3)), max_new_tokens=count)
         case 1:
@@ -105,21 +105,22 @@ def make_plain_sampling(rng: random.Random) -> SamplingParams:
             return SamplingParams(temperature=0, max_new_tokens=count)
 
 
-def check_tiny(kind: str, seed: int, poison: int | None = None) -> None:
+def check_tiny(kind: str, seed: int, poison: int | None = None, *, ahead: bool = False) -> None:
+    """With `ahead` in three of four cases without what turns it off."""
     rng = random.Random(f"{kind}{seed}")
-    check_schedule(
-        model(kind, poison), [(make_prompt(rng), make_sampling(rng)) for _ in range(rng.randrange(3, 9))], rng
-    )
+    free = ahead and seed % 4 > 0
+    requests = [(make_prompt(rng), make_sampling(rng, free=free)) for _ in range(rng.randrange(3, 9))]
+    check_schedule(model(kind, poison), requests, rng, ahead=ahead)
 
 
-def check_golden(name: str, seed: int) -> None:
+def check_golden(name: str, seed: int, *, ahead: bool = False) -> None:
     rng = random.Random(f"{name}{seed}")
     llm = golden(name)
     prompts = [
         llm.processor.prepare_query(rng.choice(QUESTIONS), rng.choices(IMAGES, k=rng.choice((0, 1, 1, 2))))
         for _ in range(rng.randrange(3, 6))
     ]
-    check_schedule(llm.engine.model, [(one, make_sampling(rng)) for one in prompts], rng)
+    check_schedule(llm.engine.model, [(one, make_sampling(rng, free=ahead)) for one in prompts], rng, ahead=ahead)
 
 
 def check_structured(name: str, seed: int) -> None:
@@ -138,7 +139,11 @@ def check_structured(name: str, seed: int) -> None:
 
 
 def check_schedule(
-    subject_model: VisionLanguageModel, requests: list[tuple[PreparedPrompt, SamplingParams]], rng: random.Random
+    subject_model: VisionLanguageModel,
+    requests: list[tuple[PreparedPrompt, SamplingParams]],
+    rng: random.Random,
+    *,
+    ahead: bool = False,
 ) -> None:
     """Every request in an engine of its own; then all of them through one, at random."""
     windowed = getattr(subject_model.language_model.config, "sliding_window", None) is not None
@@ -161,7 +166,9 @@ def check_schedule(
         max_batch_tiles=rng.choice((1, 2, 8)),
         feature_cache_bytes=rng.choice((0, 1 << 20)),
         prefix_caching=rng.random() < 0.8,
+        ahead=ahead,
     )
+    priorities = rng.choice(((0,), (0, 0, 1))) if ahead else (0, 0, 1)
     coming = {f"r{at}": request for at, request in enumerate(requests)}
     aborted: set[str] = set()
     answers: dict[str, dict[int, list[int]]] = {name: {} for name in coming}
@@ -171,7 +178,7 @@ def check_schedule(
     while coming or subject.has_work:
         while coming and (rng.random() < 0.4 or not subject.has_work):
             name = next(iter(coming))
-            subject.add(subject.validator.accept(name, *coming.pop(name), priority=rng.choice((0, 0, 1))))
+            subject.add(subject.validator.accept(name, *coming.pop(name), priority=rng.choice(priorities)))
         if rng.random() < 0.03 and (live := [name for name in answers if subject.has(name)]):
             aborted.add(name := rng.choice(live))
             subject.abort(name)
@@ -224,6 +231,20 @@ def test_batched_equals_single_many(kind: str, seed: int) -> None:
     check_tiny(kind, seed)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [None, 20])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        1,
+        *(pytest.param(at, marks=pytest.mark.extended) for at in range(2, 2 + QUICK)),
+        *(pytest.param(at, marks=pytest.mark.slow) for at in range(2 + QUICK, MANY)),
+    ],
+)
+def test_batched_equals_single_one_step_ahead(kind: str, poison: int | None, seed: int) -> None:
+    check_tiny(kind, seed, poison, ahead=True)
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize(
@@ -248,8 +269,9 @@ def test_only_requests_with_nan_fail_many(kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_golden_checkpoints_batched_equal_single(name: str) -> None:
-    check_golden(name, 0)
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.extended)])
+def test_golden_checkpoints_batched_equal_single(name: str, ahead: bool) -> None:
+    check_golden(name, 0, ahead=ahead)
 
 
 @pytest.mark.slow

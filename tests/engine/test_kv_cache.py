@@ -130,6 +130,7 @@ def test_a_sequence_that_cannot_grow_in_place_is_moved_with_what_it_computed() -
     assert (extent(first), extent(second)) == ((0, 1), (3, 1))
     compute(cache, second)
     second.token_ids.append(3)
+    assert not cache.grow(second, move=False)
     assert cache.grow(second)
     assert extent(second) == (1, 2)
     assert cache.take_copies() == (Copy(12, 4, 4),)

@@ -30,7 +30,7 @@ def logits(count: int = 1, seed: int = 0) -> torch.Tensor:
 
 def sample(table: torch.Tensor, sequences: list[Sequence]) -> list[RawLogprob]:
     """The tokens alone."""
-    return sampler.sample(table, sequences, torch.ones(0, dtype=torch.bool))[0]
+    return sampler.sample(table, sequences, torch.ones(0, dtype=torch.bool)).read()[0]
 
 
 def frequencies(table: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:

@@ -20,11 +20,11 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine import grammar
 from llava_serve.engine.executor import sampler
 from llava_serve.engine.executor.model_runner import StepResult
-from llava_serve.engine.executor.sampling_step import sample_step
+from llava_serve.engine.executor.sampling_step import PendingStep
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.grammar import GrammarCompiler, Matcher
 from llava_serve.engine.scheduler import Scheduler
-from llava_serve.engine.sequence import EngineRequest, Sequence, SequenceGroup
+from llava_serve.engine.sequence import EngineRequest, Extent, Sequence, SequenceGroup
 from llava_serve.errors import LlavaServeError
 from llava_serve.llm import LLM
 from llava_serve.sampling_params import SamplingParams
@@ -233,7 +233,8 @@ def test_sampled_tokens_have_the_distribution_that_the_grammar_leaves(fields: di
         for seed in range(count)
     ]
     step = StepResult(logits.expand(count, -1), [], torch.ones(0, dtype=torch.bool), [], StepFailures(), 0.0)
-    sampled = sample_step(step, [Sequence(one, 0, [1]) for one in requests], {}, torch.float32)
+    sequences = [Sequence(one, 0, [1], extent=Extent(0, 1)) for one in requests]
+    sampled = PendingStep(step, sequences, {}, torch.float32).read()
     found = Counter(token.token_id for _, token in sampled.tokens)
     weights = {letter: math.exp(logit_of[letter] / asked.temperature) for letter in left}
     assert found.total() == count

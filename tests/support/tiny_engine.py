@@ -213,14 +213,16 @@ def check_blocks(subject: Engine) -> None:
         assert bool(finite[list(kv.cached_blocks)].all())
 
 
-def engine(model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8, **options: Any) -> Engine:
+def engine(
+    model: VisionLanguageModel, *, blocks: int = 64, block_size: int = 8, ahead: bool | None = None, **options: Any
+) -> Engine:
     """An engine with a KV cache of `blocks` blocks."""
     config = model.language_model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = config.hidden_size // config.num_attention_heads
     per_position = config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize
     cache = blocks * block_size * per_position
-    return Engine(model, EngineOptions(kv_cache_bytes=cache, block_size=block_size, **options))
+    return Engine(model, EngineOptions(kv_cache_bytes=cache, block_size=block_size, **options), ahead=ahead)
 
 
 def reference_logits(model: TinyModel, one: PreparedPrompt) -> torch.Tensor:

@@ -177,11 +177,16 @@ class DecodeGraphs:
             self._logits = None
         return captured
 
-    def run(self, tokens: Sequence[int], sequences: Sequence[PackedSequence]) -> torch.Tensor:
-        """Logits [sequences, vocabulary] of a step of at most `max_batch_size` tokens. The next run overwrites them."""
+    def run(
+        self, tokens: Sequence[int], sequences: Sequence[PackedSequence], sampled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [sequences, vocabulary] of a step of at most `max_batch_size` tokens. The next run overwrites them.
+        `sampled` are the tokens where only the device has them yet."""
         size = self._buckets[bisect_left(self._buckets, len(tokens))]
         numbers = decode_input(tokens, sequences, size, self._padding_position)
         self._inputs[size].copy_(numbers.pin_memory(), non_blocking=True)  # this thread does not wait for it
+        if sampled is not None:
+            self._inputs[size][0, : len(tokens)].copy_(sampled)
         with torch.cuda.device(self._device):
             self._graphs[size].replay()
         assert self._logits is not None, "there are graphs"

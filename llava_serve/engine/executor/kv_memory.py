@@ -118,4 +118,4 @@ def largest_step(model: VisionLanguageModel, options: EngineOptions) -> None:
     sampling = SamplingParams(top_p=0.9, repetition_penalty=1.1, logprobs=0)
     request = EngineRequest("", PreparedPrompt(np.zeros(1, np.int32)), sampling, None, 0, 0, 1, frozenset())
     sequences = [Sequence(request, index, [0]) for index in range(len(logits))]
-    sample(logits, sequences, torch.ones(0, dtype=torch.bool, device=logits.device))
+    sample(logits, sequences, torch.ones(0, dtype=torch.bool, device=logits.device)).read()

@@ -139,8 +139,8 @@ class ModelRunner:
         del features  # a step holds them to its end
         return logits
 
-    def run(self, schedule: Schedule) -> StepResult:
-        """Computes a step."""
+    def run(self, schedule: Schedule, sampled: torch.Tensor | None = None) -> StepResult:
+        """Computes a step. `sampled` are the tokens [segments] of a decode step where only the device has them yet."""
         for digest in schedule.evicted:
             self._encoder.features.pop(digest, None)
         failures = StepFailures()
@@ -149,7 +149,7 @@ class ModelRunner:
         vision_s = time.perf_counter() - began
         self._memory.copy(schedule.copies)
         scored: list[ScoredPrompt] = []
-        logits = self._forward(schedule, scored, failures) if schedule.segments else torch.empty(0, 0)
+        logits = self._forward(schedule, sampled, scored, failures) if schedule.segments else torch.empty(0, 0)
         sequences, flags = self._check_finite(schedule.segments, logits)
         flags += [*(flag for each in scored for flag in each.finite), *finite]
         if not flags and self._model.device.type == "cuda":  # nothing else waits, and the engine times this step
@@ -163,23 +163,22 @@ class ModelRunner:
             vision_s,
         )
 
-    def _forward(self, schedule: Schedule, scored: list[ScoredPrompt], failures: StepFailures) -> torch.Tensor:
+    def _forward(
+        self, schedule: Schedule, sampled: torch.Tensor | None, scored: list[ScoredPrompt], failures: StepFailures
+    ) -> torch.Tensor:
         """One packed forward pass. Returns logits [sampled, vocabulary]; adds to `scored` and the failures."""
         segments = schedule.segments
         sequences = self._pack(segments)
         if self._graphs is not None and all(_decodes(segment) for segment in segments):
-            return self._graphs.run([segment.sequence.token_ids[-1] for segment in segments], sequences)
+            return self._graphs.run([segment.sequence.token_ids[-1] for segment in segments], sequences, sampled)
         device, num_tokens = self._model.device, schedule.num_tokens
         padding = max(self._decoder.min_tokens, self._padded(num_tokens)) - num_tokens
         prefixes = self._shared_prefixes(segments)
         step = PackedStep(self._memory, sequences, self._model.dtype, device, padding, prefixes)
-        hidden = self._decoder.forward(self._embed(segments, padding, failures), step)
-        last = [
-            one.offset + one.length - 1
-            for one, segment in zip(sequences, segments, strict=True)
-            if segment.needs_sampling
-        ]
-        for one, segment in zip(sequences, segments, strict=True):
+        hidden = self._decoder.forward(self._embed(segments, sampled, padding, failures), step)
+        pairs = [*zip(sequences, segments, strict=True)]
+        last = [one.offset + one.length - 1 for one, segment in pairs if segment.needs_sampling]
+        for one, segment in pairs:
             if segment.scored:
                 own = partial(self._logits, hidden[one.offset : one.offset + one.length])
                 result = attempt(partial(score_prompt, segment, own))
@@ -245,10 +244,14 @@ class ModelRunner:
         ]
         return find_shared_prefixes(computed, self._block_size)
 
-    def _embed(self, segments: tuple[Segment, ...], padding: int, failures: StepFailures) -> torch.Tensor:
+    def _embed(
+        self, segments: tuple[Segment, ...], sampled: torch.Tensor | None, padding: int, failures: StepFailures
+    ) -> torch.Tensor:
         """Input embeddings [tokens, hidden]: the vocabulary's for text, the projector's for images; then padding."""
         ids = [token for segment in segments for token in segment.sequence.token_ids[segment.start : segment.end]]
         tokens = to_device(torch.tensor([*ids, *[0] * padding]), self._model.device)
+        if sampled is not None:
+            tokens[: len(sampled)] = sampled
         embeddings = self._model.embed(tokens.clamp(min=0))
         offset = 0
         for segment in segments:

@@ -9,9 +9,10 @@ import torch
 
 from llava_serve.engine.beam import BeamSearch, Candidate
 from llava_serve.engine.executor.kernels.selection import current_device, top_p_kernel
+from llava_serve.engine.executor.pending_tokens import PendingTokens
 from llava_serve.engine.executor.token_mask import mask_tokens
-from llava_serve.engine.executor.transfer import to_device, to_host
-from llava_serve.engine.sequence import RawLogprob, Sequence
+from llava_serve.engine.executor.transfer import HostCopy, to_device, to_host
+from llava_serve.engine.sequence import Sequence
 from llava_serve.sampling_params import SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -32,8 +33,8 @@ def uniform(seed: int, *words: int) -> float:
 
 def sample(
     logits: torch.Tensor, sequences: list[Sequence], flags: torch.Tensor, *, again: bool = False
-) -> tuple[list[RawLogprob], list[bool]]:
-    """Samples one token per sequence. A GPU is waited for once, and once more where `_truncate` has sorted too few.
+) -> PendingTokens:
+    """Samples one token per sequence.
 
     Args:
         logits: [sequences, vocabulary] in float32 or float64; not changed.
@@ -43,13 +44,7 @@ def sample(
             another one. Before, grammars mask only where the sampling is truncated. Elsewhere the tokens have the same
             distribution (or greedy are the same ones) if they are sampled from all, and again where that is not
             allowed; and a model that knows its form is seldom refused, while a mask takes long.
-
-    Returns:
-        The tokens, and the flags. Log-probabilities are the model's own, before temperature, penalties and grammars;
-        they are computed, with the alternatives, only for requests that ask, and are 0 elsewhere.
     """
-    if not sequences:
-        return [], flags.cpu().tolist()
     adjusted = logits
     masked = [
         index
@@ -60,30 +55,25 @@ def sample(
         adjusted = logits.clone()
         adjust(adjusted, sequences)
         mask_tokens(adjusted, sequences, masked)
-    asked: dict[int, list[int]] = {}  # sequences by the number of alternatives
+    asked: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
         if (count := sequence.request.sampling.logprobs) is not None:
             asked.setdefault(count, []).append(index)
-    for sort_all in (False, True):
-        tokens, sufficient = _sample_tokens(adjusted, sequences, sort_all=sort_all, again=again)
+
+    def queue(sort_all: bool) -> tuple[torch.Tensor | None, HostCopy]:
+        tokens = sufficient = flags[:0]
+        if sequences:
+            tokens, sufficient = _sample_tokens(adjusted, sequences, sort_all=sort_all, again=again)
         tables = [_logprobs(logits, tokens, indices, count) for count, indices in asked.items()]
-        ids, sorted_enough, checked, *columns = to_host([tokens, sufficient, flags, *tables])
-        if all(sorted_enough):
-            break
-    entries = [RawLogprob(int(token), 0.0) for token in ids]
-    for indices, values in zip(asked.values(), columns, strict=True):
-        width = len(values) // len(indices)
-        for at, index in enumerate(indices):
-            own, *best = values[at * width : (at + 1) * width]
-            top = zip(map(int, best[: width // 2]), best[width // 2 :], strict=True)
-            entries[index] = RawLogprob(entries[index].token_id, own, tuple(top))
-    return entries, [bool(flag) for flag in checked]
+        return None if len(sufficient) else tokens, HostCopy([tokens, sufficient, flags, *tables])
+
+    return PendingTokens(queue, asked)
 
 
 def _sample_tokens(
     logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [sequences], and bool [any] on the device: `_truncate` has sorted enough."""
+    """Ids [sequences], and bool [any] on the device: `_truncate` has sorted enough; of none where that is certain."""
     chosen = [index for index, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     if len(chosen) == len(sequences):
         return _random_sample(logits, sequences, sort_all=sort_all, again=again)
@@ -190,8 +180,10 @@ def _random_sample(
         where = _on(logits, truncated)
         own, chosen = logits.index_select(0, where), [samplings[index] for index in truncated]
         kept, sufficient = _truncate(own, chosen, sort_all=sort_all)
-        if _answers_at_once(logits) and not sufficient.all():
-            kept, sufficient = _truncate(own, chosen, sort_all=True)
+        if _answers_at_once(logits):
+            if not sufficient.all():
+                kept, _ = _truncate(own, chosen, sort_all=True)
+            sufficient = sufficient[:0]
         logits.index_copy_(0, where, kept)
     other = (1,) if again else ()
     noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *other) for sequence in sequences]
@@ -221,7 +213,8 @@ def _truncate(
     Sorting a vocabulary is slow: without `sort_all` the best few are sorted, which nearly always suffice.
 
     Returns:
-        The logits, and bool [sequences]: so many suffice; elsewhere the logits are not to be used.
+        The logits, and bool [sequences]: so many suffice; elsewhere the logits are not to be used. It is empty where so
+        many always suffice.
     """
     vocabulary = logits.shape[-1]
     top_k = [min(one.top_k, vocabulary) or vocabulary for one in samplings]
@@ -236,7 +229,7 @@ def _truncate(
     whole = torch.where(keep < vocabulary, values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
     shares = (values - whole).exp()
     preceding = shares.cumsum(dim=-1) - shares
-    sufficient = ((keep <= wanted) | (preceding[:, -1:] >= limit))[:, 0]
+    sufficient = ((keep <= wanted) | (preceding[:, -1:] >= limit))[: 0 if max(top_k) <= wanted else None, 0]
     values = values.masked_fill((preceding >= limit) & (limit < 1), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, values), sufficient
 
