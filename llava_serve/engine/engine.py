@@ -23,6 +23,7 @@ from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Output, PromptLogprobs, RawLogprob, Sequence, SequenceGroup
 from llava_serve.engine.stats import Counts, EngineStats
+from llava_serve.engine.step_limit import StepLimit
 from llava_serve.errors import CapacityError, DeadlineExceededError, NumericalError, RequestError
 from llava_serve.types import FinishReason, StageTimes
 
@@ -47,6 +48,7 @@ class Engine:
         least = CUDA_MIN_TOKENS if model.device.type == "cuda" else MIN_TOKENS
         self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles, least)
         self._batch_share = BatchShare(self._prefill_budget)
+        self.step_limit = StepLimit()
         self._runner = ModelRunner(model, self._kv.num_blocks, options)
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
@@ -105,8 +107,8 @@ class Engine:
         if request.sampling.num_beams > 1:
             self._searches[request.request_id] = BeamSearch(groups[0])
         self._groups[request.request_id] = groups
-        self._num_sequences += _num_sequences(request)
-        self._num_batch += is_batch(request.priority) * _num_sequences(request)
+        self._num_sequences += request.num_sequences
+        self._num_batch += is_batch(request.priority) * request.num_sequences
 
     def has_room(self, request: EngineRequest, coming: int = 0) -> bool:
         """The queue has room for all sequences of a request behind `coming` others: an online one is added as if there
@@ -115,7 +117,7 @@ class Engine:
             return True
         batch, most = is_batch(request.priority), self.validator.max_sequences
         taken = coming + (self._num_sequences if batch else self._num_sequences - self._num_batch)
-        return taken + _num_sequences(request) <= (self.validator.max_batch_sequences if batch else most)
+        return taken + request.num_sequences <= (self.validator.max_batch_sequences if batch else most)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one choice of it, without further output. Unknown ones have ended and are ignored."""
@@ -135,14 +137,15 @@ class Engine:
         self._scheduler.make_room(self._prefill_budget.step_budget(self._scheduler.load.online_decoding).tokens)
         schedule = self._scheduler.schedule(self._batch_share.step_budget(self._scheduler.load))
         scheduled = time.perf_counter()
-        result = self._runner.run(schedule)
-        outputs += self._postprocess(schedule, result)
+        self.step_limit.begin(schedule.num_decoding, schedule.num_tokens - schedule.num_decoding, schedule.num_tiles)
+        outputs += self._postprocess(schedule, self._runner.run(schedule))
         self._counts.schedule_seconds += scheduled - started
         self._observe(schedule, time.perf_counter() - started)
         return outputs
 
     def _observe(self, schedule: Schedule, seconds: float) -> None:
         """Learns what steps cost."""
+        self.step_limit.end(seconds)
         self._counts.steps += 1
         self._counts.step_seconds += seconds
         self._counts.computed_sequences += len(schedule.segments)
@@ -282,8 +285,3 @@ class Engine:
         groups.remove(group)
         if not groups:
             del self._groups[group.request.request_id]
-
-
-def _num_sequences(request: EngineRequest) -> int:
-    """Sequences that a request takes."""
-    return request.sampling.n * request.sampling.num_beams

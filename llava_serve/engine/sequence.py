@@ -45,6 +45,11 @@ class EngineRequest:
     grammar: Grammar | None = None
     arrived: float = field(default_factory=time.perf_counter)
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that it takes."""
+        return self.sampling.n * self.sampling.num_beams
+
 
 @dataclass(frozen=True, slots=True)
 class RawLogprob:
