@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         ) as running:
             try:
                 print(*listening(running.process.pid, running.ports), sep="\n")
+                print(f"Metrics: {running.metrics_url} of all tiers, {running.url}/metrics of the ingress", flush=True)
                 print(f"The model is on {', '.join(running.devices)}.", flush=True)
                 if running.warning:
                     print(f"WARNING: {running.warning}", file=sys.stderr, flush=True)
