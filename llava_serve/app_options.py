@@ -98,8 +98,9 @@ def replica_engine(options: EngineOptions, said: str | None) -> EngineOptions:
     Raises:
         RequestError: the text cannot be used.
     """
+    given = engine_changes(said)
     try:
-        return _changed(options, engine_changes(said))
+        return _changed(options, given)
     except RequestError as error:
         raise RequestError(f"{ENGINE_VARIABLE}: {error}") from None
 
@@ -115,9 +116,9 @@ def engine_changes(said: str | None) -> dict[str, object]:
     except ValueError:
         given = None
     if not isinstance(given, dict):
-        raise RequestError("it must be a JSON object of engine options.")
+        raise RequestError(f"{ENGINE_VARIABLE}: it must be a JSON object of engine options.")
     if "max_model_len" in given:
-        raise RequestError("max_model_len concerns the picture tier, too; it belongs in args.engine.")
+        raise RequestError(f"{ENGINE_VARIABLE}: max_model_len concerns the picture tier, too; set it in args.engine.")
     return given
 
 

@@ -90,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
                         print("It asks for a token: set RAY_AUTH_MODE and RAY_AUTH_TOKEN before the start.", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)
+                    print(
+                        "(0.0.0.0 reaches 127.0.0.1, which Ray replaces by another address of the machine.)", flush=True
+                    )
                 running.wait()
             except KeyboardInterrupt:
                 print("\nDraining: requests in flight are finished. Ctrl-C again ends at once.", flush=True)
