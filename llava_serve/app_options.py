@@ -113,10 +113,10 @@ def engine_changes(said: str | None) -> dict[str, object]:
     """
     try:
         given = json.loads(said or "{}")
-    except ValueError:
+    except (TypeError, ValueError):
         given = None
     if not isinstance(given, dict):
-        raise RequestError(f"{ENGINE_VARIABLE}: it must be a JSON object of engine options.")
+        raise RequestError(f"{ENGINE_VARIABLE}: it must be a text, a JSON object of engine options.")
     if "max_model_len" in given:
         raise RequestError(f"{ENGINE_VARIABLE}: max_model_len concerns the picture tier, too; set it in args.engine.")
     return given

@@ -86,11 +86,12 @@ def effective_arguments(application: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def engine_variable(deployment: Mapping[str, Any]) -> str | None:
+def engine_variable(deployment: Mapping[str, Any]) -> Any:
     """What the replicas of a deployment have as `ENGINE_VARIABLE`."""
-    runtime_env = (deployment.get("ray_actor_options") or {}).get("runtime_env") or {}
-    said: str | None = (runtime_env.get("env_vars") or {}).get(ENGINE_VARIABLE)
-    return said
+    value: Any = deployment
+    for key in ("ray_actor_options", "runtime_env", "env_vars", ENGINE_VARIABLE):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def faults_of(value: object, model: type[BaseModel], path: str) -> list[str]:

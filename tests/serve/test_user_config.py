@@ -171,8 +171,8 @@ def config_with_engine(said: str, deployment: str = "LlavaModel") -> dict[str, A
         ('{"max_num_seqs": 0}', "max_num_seqs: Input should be greater than or equal to 1"),
         ('{"max_num_seq": 8}', "max_num_seq: Extra inputs are not permitted"),
         ('{"max_model_len": 512}', "max_model_len concerns the picture tier, too; set it in args.engine."),
-        ("[]", "it must be a JSON object of engine options."),
-        ("{max_num_seqs: 8}", "it must be a JSON object of engine options."),
+        ("[]", "it must be a text, a JSON object of engine options."),
+        ("{max_num_seqs: 8}", "it must be a text, a JSON object of engine options."),
     ],
 )
 async def test_engine_options_of_model_replicas_are_checked(
