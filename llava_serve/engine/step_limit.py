@@ -24,7 +24,7 @@ class _Step:
     def expected(self, work: tuple[float, ...]) -> float:
         """Seconds of other work: in proportion if it is more, and no less if it is less, since a part of the time is
         the same for any."""
-        return self.seconds * max(1.0, *(now / then for now, then in zip(work, self.work, strict=True) if then))
+        return self.seconds * max([1.0, *(now / then for now, then in zip(work, self.work, strict=True) if then)])
 
     @property
     def faded(self) -> _Step:
