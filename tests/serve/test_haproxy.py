@@ -23,7 +23,7 @@ class Haproxy:
 
     def check(self) -> subprocess.CompletedProcess[str]:
         """Lets the program check the configuration instead of starting HAProxy with it."""
-        command = [self.program, "-c", "-f", self.config]
+        command = [str(self.program), "-c", "-f", str(self.config)]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
