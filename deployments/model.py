@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from llava_serve import tracing
-from llava_serve.app_options import Probe
+from llava_serve.app_options import ENGINE_VARIABLE, Probe, replica_engine
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.deadline import check_deadline
 from llava_serve.engine.metrics import EngineMetrics
@@ -27,7 +28,7 @@ class LlavaModel:
 
     Args:
         model: which checkpoint, where and in which precision.
-        engine: limits of this replica; `reconfigure` changes `max_waiting`.
+        engine: limits of this replica, unless its environment has others; `reconfigure` changes `max_waiting`.
         images: as the picture tier has them; for the probes.
         probes: asked before Serve sends requests here.
         model_name: of metrics; None takes the checkpoint's.
@@ -50,6 +51,7 @@ class LlavaModel:
 
         tracing.begin()
         self._prompt_key = model.prompt_key
+        engine = replica_engine(engine, os.environ.get(ENGINE_VARIABLE))
         self._llm = AsyncLLM(model, engine, image_options=images)
         check_probes(self._llm, probes)
         self._aborted = AbortedCalls()

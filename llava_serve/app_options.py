@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -69,6 +70,10 @@ LIVE_OPTIONS: Mapping[str, LiveOptions] = {
 }
 """By deployment. Keys never stand in a `user_config`, which Ray logs."""
 
+ENGINE_VARIABLE = "LLAVA_ENGINE"
+"""Environment variable of model replicas: engine options as JSON, which win over those of `args`. Ray replaces every
+replica of an application whose `args` change, and those of one deployment when the environment of its replicas does."""
+
 SomeOptions = TypeVar("SomeOptions", bound=Options)
 
 
@@ -84,8 +89,42 @@ def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[
     if fixed := sorted(map(str, user_config.keys() - live.names)):
         able = ", ".join(sorted(live.names))
         raise RequestError(f"{fixed[0]} cannot change while the application runs; these can: {able}.")
+    return _changed(options, user_config)
+
+
+def replica_engine(options: EngineOptions, said: str | None) -> EngineOptions:
+    """The engine options of a replica: those of `args`, with those in the text of `ENGINE_VARIABLE` instead.
+
+    Raises:
+        RequestError: the text cannot be used.
+    """
+    given = engine_changes(said)
     try:
-        return type(options).model_validate(options.model_dump() | dict(user_config))
+        return _changed(options, given)
+    except RequestError as error:
+        raise RequestError(f"{ENGINE_VARIABLE}: {error}") from None
+
+
+def engine_changes(said: str | None) -> dict[str, object]:
+    """What the text of `ENGINE_VARIABLE` says; None says nothing.
+
+    Raises:
+        RequestError: it is no JSON object, or has what is not the model tier's alone.
+    """
+    try:
+        given = json.loads(said or "{}")
+    except (TypeError, ValueError):
+        given = None
+    if not isinstance(given, dict):
+        raise RequestError(f"{ENGINE_VARIABLE}: it must be a text, a JSON object of engine options.")
+    if "max_model_len" in given:
+        raise RequestError(f"{ENGINE_VARIABLE}: max_model_len concerns the picture tier, too; set it in args.engine.")
+    return given
+
+
+def _changed(options: SomeOptions, given: Mapping[str, object]) -> SomeOptions:
+    try:
+        return type(options).model_validate(options.model_dump() | dict(given))
     except ValidationError as error:
         fault = error.errors()[0]
         raise RequestError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None

@@ -94,7 +94,7 @@ class AsyncLLM:
 
     @property
     def healthy(self) -> bool:
-        """The engine's loop is alive, and has not been in the same turn for longer than a step can take."""
+        """The engine's loop is alive, and has not been in the same turn for longer than its step can take."""
         return self._loop.healthy
 
     @property

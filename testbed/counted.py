@@ -1,5 +1,5 @@
-"""The application with two more endpoints: `GET /remaining` counts what remains of all requests, in every tier, and
-`GET /engine` has the engine's statistics.
+"""The application with more endpoints: `GET /remaining` counts what remains of all requests, in every tier,
+`GET /engine` has the engine's statistics, and with `GET /hang` the engine's next step does not return.
 
 One replica per tier; all tiers are the real ones.
 """
@@ -7,6 +7,7 @@ One replica per tier; all tiers are the real ones.
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app` as it stands.
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,18 @@ class CountedPreprocessor(ImagePreprocessor):
 
 
 class CountedModel(LlavaModel):
-    """The real model tier, its tasks, and its engine."""
+    """The real model tier, its tasks, and an engine that can hang."""
 
     async def tasks(self) -> list[str]:
         return await other_tasks()
 
+    async def hang(self) -> None:
+        """From now on a step of the engine does not return, as with a kernel that hangs."""
+        self._llm._loop.engine.step = threading.Event().wait  # type: ignore[method-assign,assignment]
+
 
 class CountedIngress(Ingress):
-    """The real ingress, with the two endpoints."""
+    """The real ingress, with the endpoints."""
 
     def __init__(
         self, model_name: str, options: ApiOptions, preprocessor: DeploymentHandle, model: DeploymentHandle
@@ -77,6 +82,7 @@ class CountedIngress(Ingress):
         app = FastAPI()
         app.add_api_route("/remaining", self.remaining)
         app.add_api_route("/engine", self.engine)
+        app.add_api_route("/hang", self.hang)
         app.mount("/", super().__serve_build_asgi_app__())
         return app
 
@@ -84,6 +90,10 @@ class CountedIngress(Ingress):
         """The engine's stats."""
         stats: dict[str, Any] = await self._model.stats.remote()
         return stats
+
+    async def hang(self) -> None:
+        """Lets the engine hang."""
+        await self._model.hang.remote()
 
     async def remaining(self) -> Mapping[str, int | list[str]]:
         """Sequences and blocks of the engine, and tasks of the replicas; an idle replica has some tasks, too."""

@@ -14,6 +14,10 @@ SAMPLE_S = 5.0
 NOISE = 0.01
 """Growth by less than this part of a process's memory is noise: an allocator takes and returns its memory in pieces."""
 
+PARTS = 10
+"""Of the second half of the time. The means of parts tell how far the line may be wrong: samples that follow each other
+are alike, and say little more than one of them."""
+
 Samples = dict[str, list[tuple[float, float]]]
 """By process: minutes, and MiB."""
 
@@ -63,8 +67,8 @@ def command_file(path: str) -> str:
 def memory(points: list[tuple[float, float]]) -> dict[str, float | bool]:
     """MiB at the start, in the middle, at the end, and at most; and of the second half what a line through it says.
 
-    `slope` is in MiB per minute. `flat`: over the second half the line rises by less than the scatter around it (two
-    standard deviations), or by less than `NOISE` of the memory.
+    `slope` is in MiB per minute. `flat`: over the second half the line rises by less than twice the standard error of
+    that rise, or by less than `NOISE` of the memory.
     """
     minutes, mib = np.asarray(points).T
     figures = {"start": mib[0], "middle": mib[len(mib) // 2], "end": mib[-1], "most": mib.max()}
@@ -73,6 +77,8 @@ def memory(points: list[tuple[float, float]]) -> dict[str, float | bool]:
         return {name: round(float(figure), 1) for name, figure in figures.items()}
     slope, start = np.polyfit(minutes[late], mib[late], 1)
     growth = slope * np.ptp(minutes[late])
-    scatter = 2 * np.std(mib[late] - (start + slope * minutes[late]))
+    parts = np.array_split(mib[late] - (start + slope * minutes[late]), min(PARTS, late.sum()))
+    # Of slope * range, for evenly spaced times: their variance is a twelfth of their range's square.
+    error = np.std([part.mean() for part in parts]) * np.sqrt(12 / len(parts))
     rounded = {name: round(float(figure), 1) for name, figure in figures.items()}
-    return {**rounded, "slope": round(float(slope), 2), "flat": bool(growth <= max(scatter, NOISE * mib[-1]))}
+    return {**rounded, "slope": round(float(slope), 2), "flat": bool(growth <= max(2 * error, NOISE * mib[-1]))}

@@ -101,7 +101,15 @@ def test_the_kept_lines_are_straight_and_no_input_is_a_fault() -> None:
 
 @pytest.mark.parametrize(
     ("per_minute", "scatter", "flat"),
-    [(0.0, 0.0, True), (0.0, 20.0, True), (0.2, 0.5, True), (0.5, 30.0, True), (1.0, 0.5, False), (-3.0, 0.5, True)],
+    [
+        (0.0, 0.0, True),
+        (0.0, 20.0, True),
+        (0.2, 0.5, True),
+        (0.5, 30.0, True),
+        (1.0, 0.5, False),
+        (5.0, 30.0, False),
+        (-3.0, 0.5, True),
+    ],
 )
 def test_a_soak_distinguishes_growth_from_noise(per_minute: float, scatter: float, flat: bool) -> None:
     """Twenty minutes of a process of 300 MiB, whose caches fill in the first half."""

@@ -17,6 +17,7 @@ from llava_serve.api.validation import parse_request
 from llava_serve.app_options import AppOptions
 from llava_serve.cli import command_parser
 from llava_serve.errors import UnsupportedParameterError
+from llava_serve.metrics.definitions import METRICS, REFUSALS, STAGES
 from support.code_blocks import CodeBlock, code_blocks
 from support.paths import ROOT
 
@@ -39,6 +40,24 @@ def quoted(text: str) -> list[str]:
 def test_options_are_those_of_the_config(page: Path) -> None:
     named = OPTION.findall(page.read_text("utf-8"))
     assert [name for name in named if name[1] not in type(getattr(AppOptions(), name[0])).model_fields] == []
+
+
+def test_series_of_the_runbook_are_exported_and_its_labels_are_used() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    named = set(re.findall(r"\bllava_(?!serve)\w+", text))
+    assert len(named) > 5
+    assert named <= {metric.exported for metric in METRICS}
+    reasons = {name for row in cells("operations.md") for name in labels(row, "reason")}
+    assert len(reasons) > 5
+    assert [name for name in reasons if not re.search(rf"\b{name}\b", REFUSALS.help)] == []
+    stages = {name for row in cells("operations.md") for name in labels(row, "stage")}
+    assert len(stages) > 5
+    assert stages <= set(STAGES)
+
+
+def labels(row: list[str], label: str) -> list[str]:
+    """The values of a label in a row of the runbook: its first one has the label's name."""
+    return re.findall(r'"(\w+)"', row[1]) if f"{label}=" in row[1] else []
 
 
 def test_flags_are_those_of_the_commands() -> None:

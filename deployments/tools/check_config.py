@@ -16,14 +16,22 @@ from typing import Any
 import yaml
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from llava_serve.app_options import LIVE_OPTIONS, changed_options
-from llava_serve.cli.serve_config import faults_of, models_of, unknown, unknown_keys, wrong_values
+from llava_serve.app_options import ENGINE_VARIABLE, LIVE_OPTIONS, changed_options, replica_engine
+from llava_serve.cli.serve_config import (
+    engine_variable,
+    faults_of,
+    models_of,
+    unknown,
+    unknown_keys,
+    wrong_values,
+)
 from llava_serve.config import RoutingOptions
 from llava_serve.errors import RequestError
 from llava_serve.ray_application import NAMES
 
 from ..app import DEPLOYMENTS, AppArgs
 from ..autoscaling import WorkPolicy
+from ..model import LlavaModel
 from .config import IMPORT_PATHS
 
 ROUTERS = tuple(f"{name}.router:AffinityRouter" for name in NAMES)
@@ -81,9 +89,11 @@ def check_application(application: Mapping[str, Any], path: str) -> Iterator[str
         if name not in DEPLOYMENTS:
             yield unknown(f"{path}deployments[{number}].name: {name}", name, DEPLOYMENTS)
         elif not faults:
+            given = AppArgs(**arguments)
             yield from check_user_config(
-                deployments_of(application)[number], AppArgs(**arguments), f"{path}deployments[{number}].user_config"
+                deployments_of(application)[number], given, f"{path}deployments[{number}].user_config"
             )
+            yield from check_engine(deployments_of(application)[number], given, f"{path}deployments[{number}].")
         yield from check_routing(deployments_of(application)[number], f"{path}deployments[{number}].")
         yield from check_policy(deployments_of(application)[number], f"{path}deployments[{number}].")
         yield from check_gpus(deployments_of(application)[number], f"{path}deployments[{number}].")
@@ -111,6 +121,18 @@ def check_user_config(deployment: Mapping[str, Any], arguments: AppArgs, path: s
         changed_options(deployment["name"], options, given)
     except RequestError as error:
         yield f"{path}: {error}"
+
+
+def check_engine(deployment: Mapping[str, Any], arguments: AppArgs, path: str) -> Iterator[str]:
+    """Checks the engine options in the environment of replicas."""
+    said = engine_variable(deployment)
+    path += "ray_actor_options.runtime_env.env_vars."
+    if said is not None and deployment["name"] != LlavaModel.__name__:
+        yield f"{path}{ENGINE_VARIABLE}: only {LlavaModel.__name__} has an engine"
+    try:
+        replica_engine(arguments.engine, said)
+    except RequestError as error:
+        yield f"{path}{error}"
 
 
 def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:

@@ -125,12 +125,12 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
         raise ConfigError(f"{path}: {import_path}: this installation has the application as {PACKAGE}.app:build_app.")
     if import_path not in IMPORT_PATHS:
         return
-    arguments = effective_arguments(application)
     try:
+        arguments = effective_arguments(application)
         model = ModelOptions(**{name: arguments[name] for name in ModelOptions.model_fields if name in arguments})
         api = ApiOptions(**arguments.get("api", {}))
         engine = EngineOptions(**arguments.get("engine", {}))
-    except ValidationError:
+    except (ValidationError, RequestError):
         return  # the strict check says where
     try:
         spec = open_checkpoint(model)

@@ -41,6 +41,7 @@ class LocalCluster:
 
     Attributes:
         url: of its HTTP endpoint, without a path.
+        metrics_url: of the metrics of all tiers, which need no key.
         ray_address: for other Ray jobs on this machine that have the token.
         log: the output of Ray and the replicas.
         ports: what the ports that the config and the profile choose are for.
@@ -49,6 +50,7 @@ class LocalCluster:
     """
 
     url: str
+    metrics_url: str
     ray_address: str
     log: Path
     ports: Mapping[int, str]
@@ -117,7 +119,10 @@ def local_cluster(
         reported = wait_for_ready(process, url, report, log, tell)
         # In a job's process Ray replaces 127.0.0.1 by the machine's own address, where nothing listens.
         address = str(reported["ray_address"]).replace("127.0.0.1:", "0.0.0.0:")
-        running = LocalCluster(url, address, log, ports, process, reported["devices"], reported["warning"])
+        ports[reported["metrics_port"]] = "metrics of all tiers"
+        metrics_url = f"http://127.0.0.1:{reported['metrics_port']}/metrics"
+        devices, warning = reported["devices"], reported["warning"]
+        running = LocalCluster(url, metrics_url, address, log, ports, process, devices, warning)
         ready = True
         yield running
     except Exception:

@@ -68,6 +68,7 @@ def main() -> int:
         _report(
             options.report,
             ray_address=ray.get_runtime_context().gcs_address,
+            metrics_port=ray.nodes()[0]["MetricsExportPort"],
             failure=failure,
             devices=devices,
             warning=unused_gpus(config, gpus, devices),
@@ -118,7 +119,7 @@ def _devices() -> list[str]:
     return []
 
 
-def _report(path: Path, **report: str | list[str] | None) -> None:
+def _report(path: Path, **report: str | int | list[str] | None) -> None:
     """Writes the report atomically."""
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(report), encoding="utf-8")

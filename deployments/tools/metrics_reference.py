@@ -15,8 +15,9 @@ INTRODUCTION = """# Metrics
 
 - `GET /metrics` of `llava-serve serve --in-process` has all series of the process, in Prometheus' format.
 - `GET /metrics` of the application on Ray has those of the ingress replica that answers.
-- Ray's agents have those of all tiers and replicas; on Kubernetes the PodMonitor names their ports. Names begin with
-  `ray_`, and Serve adds the labels `application`, `deployment` and `replica`.
+- Ray's agents have those of all tiers and replicas; `llava-serve serve` prints the address, and on Kubernetes the
+  PodMonitor names the ports. Names begin with `ray_`, and Serve adds the labels `application`, `deployment` and
+  `replica`.
 
 `/metrics` needs a key where keys are set: `authorization: {credentials: KEY}` in Prometheus' `scrape_configs`.
 vLLM's names are `vllm:NAME` on our page and `ray_vllm_NAME` through Ray, where Ray's dashboard "Serve LLM" reads them;

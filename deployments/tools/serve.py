@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         ) as running:
             try:
                 print(*listening(running.process.pid, running.ports), sep="\n")
+                print(f"Metrics: {running.metrics_url} of all tiers, {running.url}/metrics of the ingress", flush=True)
                 print(f"The model is on {', '.join(running.devices)}.", flush=True)
                 if running.warning:
                     print(f"WARNING: {running.warning}", file=sys.stderr, flush=True)
@@ -89,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
                         print("It asks for a token: set RAY_AUTH_MODE and RAY_AUTH_TOKEN before the start.", flush=True)
                 if "RAY_AUTH_TOKEN" in os.environ:
                     print(f"Other Ray jobs with the same RAY_AUTH_TOKEN: RAY_ADDRESS={running.ray_address}", flush=True)
+                    print(
+                        "(0.0.0.0 reaches 127.0.0.1, which Ray replaces by another address of the machine.)", flush=True
+                    )
                 running.wait()
             except KeyboardInterrupt:
                 print("\nDraining: requests in flight are finished. Ctrl-C again ends at once.", flush=True)

@@ -52,8 +52,8 @@ def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
         folder: of this application alone; a short path, since it holds sockets.
         ports: free ones, as many as `EXTRA_PORTS`.
     """
-    launcher = folder / "haproxy"
-    write_launcher(launcher, ports)
+    launcher, places = folder / "haproxy", dict(zip(EXTRA_PORTS, ports, strict=True))
+    write_launcher(launcher, [port for name, port in places.items() if "HAPROXY" in name])
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -61,7 +61,7 @@ def own_places(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        **dict(zip(EXTRA_PORTS, map(str, ports), strict=True)),
+        **{name: str(port) for name, port in places.items()},
         # The application is drained before its end, so there is no wait for a load balancer.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",

@@ -151,6 +151,7 @@ def _serve_in_process(options: argparse.Namespace, config: str | None) -> int:
             host, port = listener.getsockname()[:2]
             listener.listen()  # whoever reads the next line can connect
             print(f"Serving {backend.model_name} on http://{host}:{port}  (Ctrl-C drains and ends)", flush=True)
+            print(f"Metrics: http://{host}:{port}/metrics", flush=True)
             server.run(sockets=[listener])
         llm.close()
     return 0

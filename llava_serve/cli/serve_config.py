@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_serve.app_options import LIVE_OPTIONS, AppOptions
+from llava_serve.app_options import ENGINE_VARIABLE, LIVE_OPTIONS, AppOptions, engine_changes
 from llava_serve.errors import RequestError
 
 
@@ -69,14 +69,29 @@ def app_options(config: Mapping[str, Any], path: str, changes: Mapping[str, Any]
 
 
 def effective_arguments(application: Mapping[str, Any]) -> dict[str, Any]:
-    """The `args` of an application, with the `user_config` of each deployment in the section that it changes."""
+    """The `args` of an application, with the `user_config` of each deployment in the section that it changes, and the
+    engine options in the environment of model replicas.
+
+    Raises:
+        RequestError: those options cannot be used.
+    """
     arguments = dict(application.get("args", {}))
     for deployment in application.get("deployments") or ():
+        if (said := engine_variable(deployment)) is not None:
+            arguments["engine"] = {**arguments.get("engine", {}), **engine_changes(said)}
         live = LIVE_OPTIONS.get(deployment.get("name"))
         given = deployment.get("user_config")
         if live is not None and isinstance(given, Mapping):
             arguments[live.section] = {**arguments.get(live.section, {}), **given}
     return arguments
+
+
+def engine_variable(deployment: Mapping[str, Any]) -> Any:
+    """What the replicas of a deployment have as `ENGINE_VARIABLE`."""
+    value: Any = deployment
+    for key in ("ray_actor_options", "runtime_env", "env_vars", ENGINE_VARIABLE):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def faults_of(value: object, model: type[BaseModel], path: str) -> list[str]:

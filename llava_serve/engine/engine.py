@@ -22,6 +22,7 @@ from llava_serve.engine.request_validation import RequestValidator
 from llava_serve.engine.scheduler import Schedule, Scheduler
 from llava_serve.engine.sequence import EngineRequest, Output, PromptLogprobs, RawLogprob, Sequence, SequenceGroup
 from llava_serve.engine.stats import Counts, EngineStats
+from llava_serve.engine.step_limit import StepLimit
 from llava_serve.engine.step_pipeline import LaunchedStep, StepPipeline
 from llava_serve.errors import CapacityError, DeadlineExceededError, NumericalError, RequestError
 from llava_serve.types import FinishReason, StageTimes
@@ -51,6 +52,7 @@ class Engine:
         least = CUDA_MIN_TOKENS if model.device.type == "cuda" else MIN_TOKENS
         self._prefill_budget = PrefillBudget(options.max_batch_tokens, options.max_batch_tiles, least)
         self._batch_share = BatchShare(self._prefill_budget)
+        self.step_limit = StepLimit()
         self._runner = ModelRunner(model, self._kv.num_blocks, options)
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
         self._searches: dict[str, BeamSearch] = {}
@@ -139,6 +141,7 @@ class Engine:
         started = time.perf_counter()
         outputs = self._expire()
         step = self._pipeline.launch(self._schedule)
+        self.step_limit.begin(*step.schedule.work)
         outputs += self._postprocess(step)
         ended = time.perf_counter()
         self._counts.step_seconds += ended - started
@@ -151,17 +154,18 @@ class Engine:
         started = time.perf_counter()
         self._scheduler.make_room(self._prefill_budget.step_budget(self._scheduler.load.online_decoding).tokens)
         schedule = self._scheduler.schedule(self._batch_share.step_budget(self._scheduler.load))
+        self.step_limit.begin(*schedule.work)
         self._counts.schedule_seconds += time.perf_counter() - started
         return schedule
 
     def _observe(self, schedule: Schedule, seconds: float) -> None:
         """Learns what steps cost."""
+        self.step_limit.end(seconds)
         self._counts.steps += 1
         self._counts.computed_sequences += len(schedule.segments)
-        decoding, batch = schedule.num_decoding, schedule.num_batch_decoding
-        prefill = schedule.num_tokens - decoding
-        self._prefill_budget.observe(seconds, decoding, prefill, schedule.num_tiles)
-        self._batch_share.observe(seconds, decoding - batch, batch, prefill + schedule.num_tiles)
+        (decoding, prefill, tiles), batch = schedule.work, schedule.num_batch_decoding
+        self._prefill_budget.observe(seconds, decoding, prefill, tiles)
+        self._batch_share.observe(seconds, decoding - batch, batch, prefill + tiles)
 
     def _expire(self) -> list[Output]:
         """Ends the requests whose deadline has passed."""

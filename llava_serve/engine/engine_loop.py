@@ -24,16 +24,8 @@ from llava_serve.errors import CapacityError, EngineDeadError
 
 _logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 1.0
-_MIN_STALLED_S, _MAX_STALLED_S = 30.0, 300.0
-"""Bounds of the time after which a turn counts as one that never ends: a kernel hangs. The longest step of a large
-model on a CPU takes a minute."""
-_STALLED_STEPS = 100
-"""That time is as long as so many of the slowest usual step: where steps have only decoded, one with much prefill takes
-dozens of times as long."""
 _EXIT_S = 10.0
 """For the step that runs when the interpreter exits."""
-_SLOWEST_DECAY = 0.99
-"""Per step, of the slowest usual step: one slow step is forgotten after a few hundred."""
 _SWITCH_S = 5e-4
 """Torch gives the interpreter up in each of its calls, some hundred a step, and another thread that computes gives it
 back after this time. By default 5 ms: a body that is parsed beside the engine stretched a step tenfold."""
@@ -88,7 +80,6 @@ class EngineLoop:
         self._consumers: dict[str, Consumer] = {}
         self._num_sent = self._num_received = 0  # requests put into the inbox, and taken out of it
         self._heartbeat = time.monotonic()
-        self._slowest_step_s = _MAX_STALLED_S / _STALLED_STEPS  # nothing is measured
         self._aborted = 0
         self._dead = False
         sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
@@ -102,9 +93,9 @@ class EngineLoop:
 
     @property
     def healthy(self) -> bool:
-        """The loop is alive, and has not been in the same turn for longer than a step can take."""
-        stalled_s = min(max(_STALLED_STEPS * self._slowest_step_s, _MIN_STALLED_S), _MAX_STALLED_S)
-        return not self._dead and self._thread.is_alive() and time.monotonic() - self._heartbeat < stalled_s
+        """The loop is alive, and has not been in the same turn for longer than its step can take."""
+        turn_s = time.monotonic() - self._heartbeat
+        return not self._dead and self._thread.is_alive() and turn_s < self.engine.step_limit.seconds
 
     def stats(self) -> EngineStats:
         """The state of the engine after its last turn, and how long ago that was."""
@@ -164,7 +155,7 @@ class EngineLoop:
         built.set_result(self.engine)
         try:
             while self._drain_inbox():
-                outputs = self._step() if self.engine.has_work else []
+                outputs = self.engine.step() if self.engine.has_work else []
                 self._stats = self.engine.stats
                 self._heartbeat = time.monotonic()
                 self._deliver(outputs)
@@ -173,12 +164,6 @@ class EngineLoop:
         finally:
             self._dead = True
             self._fail_all()
-
-    def _step(self) -> list[Output]:
-        began = time.monotonic()
-        outputs = self.engine.step()
-        self._slowest_step_s = max(time.monotonic() - began, _SLOWEST_DECAY * self._slowest_step_s)
-        return outputs
 
     def _drain_inbox(self) -> bool:
         """Handles all messages; waits for one while the engine has no work. False once the loop is closed."""

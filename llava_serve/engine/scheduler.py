@@ -33,14 +33,6 @@ class Segment:
     needs_sampling: bool
     new_full_blocks: range
 
-    @property
-    def scored(self) -> range:
-        """Positions of the prompt whose log-probabilities the segment gives: each by the logits of the one before."""
-        known = self.sequence.prompt_logprobs
-        if known is None:
-            return range(0)
-        return range(max(len(known), self.start + 1), min(self.end + 1, self.sequence.num_prompt))
-
 
 @dataclass(frozen=True, slots=True)
 class TileJob:
@@ -77,9 +69,10 @@ class Schedule:
         return sum(segment.end - segment.start for segment in self.segments)
 
     @property
-    def num_tiles(self) -> int:
-        """Tiles that go through the tower."""
-        return sum(len(job.tiles) for job in self.tile_jobs)
+    def work(self) -> tuple[int, int, int]:
+        """Decoding sequences, positions of prompts, and tiles that go through the tower."""
+        tiles = sum(len(job.tiles) for job in self.tile_jobs)
+        return self.num_decoding, self.num_tokens - self.num_decoding, tiles
 
 
 class Scheduler:

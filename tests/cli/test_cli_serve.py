@@ -43,13 +43,17 @@ def test_serve_in_process_takes_the_options_of_a_config(tmp_path: Path) -> None:
     }
     config = config_of(tmp_path / "mine.yaml", {"args": args | {"conv_mode": "vicuna_v1"}}, host="0.0.0.0", port=1)
     flags = ("--host", "127.0.0.1", "--port", 0, "--api-key", "open", config)
-    with serve_in_process(MODEL, *flags, named="mine") as (url, _), httpx.Client(base_url=url, timeout=60) as web:
+    with serve_in_process(MODEL, *flags, named="mine") as (url, process), httpx.Client(base_url=url, timeout=60) as web:
+        assert process.stdout is not None
+        printed = process.stdout.readline()
         assert web.get("/v1/models", headers={"Authorization": "Bearer sesame"}).json()["data"][0]["id"] == "mine"
         web.headers = {"Authorization": "Bearer open", "Origin": "https://app.example.org"}
         part = {"type": "image_url", "image_url": {"url": "https://no.host.invalid/a.png"}}
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900, "ignore_eos": True, "colour": 1}
         answer = web.post("/v1/chat/completions", json=body)
         link = web.post("/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": [part]}]})
+        metrics = web.get(printed.removeprefix("Metrics: ").strip())
+    assert (metrics.status_code, "llava_requests_total" in metrics.text) == (200, True)
     assert answer.headers["x-llava-serve-notes"] == "colour: ignored"
     assert answer.headers["access-control-allow-origin"] == "https://app.example.org"
     assert answer.json()["usage"]["total_tokens"] == 400

@@ -172,8 +172,10 @@ async def test_a_dead_engine_fails_all_requests_at_once(subject: AsyncLLM) -> No
 
 
 async def test_an_engine_that_hangs_is_not_healthy(subject: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"_HEARTBEAT_S": 0.05, "_MIN_STALLED_S": 0.2, "_STALLED_STEPS": 0}.items():
-        monkeypatch.setattr(f"llava_serve.engine.engine_loop.{name}", seconds)
+    for name, seconds in {"engine_loop._HEARTBEAT_S": 0.05, "step_limit._MIN_S": 0.5, "step_limit._SLOWER": 0}.items():
+        monkeypatch.setattr(f"llava_serve.engine.{name}", seconds)
+    for _ in range(2):  # the first steps of a kind are not measured
+        await collect(subject, prepare(subject))
     hangs = threading.Event()
     step = Engine.step
 
@@ -201,20 +203,14 @@ async def test_how_long_a_step_may_take_follows_the_steps_before_it(
             return subject.healthy
 
     assert (healthy_after(280), healthy_after(310)) == (True, False)  # nothing is measured
+    limit = subject._loop.engine.step_limit
     await collect(subject, prepare(subject), SamplingParams(temperature=0, max_new_tokens=900, ignore_eos=True))
     now = subject._loop._heartbeat
-    assert (healthy_after(25), healthy_after(35)) == (True, False)
-    step = Engine.step
-
-    def slow(engine: Engine) -> list[Output]:
-        time.sleep(0.5)
-        return step(engine)
-
-    monkeypatch.setattr(Engine, "step", slow)
-    await collect(subject, prepare(subject), SamplingParams(temperature=0, max_new_tokens=1))
-    monkeypatch.setattr(Engine, "step", step)
-    now = subject._loop._heartbeat
-    assert (healthy_after(45), healthy_after(310)) == (True, False)
+    assert (healthy_after(4), healthy_after(310)) == (True, False)
+    limit.begin(1, 0, 0)
+    assert limit.seconds < 280  # steps that decode have been measured
+    limit.begin(1, 40, 1)
+    assert limit.seconds == 300  # prompts beside them have not
 
 
 async def test_batch_work_takes_no_place_of_online_requests(subject: AsyncLLM) -> None:

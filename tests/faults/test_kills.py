@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from PIL import Image
@@ -52,12 +53,14 @@ EXPECTED: dict[str, dict[str, tuple[set[str], set[str], set[str]]]] = {
     "controller": {"": ({"answer"}, {"answer"}, {"answer"})},
     "proxy": {"": (PROXY_LOST, PROXY_LOST, PROXY_LOST)},
     "stopped model replica": {"": ({"error event", "answer"}, WAITS, WAITS)},
+    "engine that hangs": {"": ({"error event", "answer"}, WAITS, WAITS)},
 }
 
 TITLES = {
     "picture replica": "ray::ServeReplica:llava:ImagePreprocessor",
     "model replica": "ray::ServeReplica:llava:LlavaModel",
     "stopped model replica": "ray::ServeReplica:llava:LlavaModel",
+    "engine that hangs": "ray::ServeReplica:llava:LlavaModel",
     "ingress replica": "ray::ServeReplica:llava:Ingress",
     "controller": "ray::ServeController",
 }
@@ -85,7 +88,7 @@ def test_a_lost_process_is_replaced_and_every_request_has_an_end(
     before = holdings(cluster)
     victims = processes_of(cluster, title=TITLES.get(lost, PROXIES[profile]))
 
-    load = asyncio.run(fault_under_load(cluster.url, cause(lost, victims), BACK_S))
+    load = asyncio.run(fault_under_load(cluster.url, cause(lost, victims, cluster.url), BACK_S))
     log.info("%s, %s: %s", profile, lost, load)
     check(load, *(EXPECTED[lost].get(profile) or EXPECTED[lost][""]))
 
@@ -116,7 +119,9 @@ def test_a_picture_that_takes_too_much_memory_takes_no_other_request_with_it(
     assert processes_of(cluster, title=TITLES["picture replica"]) == replicas
 
 
-def cause(lost: str, victims: list[psutil.Process]) -> Callable[[], Any]:
+def cause(lost: str, victims: list[psutil.Process], url: str) -> Callable[[], Any]:
+    if lost == "engine that hangs":
+        return lambda: httpx.get(f"{url}/hang", timeout=60).raise_for_status()
     if lost.startswith("stopped"):
         [victim] = victims
         return lambda: victim.send_signal(signal.SIGSTOP)

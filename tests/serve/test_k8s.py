@@ -56,9 +56,9 @@ def test_a_typo_is_not_valid() -> None:
     container["securityContext"]["runAsNonRot"] = True
     with pytest.raises(jsonschema.ValidationError, match="runAsNonRot"):
         validate(service)
-    [budget] = [each for each in copy.deepcopy(rendered("base")) if each["kind"] == "PodDisruptionBudget"]
-    budget["spec"]["maxUnavailabel"] = budget["spec"].pop("maxUnavailable")
-    with pytest.raises(kubernetes_validate.ValidationError, match="maxUnavailabel"):
+    [budget] = [each for each in copy.deepcopy(rendered("overlays/gpu")) if each["kind"] == "PodDisruptionBudget"]
+    budget["spec"]["minAvailabel"] = budget["spec"].pop("minAvailable")
+    with pytest.raises(kubernetes_validate.ValidationError, match="minAvailabel"):
         validate(budget)
 
 
@@ -214,14 +214,28 @@ def test_every_pod_may_do_little(name: str) -> None:
         restricted(ray_service(name)["spec"]["rayClusterConfig"]["autoscalerOptions"]["securityContext"])
 
 
+def test_nodes_can_be_drained() -> None:
+    """A budget lets a pod of the smallest group go. Kubernetes takes no other kind for pods of a RayCluster."""
+    groups = {group["groupName"]: group for group in ray_groups("overlays/production")[1:]}
+    budgets = [each["spec"] for each in rendered("overlays/production") if each["kind"] == "PodDisruptionBudget"]
+    assert budgets
+    for budget in budgets:
+        assert budget.keys() == {"minAvailable", "selector"}
+        group = groups[budget["selector"]["matchLabels"]["ray.io/group"]]
+        assert isinstance(budget["minAvailable"], int)
+        assert 0 < budget["minAvailable"] < group["minReplicas"]
+
+
 def test_selectors_and_ports_find_the_pods() -> None:
     name = "overlays/production"
+    groups = [(each.get("groupName", "headgroup"), each["template"]) for each in ray_groups(name)]
+    groups += [("", each["spec"]["template"]) for each in rendered(name) if each["kind"] == "StatefulSet"]
     pods, ports = [], set()
-    for template in pod_templates(name):
+    for group, template in groups:
         labels = template["metadata"]["labels"]
         for container in template["spec"]["containers"]:
             node_type = container["name"].removeprefix("ray-")
-            pods.append(labels | {"ray.io/node-type": node_type})  # as KubeRay adds it
+            pods.append(labels | {"ray.io/node-type": node_type, "ray.io/group": group})  # as KubeRay adds them
             ports |= {port["name"] for port in container["ports"]}
     kinds = set()
     for each in rendered(name):

@@ -134,6 +134,11 @@ def serve(*flags: object, env: dict[str, str] | None = None) -> subprocess.Popen
     assert stages[0] == "Ray runs; Serve starts"
     assert any(line.startswith("starting: ") for line in stages)
     assert any(line.startswith("The model is on ") for line in printed)
+    [metrics] = [re.findall(r"http://\S+", line) for line in printed if line.startswith("Metrics: ")]
+    of_all_tiers, of_the_ingress = (httpx.get(url, timeout=60) for url in metrics)
+    assert (of_all_tiers.status_code, of_the_ingress.status_code) == (200, 200)
+    assert "ray_serve_" in of_all_tiers.text
+    assert "llava_requests_in_flight" in of_the_ingress.text
     return process
 
 

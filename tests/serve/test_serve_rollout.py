@@ -15,6 +15,7 @@ import pytest
 
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import free_port, local_cluster
+from llava_serve.app_options import ENGINE_VARIABLE
 from support.cluster import replica_logs, replicas
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import BUILTIN, CHECKPOINTS, CONFIG
@@ -34,19 +35,30 @@ class Application:
         self._config = config
         self._file = folder / "config.yaml"
 
-    def deploy(self, *, user_config: dict[str, Any] | None = None, **args: Any) -> dict[str, Any]:
-        """The status after a deployment of the config with other `args`, and a `user_config` of the ingress."""
+    def deploy(
+        self,
+        *,
+        user_config: dict[str, Any] | None = None,
+        images: dict[str, Any] | None = None,
+        engine_variable: str | None = None,
+        **args: Any,
+    ) -> dict[str, Any]:
+        """The status after a deployment of the config with other `args`, the `user_config` of the ingress and that of
+        the picture tier, and engine options in the environment of model replicas."""
         config = copy.deepcopy(self._config)
         config["applications"][0]["args"].update(args)
-        config["applications"][0]["deployments"][0]["user_config"] = user_config
+        ingress, pictures, model = config["applications"][0]["deployments"]
+        ingress["user_config"], pictures["user_config"] = user_config, images
+        if engine_variable is not None:
+            model["ray_actor_options"]["runtime_env"] = {"env_vars": {ENGINE_VARIABLE: engine_variable}}
         return deploy(config, self.running.ray_address, self._file)
 
     def pids(self) -> dict[str, set[int]]:
         """The processes of each tier."""
         return {tier: {each.pid for each in replicas(tier, self.running)} for tier in TIERS}
 
-    def answer(self, model: str = "builtin") -> httpx.Response:
-        messages = question(DEMO_QUESTION, DEMO_IMAGE.read_bytes())
+    def answer(self, model: str = "builtin", num_images: int = 1) -> httpx.Response:
+        messages = question(DEMO_QUESTION, *[DEMO_IMAGE.read_bytes()] * num_images)
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 20}
         return httpx.post(f"{self.running.url}/v1/chat/completions", json=body, timeout=120)
 
@@ -98,6 +110,27 @@ def test_a_changed_limit_restarts_nothing(application: Application) -> None:
         assert application.deploy()["status"] == "RUNNING"
         assert application.answer("other").status_code == 404
     assert application.pids() == before
+
+
+def test_a_changed_limit_of_pictures_restarts_nothing(application: Application) -> None:
+    before = application.pids()
+    with application.asked():
+        assert application.deploy(images={"max_per_request": 1})["status"] == "RUNNING"
+        assert application.answer(num_images=2).status_code == 400
+        assert application.deploy()["status"] == "RUNNING"
+        assert application.answer(num_images=2).status_code == 200
+    assert application.pids() == before
+
+
+def test_engine_options_of_model_replicas_replace_those_alone(application: Application) -> None:
+    before = application.pids()
+    with application.asked():
+        assert application.deploy(engine_variable='{"max_num_seqs": 16}')["status"] == "RUNNING"
+        after = application.pids()
+        assert not before["LlavaModel"] & after["LlavaModel"]
+        assert application.deploy()["status"] == "RUNNING"
+    for tier in ("Ingress", "ImagePreprocessor"):
+        assert before[tier] <= application.pids()[tier]
 
 
 def test_a_model_that_is_not_there_replaces_nothing(application: Application) -> None:

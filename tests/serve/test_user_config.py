@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from deployments.model import LlavaModel
 from deployments.preprocessor import ImagePreprocessor
 from deployments.tools.check_config import check
 from deployments.tools.config import ConfigError, parse_config
-from llava_serve.app_options import LIVE_OPTIONS, AppOptions
+from llava_serve.app_options import ENGINE_VARIABLE, LIVE_OPTIONS, AppOptions
 from llava_serve.cli.serve_config import app_options
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 from llava_serve.errors import CheckpointError, Failure, RequestError
@@ -154,6 +155,45 @@ def test_the_check_knows_what_a_replica_would_refuse(deployment: str, user_confi
         [sentence] = faults
         assert sentence.startswith(f"applications[0].deployments[{number}].user_config{fault}")
         assert "sesame" not in sentence
+
+
+def config_with_engine(said: str, deployment: str = "LlavaModel") -> dict[str, Any]:
+    config = config_with(deployment, None)
+    [named] = [each for each in config["applications"][0]["deployments"] if each["name"] == deployment]
+    named["ray_actor_options"]["runtime_env"] = {"env_vars": {ENGINE_VARIABLE: said}}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ('{"max_num_seqs": 8, "block_size": 32}', None),
+        ('{"max_num_seqs": 0}', "max_num_seqs: Input should be greater than or equal to 1"),
+        ('{"max_num_seq": 8}', "max_num_seq: Extra inputs are not permitted"),
+        ('{"max_model_len": 512}', "max_model_len concerns the picture tier, too; set it in args.engine."),
+        ("[]", "it must be a text, a JSON object of engine options."),
+        ("{max_num_seqs: 8}", "it must be a text, a JSON object of engine options."),
+    ],
+)
+async def test_engine_options_of_model_replicas_are_checked(
+    said: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"applications[0].deployments[2].ray_actor_options.runtime_env.env_vars.{ENGINE_VARIABLE}: "
+    assert check(config_with_engine(said)) == ([] if fault is None else [path + fault])
+    monkeypatch.setenv(ENGINE_VARIABLE, said)
+    if fault is not None:
+        with pytest.raises(RequestError, match=re.escape(f"{ENGINE_VARIABLE}: {fault}")):
+            LlavaModel(ModelOptions(device="cpu"), EngineOptions())
+        return
+    engine = EngineOptions(num_threads=1, kv_cache_bytes=64 << 20, max_waiting=8)
+    model = await asyncio.to_thread(LlavaModel, ModelOptions(device="cpu"), engine)
+    assert model._llm._loop.engine.validator.max_sequences == 8 + 8
+    assert app_options(config_with_engine(said), "mine.yaml", {}).engine.max_num_seqs == 8
+
+
+def test_no_other_replicas_have_an_engine() -> None:
+    [fault] = check(config_with_engine("{}", "Ingress"))
+    assert fault.endswith(f"{ENGINE_VARIABLE}: only LlavaModel has an engine")
 
 
 def test_a_server_in_one_process_has_the_options_too() -> None:

@@ -23,7 +23,7 @@ from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.llama_decoder import layer_shape
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import padded
-from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt
+from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt, scored_positions
 from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.scheduler import Schedule, Segment
@@ -179,7 +179,7 @@ class ModelRunner:
         pairs = [*zip(sequences, segments, strict=True)]
         last = [one.offset + one.length - 1 for one, segment in pairs if segment.needs_sampling]
         for one, segment in pairs:
-            if segment.scored:
+            if scored_positions(segment):
                 own = partial(self._logits, hidden[one.offset : one.offset + one.length])
                 result = attempt(partial(score_prompt, segment, own))
                 if isinstance(result, Exception):

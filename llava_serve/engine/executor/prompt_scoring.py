@@ -25,7 +25,7 @@ class ScoredPrompt:
     """What a segment tells of its sequence's prompt.
 
     Attributes:
-        logprobs: of the positions `Segment.scored`.
+        logprobs: of the positions `scored_positions`.
         finite: of each piece bool [1], on the device: its logits had no NaN and no infinity.
     """
 
@@ -34,9 +34,17 @@ class ScoredPrompt:
     finite: list[torch.Tensor]
 
 
+def scored_positions(segment: Segment) -> range:
+    """Positions of the prompt whose log-probabilities the segment gives: each by the logits of the one before."""
+    known = segment.sequence.prompt_logprobs
+    if known is None:
+        return range(0)
+    return range(max(len(known), segment.start + 1), min(segment.end + 1, segment.sequence.num_prompt))
+
+
 def score_prompt(segment: Segment, logits_of: LogitsOf) -> ScoredPrompt:
     """Computes the log-probabilities of a segment's part of the prompt, the model's own, in pieces of `PIECE`."""
-    sequence, scored = segment.sequence, segment.scored
+    sequence, scored = segment.sequence, scored_positions(segment)
     asked = sequence.request.sampling.prompt_logprobs or 0
     texts = [at for at in scored if sequence.token_ids[at] != IMAGE_TOKEN_ID]
     logprobs: PromptLogprobs = [None] * len(scored)
