@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions, Options
 from llava_serve.errors import RequestError
+from llava_serve.value_faults import validated
 
 
 class Probe(Options):
@@ -84,8 +85,4 @@ def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[
     if fixed := sorted(map(str, user_config.keys() - live.names)):
         able = ", ".join(sorted(live.names))
         raise RequestError(f"{fixed[0]} cannot change while the application runs; these can: {able}.")
-    try:
-        return type(options).model_validate(options.model_dump() | dict(user_config))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise RequestError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+    return validated(type(options), options.model_dump() | dict(user_config))
