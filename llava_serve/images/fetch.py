@@ -26,6 +26,18 @@ from llava_serve.images.transport import Budget, FetchError, FetchLimits
 _WHITE_SPACE = b" \t\n\r\f\v"
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
+_ESCAPED = {
+    b"%2B": b"+",
+    b"%2b": b"+",
+    b"%2F": b"/",
+    b"%2f": b"/",
+    b"%3D": b"=",
+    b"%3d": b"=",
+    b"%0D": b"",
+    b"%0A": b"",
+}
+"""Of base64 that was percent-encoded as a part of a URL."""
+
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
@@ -94,7 +106,10 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
         raise InvalidImageError(f"The picture is too large; at most {options.max_bytes:,} bytes are accepted.")
     try:
         if head.lower().endswith(";base64"):
-            plain = payload.encode("ascii").translate(_FROM_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
+            encoded = payload.encode("ascii")
+            for escape, mark in _ESCAPED.items() if b"%" in encoded else ():
+                encoded = encoded.replace(escape, mark)
+            plain = encoded.translate(_FROM_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
             return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         # Percent-encoding, but for its mark, is quoted-printable, which is decoded without an object for each escape.
         return binascii.a2b_qp(payload.encode().replace(b"=", b"=3D").replace(b"%", b"="))

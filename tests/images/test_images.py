@@ -182,7 +182,8 @@ def test_a_request_reads_no_files_and_no_links(tmp_path: Path) -> None:
 
 
 def test_data_urls() -> None:
-    assert read_request_source("data:image/png;base64,aGk=", OPTIONS) == b"hi"
+    for written in ("aGk=", "aGk%3D", "aGk%3d%0D%0A"):
+        assert read_request_source(f"data:image/png;base64,{written}", OPTIONS) == b"hi"
     assert read_request_source("DATA:image/png;charset=x;BASE64,aG\nk=", OPTIONS) == b"hi"
     assert read_request_source("data:,a%20b", OPTIONS) == b"a b"
     for url in (
