@@ -101,7 +101,9 @@ class SamplingParams:
 
         def check(good: bool, name: str, rule: str) -> None:
             if not good:
-                raise RequestError(f"{name} must be {rule}; got {shown(getattr(self, name))}.", name)
+                value = getattr(self, name)
+                got = shown(repr(value) if isinstance(value, str) else value)
+                raise RequestError(f"{name} must be {rule}; got {got}.", name)
 
         for name, kind, least, greatest, rule in RANGES:
             value = getattr(self, name)

@@ -64,9 +64,9 @@ class InputFile:
             raise RequestError(f"{path} is a JSON array; write one object a line, without brackets around all.")
         first = next((item for item in self if item.fields is not None), None)
         if first is None:
-            fault = next((item.fault for item in self), "it is empty")
-            hint = "" if self._is_csv else " Only a file that ends in .csv or .tsv is read as CSV; this one is JSONL."
-            raise RequestError(f"{path} has no row; {fault}.{hint}")
+            fault = next((item.fault for item in self), None)
+            hint = "" if self._is_csv or not fault else " Only a file that ends in .csv or .tsv is read as CSV."
+            raise RequestError(f"{path} has no row; {fault or 'it is empty'}.{hint}")
         assert first.fields is not None
         self.is_openai = "custom_id" in first.fields
 

@@ -41,6 +41,7 @@ _ESCAPED = {
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64_START = re.compile(r"[/_]9j[/_]|iVBORw0KGgo|R0lGOD|UklGR|Qk[01]|SUkqA|TU0AK|AAAA\w")
 """How the first bytes of pictures look in base64: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF and HEIC."""
 
@@ -86,6 +87,8 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
         return _read_data_url(source, options)
     if is_link(source):
         return _download(str(source), options)
+    if isinstance(source, str) and (scheme := _SCHEME.match(source)):
+        raise InvalidImageError(f"A picture is not read by {scheme[0]}: give a path, or an http: or https: link.")
     if not isinstance(source, str | Path):
         raise InvalidImageError(
             "A picture is a path, a link, a data: URL, encoded bytes, a PIL image or an array of pixels; "

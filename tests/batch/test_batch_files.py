@@ -16,14 +16,14 @@ from support.batch_files import answer_all, faults, job, lines, prompts, request
 
 
 def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
-    link = "https://example.org/cat.png"
+    link, other = "https://example.org/cat.png", "s3://bucket/cat.png"
     as_csv = (
         '\ufeffid,question,image,temperature,stop,max_tokens\n"1","What, and ""why""?\nSay.",a.png,0,,\n'
-        f'2,What?,"[""sub/b.png"", ""{link}""]",0.5,"[""x"", ""y""]",7\n3,What?,,,.,\n'
+        f'2,What?,"[""sub/b.png"", ""{link}"", ""{other}""]",0.5,"[""x"", ""y""]",7\n3,What?,,,.,\n'
     )
     as_jsonl = rows(
         row("1", 'What, and "why"?\nSay.', image="a.png", temperature=0, max_tokens=None),
-        row("2", image=["sub/b.png", link], temperature=0.5, stop=["x", "y"], max_tokens=7),
+        row("2", image=["sub/b.png", link, other], temperature=0.5, stop=["x", "y"], max_tokens=7),
         row("3", stop="."),
     )
     found = prompts(job(tmp_path, as_csv, "in.csv"))
@@ -32,7 +32,7 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
         Prompt('What, and "why"?\nSay.', [str(tmp_path / "a.png")], SamplingParams(temperature=0)),
         Prompt(
             "What?",
-            [str(tmp_path / "sub/b.png"), link],
+            [str(tmp_path / "sub/b.png"), link, other],
             SamplingParams(temperature=0.5, stop=("x", "y"), max_new_tokens=7),
         ),
         Prompt("What?", [], SamplingParams(temperature=0.2, stop=(".",))),
