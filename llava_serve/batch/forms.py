@@ -95,7 +95,8 @@ def fields_of(item: Item, *known: str) -> dict[str, Any]:
     """
     if item.fault or item.fields is None:
         raise LineError(item, item.fault)
-    for name in [name for name in item.fields if name not in known]:
+    name = next((name for name in item.fields if name not in known), None)
+    if name is not None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"perhaps '{near[0]}' is meant" if near else f"there are {', '.join(known)}"
         raise LineError(item, f"the field '{shown(name)}' is unknown; {hint}")

@@ -107,7 +107,7 @@ class InputFile:
                         f"{self.path} has the column {twice[0]!r} twice; several images of a row stand in one cell, "
                         "as a JSON list."
                     )
-                for position, cells in enumerate(filter(None, reader)):
+                for position, cells in enumerate(filter(any, reader)):
                     line = reader.line_num
                     yield _csv_item(position, line, names, cells)
             except csv.Error as error:

@@ -96,7 +96,7 @@ def test_each_bad_row_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_a_cell_without_a_column_fails_its_row_alone(tmp_path: Path) -> None:
-    text = "id,question,,\n1,What?,,\n2,What?,a note,\n3,What?,,,4\n\n4,What?\n"
+    text = "id,question,,\n1,What?,,\n2,What?,a note,\n3,What?,,,4\n\n,,,\n4,What?\n"
     assert faults(job(tmp_path, text, "in.csv")) == [
         "Line 3: it has a cell in a column without a name.",
         "Line 4: it has more cells than the header names.",
