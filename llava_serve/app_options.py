@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions, Options
 from llava_serve.errors import RequestError
+from llava_serve.value_faults import validated
 
 
 class Probe(Options):
@@ -89,7 +90,7 @@ def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[
     if fixed := sorted(map(str, user_config.keys() - live.names)):
         able = ", ".join(sorted(live.names))
         raise RequestError(f"{fixed[0]} cannot change while the application runs; these can: {able}.")
-    return _changed(options, user_config)
+    return validated(type(options), options.model_dump() | dict(user_config))
 
 
 def replica_engine(options: EngineOptions, said: str | None) -> EngineOptions:
@@ -100,7 +101,7 @@ def replica_engine(options: EngineOptions, said: str | None) -> EngineOptions:
     """
     given = engine_changes(said)
     try:
-        return _changed(options, given)
+        return validated(type(options), options.model_dump() | given)
     except RequestError as error:
         raise RequestError(f"{ENGINE_VARIABLE}: {error}") from None
 
@@ -120,11 +121,3 @@ def engine_changes(said: str | None) -> dict[str, object]:
     if "max_model_len" in given:
         raise RequestError(f"{ENGINE_VARIABLE}: max_model_len concerns the picture tier, too; set it in args.engine.")
     return given
-
-
-def _changed(options: SomeOptions, given: Mapping[str, object]) -> SomeOptions:
-    try:
-        return type(options).model_validate(options.model_dump() | dict(given))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise RequestError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None

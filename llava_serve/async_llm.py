@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Unpack, overload
 
 from llava_serve.checkpoints.spec import CheckpointSpec
@@ -61,11 +62,12 @@ class AsyncLLM:
 
     Raises:
         CheckpointError: the model cannot be loaded.
+        RequestError: an option of the model has a wrong value.
     """
 
     def __init__(
         self,
-        model: str | ModelOptions = "builtin",
+        model: str | Path | ModelOptions = "builtin",
         engine: EngineOptions | None = None,
         *,
         image_options: ImageOptions | None = None,

@@ -9,9 +9,12 @@ import logging
 import warnings
 from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from llava_serve.value_faults import validated
 
 _log = logging.getLogger(__name__)
 
@@ -85,9 +88,16 @@ class ModelKeywords(TypedDict, total=False):
     quantization: Quantization | None
 
 
-def resolve_model_options(model: str | ModelOptions, **keywords: Unpack[ModelKeywords]) -> ModelOptions:
-    """The options of a model that is named, or described whole."""
-    return ModelOptions(model=model, **keywords) if isinstance(model, str) else model.model_copy(update=dict(keywords))
+def resolve_model_options(model: str | Path | ModelOptions, **keywords: Unpack[ModelKeywords]) -> ModelOptions:
+    """The options of a model that is named, or described whole.
+
+    Raises:
+        RequestError: an option is unknown or has a wrong value.
+    """
+    described: dict[str, Any] = {"model": str(model) if isinstance(model, Path) else model}
+    if isinstance(model, ModelOptions):
+        described = {name: getattr(model, name) for name in ModelOptions.model_fields}
+    return validated(ModelOptions, described | keywords)
 
 
 class EngineOptions(Options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal, Unpack, get_args, overload
 
 from llava_serve.checkpoints.spec import CheckpointSpec
@@ -55,11 +56,12 @@ class LLM:
 
     Raises:
         CheckpointError: the model cannot be loaded.
+        RequestError: an option of the model has a wrong value.
     """
 
     def __init__(
         self,
-        model: str | ModelOptions = "builtin",
+        model: str | Path | ModelOptions = "builtin",
         *,
         engine: EngineOptions | None = None,
         image_options: ImageOptions | None = None,

@@ -81,7 +81,7 @@ def _as_parts(content: Any) -> Any:
     if isinstance(content, str):
         content = [content]
     if not isinstance(content, list | tuple):
-        return content
+        raise ValueError("must be a text or a list of parts")
     return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
 
 

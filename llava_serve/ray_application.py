@@ -18,11 +18,15 @@ def application_package() -> str:
     So a folder of the user's that has the same name is never taken for it.
 
     Raises:
-        ImportError: Ray Serve is not installed, or the application is not.
+        ImportError: Ray Serve is not installed, or the application is not; or Python would import a package of the
+            same name that lies in the working directory.
     """
     if not all(map(find_spec, _NEEDED)):
         raise ImportError("Ray Serve is not installed: pip install 'llava-serve[serve]'.")
     for name in filter(is_application, NAMES):
+        here = (Path(name, "__init__.py"), Path(f"{name}.py"))
+        if other := [path for path in here if path.is_file() and path.resolve().parent.parent != _home()]:
+            raise ImportError(f"Here, {other[0]} would be taken for the application: change to another folder.")
         return name
     raise ImportError("The Ray Serve application is not installed beside this library.")
 
@@ -30,5 +34,8 @@ def application_package() -> str:
 def is_application(name: str) -> bool:
     """Whether the package of this name is the application that belongs to this library."""
     spec = find_spec(name)
-    home = Path(__file__).resolve().parent.parent
-    return bool(spec and spec.origin and Path(spec.origin).resolve().parent.parent == home)
+    return bool(spec and spec.origin and Path(spec.origin).resolve().parent.parent == _home())
+
+
+def _home() -> Path:
+    return Path(__file__).resolve().parent.parent

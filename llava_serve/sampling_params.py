@@ -101,12 +101,15 @@ class SamplingParams:
 
         def check(good: bool, name: str, rule: str) -> None:
             if not good:
-                raise RequestError(f"{name} must be {rule}; got {shown(getattr(self, name))}.", name)
+                value = getattr(self, name)
+                got = shown(repr(value) if isinstance(value, str) else value)
+                raise RequestError(f"{name} must be {rule}; got {got}.", name)
 
         for name, kind, least, greatest, rule in RANGES:
             value = getattr(self, name)
             absent = value is None and name in ("seed", "logprobs", "prompt_logprobs")
-            check(absent or (isinstance(value, kind) and least <= value <= greatest), name, rule)
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            check(absent or (number and least <= value <= greatest), name, rule)
         check(self.max_new_tokens > 0 or self.prompt_logprobs is not None, "max_new_tokens", _LENGTHS)
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a tuple of strings that are not empty")

@@ -29,6 +29,8 @@ from .serve_env import EXTRA_PORTS, own_places
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 """Of an application that has not started: there is nothing to drain."""
+_RAY_TIMED_OUT = "The current node timed out during startup"
+"""How Ray says that its processes did not start in time, which is fixed."""
 
 
 class LocalClusterError(Exception):
@@ -189,7 +191,10 @@ def wait_for_ready(
 def cannot_start(text: str, log: Path) -> LocalClusterError:
     """The error with the last line of the text, which in a traceback is the message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return LocalClusterError(f"The application cannot start: {lines[-1] if lines else 'no reason given'}\nLog: {log}")
+    cause = lines[-1] if lines else "no reason given"
+    if _RAY_TIMED_OUT in cause:
+        cause = "Ray did not start within its 30 s, since the machine is busy; try again."
+    return LocalClusterError(f"The application cannot start: {cause}\nLog: {log}")
 
 
 def end(process: subprocess.Popen[bytes], *, timeout_s: float | None) -> None:

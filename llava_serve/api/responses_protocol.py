@@ -36,7 +36,9 @@ def _as_items(given: Any) -> Any:
     """The turns of an input: a text is the user's, and calls of tools are those of a chat's history."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    return list(map(_as_turn, given)) if isinstance(given, list) else given
+    if not isinstance(given, list):
+        raise ValueError("must be a text or a list of turns")
+    return list(map(_as_turn, given))
 
 
 def _as_turn(item: Any) -> Any:

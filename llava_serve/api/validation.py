@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -90,7 +91,7 @@ def parse_request(body: bytes, kind: type[Request], *, ignore_unknown: bool = Fa
     if sum(map(body.count, _STRUCTURE)) > MAX_VALUES:
         raise RequestError(f"The request's body has more than {MAX_VALUES:,} values.")
     try:
-        request = kind.model_validate_json(body)
+        request = kind.model_validate_json(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
         raise as_request_error(error) from None
     check_tools(request)
@@ -129,7 +130,7 @@ def sampling_of(request: GenerationFields, default_max_tokens: int | None = None
     Raises:
         RequestError: two fields contradict each other, or a value is outside its range.
     """
-    if request.max_tokens is not None and request.max_completion_tokens is not None:
+    if len({request.max_tokens, request.max_completion_tokens} - {None}) > 1:
         raise RequestError("Give max_tokens or max_completion_tokens, not both.", "max_completion_tokens")
     if request.stream_options is not None and request.stream_options.include_usage and not request.stream:
         raise RequestError("stream_options needs stream to be true.", "stream_options")

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, Protocol
 from llava_serve.batch.input_file import Item
 from llava_serve.batch.job import BatchJob
 from llava_serve.errors import LlavaServeError, RequestError, shown
-from llava_serve.images.download import is_link
 from llava_serve.inputs import Prompt
 from llava_serve.results import GenerationResult
 
@@ -96,7 +95,8 @@ def fields_of(item: Item, *known: str) -> dict[str, Any]:
     """
     if item.fault or item.fields is None:
         raise LineError(item, item.fault)
-    for name in item.fields.keys() - set(known):
+    name = next((name for name in item.fields if name not in known), None)
+    if name is not None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"perhaps '{near[0]}' is meant" if near else f"there are {', '.join(known)}"
         raise LineError(item, f"the field '{shown(name)}' is unknown; {hint}")
@@ -105,7 +105,7 @@ def fields_of(item: Item, *known: str) -> dict[str, Any]:
 
 def image_source(source: str, folder: Path) -> str:
     """Where an image is: a link or a `data:` URL unchanged, and a path as it is seen from a folder."""
-    if source[:5].lower() == "data:" or is_link(source):
+    if source[:5].lower() == "data:" or "://" in source:
         return source
     return str(folder / Path(source).expanduser())
 

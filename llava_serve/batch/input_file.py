@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ _CELL_BYTES = 1 << 30
 """A cell of a CSV may hold a picture in base64."""
 _DELIMITERS = ",;\t"
 """Of a CSV: the one that its header has most often. Spreadsheets write semicolons where commas are decimal."""
+_CSV_FAULTS = {"unexpected end of data": "a cell in quotes has no end", "line contains NUL": "it has a NUL character"}
+"""By what the reader says; the rest is about quotes."""
 _TEXTS = ("id", "image", "question", "conv_mode", "stop")
 """Columns of a CSV whose cells are texts. Those of `image` and `stop` may be JSON lists; all others are JSON values."""
 
@@ -61,7 +64,9 @@ class InputFile:
             raise RequestError(f"{path} is a JSON array; write one object a line, without brackets around all.")
         first = next((item for item in self if item.fields is not None), None)
         if first is None:
-            raise RequestError(f"{path} has no row; {next((item.fault for item in self), 'it is empty')}.")
+            fault = next((item.fault for item in self), None)
+            hint = "" if self._is_csv or not fault else " Only a file that ends in .csv or .tsv is read as CSV."
+            raise RequestError(f"{path} has no row; {fault or 'it is empty'}.{hint}")
         assert first.fields is not None
         self.is_openai = "custom_id" in first.fields
 
@@ -72,8 +77,6 @@ class InputFile:
             raise RequestError(f"{self.path} cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError:
             raise RequestError(f"{self.path} is not UTF-8; save it as UTF-8.") from None
-        except csv.Error as error:
-            raise RequestError(f"{self.path} cannot be read as CSV: {error}.") from None
 
     def _is_array(self) -> bool:
         if self._is_csv or not self.path.exists():
@@ -94,26 +97,57 @@ class InputFile:
         with self.path.open(encoding="utf-8-sig", newline="") as text:
             header = text.readline()
             text.seek(0)
-            reader = csv.DictReader(text, delimiter=max(_DELIMITERS, key=header.count), strict=True)
-            for position, cells in enumerate(reader):
-                if None in cells:
-                    yield Item(position, reader.line_num, None, "it has more cells than the header names")
-                    continue
-                fields = {name: _cell(name, cell) for name, cell in cells.items() if cell not in ("", None)}
-                yield Item(position, reader.line_num, fields)
+            reader = csv.reader(text, delimiter=max(_DELIMITERS, key=header.count), strict=True)
+            line = 0
+            try:
+                names = next(reader, [])
+                line = reader.line_num
+                if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
+                    raise RequestError(
+                        f"{self.path} has the column {twice[0]!r} twice; several images of a row stand in one cell, "
+                        "as a JSON list."
+                    )
+                for position, cells in enumerate(filter(any, reader)):
+                    line = reader.line_num
+                    yield _csv_item(position, line, names, cells)
+            except csv.Error as error:
+                fault = _CSV_FAULTS.get(str(error), "a quote within a cell must be written twice, in a cell in quotes")
+                raise RequestError(f"{self.path} cannot be read as CSV behind line {line}: {fault}.") from None
 
 
 def _json_item(position: int, number: int, line: str) -> Item:
     try:
         line.encode()
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_object)
     except UnicodeEncodeError:
         return Item(position, number, None, "it is not UTF-8")
+    except _TwiceError as error:
+        return Item(position, number, None, f"it has the field '{shown(error)}' twice")
     except (ValueError, RecursionError):
         return Item(position, number, None, "it is not valid JSON")
     if not isinstance(fields, dict):
         return Item(position, number, None, f"it is no JSON object, such as {{...}}: {shown(line.strip())}")
     return Item(position, number, fields)
+
+
+class _TwiceError(ValueError):
+    """A name stands twice in an object, so that one of its values would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def _csv_item(position: int, number: int, names: list[str], cells: list[str]) -> Item:
+    if len(cells) > len(names):
+        return Item(position, number, None, "it has more cells than the header names")
+    given = [(name, cell) for name, cell in zip(names, cells, strict=False) if cell]
+    if any(not name for name, _ in given):
+        return Item(position, number, None, "it has a cell in a column without a name")
+    return Item(position, number, {name: _cell(name, cell) for name, cell in given})
 
 
 def _cell(name: str, cell: str) -> Any:

@@ -50,6 +50,8 @@ class PlainForm:
             raise LineError(item, "'image' must be a path, a link, or a list of them")
         if not isinstance(conv_mode, str | None):
             raise LineError(item, "'conv_mode' must be the name of a template")
+        if {"max_tokens", "max_new_tokens"} <= fields.keys():
+            raise LineError(item, "'max_tokens' and 'max_new_tokens' mean the same; give one of them")
         sources = [image_source(each, self._job.input.parent) for each in images]
         return Prompt(question, sources, self._sampling(fields), conv_mode)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from llava_serve.batch.forms import Form, key_of, version_of
+from llava_serve.batch.forms import Form, LineError, key_of, version_of
 from llava_serve.batch.input_file import InputFile, Item
 from llava_serve.batch.job import BatchJob
 from llava_serve.batch.openai_batch import OpenAIForm
@@ -75,10 +75,14 @@ class Plan:
                 continue
             key = key_of(self.form, item)
             if key is None and not item.fault:
-                item = replace(item, fault=f"'{self.form.id_field}' must be a text or a whole number, and not empty")
+                item = replace(item, fault=self._no_id)
             elif key is not None and (first := self._known[key]).position != item.position:
                 item = replace(item, fault=f"its {self.form.id_field} is that of line {first.line}")
             yield item
+
+    @property
+    def _no_id(self) -> str:
+        return f"'{self.form.id_field}' must be a text or a whole number, and not empty"
 
     def _check_first(self) -> None:
         """Refuses a file that is none of questions: it would be one of errors."""
@@ -86,6 +90,8 @@ class Plan:
         for item in islice(self._input, _LOOKED_AT):
             try:
                 self.form.prompt(item)
+                if key_of(self.form, item) is None:
+                    raise LineError(item, self._no_id)
                 return
             except LlavaServeError as error:
                 faults.append(error.message)

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_checkpoint(
-    model: str | ModelOptions, *, weights: bool = True, **keywords: Unpack[ModelKeywords]
+    model: str | Path | ModelOptions, *, weights: bool = True, **keywords: Unpack[ModelKeywords]
 ) -> CheckpointSpec:
     """Describes a checkpoint by its files.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 import shtab
 
@@ -21,12 +23,14 @@ USAGE_ERROR = 2
 
 def command_parser() -> argparse.ArgumentParser:
     """What reads the command line."""
-    parser = argparse.ArgumentParser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
+    parser = _Parser(prog="llava-serve", description="Answer questions about pictures with LLaVA.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of llava-serve, torch and ray")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for a shell: bash, zsh or tcsh")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (ask, chat, batch, serve, inspect, bench, eval):
         command.add_to(commands)
+    for each in commands.choices.values():
+        each.set_defaults(parser=each)
     return parser
 
 
@@ -36,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a usage error, 1 for any other: both print one sentence on standard error.
     """
-    options = command_parser().parse_args(argv)
+    options, unknown = command_parser().parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], re.findall(r"--?\w[\w-]*", options.parser.format_usage()), n=1)
+        options.parser.error(f"{unknown[0]} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -53,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _fail(f"unexpected {type(error).__name__}: {error}", 1)
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a usage error in one sentence, where argparse prints every flag before it."""
+
+    def error(self, message: str) -> NoReturn:
+        end = "" if message.endswith("?") else "."
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}{end} '{self.prog} --help' tells what there is.\n")
 
 
 class _Version(argparse.Action):

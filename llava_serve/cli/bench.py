@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "LLAVA_API_KEY"
 
+_count = flags.number(int, lambda value: value >= 0, "a whole number, 0 or more")
+_above_zero = flags.number(float, lambda value: 0 < value < math.inf, "a number above 0")
+_share = flags.number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
 _EXAMPLE = """example:
   llava-serve bench http://127.0.0.1:8000 --clients 16 --requests 200 --output before.json
   llava-serve bench --compare before.json after.json"""
@@ -47,7 +51,7 @@ def add_to(commands: flags.Commands) -> None:
     pace = load.add_mutually_exclusive_group()
     pace.add_argument("--clients", type=flags.positive, default=8, help="each sends on when it is answered; default 8")
     pace.add_argument(
-        "--rate", type=_rate, metavar="R", help="instead of clients: R requests/s at random times (Poisson)"
+        "--rate", type=_above_zero, metavar="R", help="instead of clients: R requests/s at random times (Poisson)"
     )
     load.add_argument("--requests", type=flags.positive, default=64, help="in all; default 64")
     load.add_argument("--turns", type=flags.positive, default=1, help="requests of a conversation; default 1")
@@ -57,7 +61,7 @@ def add_to(commands: flags.Commands) -> None:
     load.add_argument("--output-tokens", type=_range, default="16:96", metavar="MIN:MAX", help="default 16:96")
     load.add_argument("--ignore-eos", action="store_true", help="generate to that length (vLLM's and our extension)")
     load.add_argument("--warmup", type=_count, default=2, help="requests beforehand, not counted; default 2")
-    load.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest silence; default 600")
+    load.add_argument("--timeout", type=_above_zero, default=600.0, metavar="S", help="longest silence; default 600")
     load.add_argument("--seed", type=int, default=0, help="same seed, same requests; default 0")
     results = parser.add_argument_group("results")
     results.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
@@ -72,9 +76,14 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError(
             "Give the URL of a server, as 'llava-serve bench http://127.0.0.1:8000', or --compare FILES."
         )
+    if options.url is not None and not options.url.startswith(("http://", "https://")):
+        raise RequestError(f"The URL of a server begins with http:// or https://; got {options.url}.")
+    if options.compare and options.output:
+        raise RequestError("--compare measures nothing that --output could write; leave one of them out.")
     for path in (options.output, options.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise RequestError(f"{path} cannot be written: there is no such folder.")
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            cause = "it is a folder" if path.is_dir() else "there is no such folder"
+            raise RequestError(f"{path} cannot be written: {cause}.")
     from llava_serve.bench.report import differences, plot, table
 
     if options.compare:
@@ -168,24 +177,6 @@ def _read(path: Path) -> Report:
     except (OSError, ValueError, LookupError, TypeError):
         raise RequestError(f"{path} is no result of 'llava-serve bench --output'.") from None
     return report
-
-
-def _count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return float(text)
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
-    return float(text)
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:

@@ -80,6 +80,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from llava_serve.evaluation.tasks import TASKS, read_annotations, score
 
     task = TASKS[options.task]
+    if options.resume and options.answers is None:
+        raise RequestError("--resume goes on with the answers in --answers FILE.")
+    of_a_run = {"the model": "model", "--images": "images", "--answers": "answers", "--conv-mode": "conv_mode"}
+    unused = [flag for flag, name in of_a_run.items() if getattr(options, name) is not None]
+    if options.score is not None and unused:
+        raise RequestError(f"--score takes answers that are there, and asks no model: leave out {', '.join(unused)}.")
     if options.score is None and options.questions is None:
         raise RequestError("Give --questions FILE to answer them, or --score FILE to score answers that are there.")
     if options.annotations is None and (options.score is not None or options.answers is None):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from llava_serve.errors import RequestError
 from llava_serve.sampling_params import ORIGINAL_TEMPERATURE, SamplingParams, with_original_temperature
 
 if TYPE_CHECKING:
     from llava_serve.config import ModelOptions
     from llava_serve.llm import LLM
+
+Number = TypeVar("Number", int, float)
 
 Commands = Any
 """What `add_subparsers` returns; argparse has no public name for it."""
@@ -106,9 +110,23 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
 def load_llm(options: argparse.Namespace) -> LLM:
     """Loads the model that the flags name."""
     model = model_options(options)
-    from llava_serve.llm import LLM
+    with _on_terminal(f"Loading {model.model} ..."):
+        from llava_serve.llm import LLM
 
-    return LLM(**model.model_dump())
+        return LLM(model)
+
+
+@contextmanager
+def _on_terminal(doing: str) -> Iterator[None]:
+    """While the block runs, a terminal shows what is done."""
+    terminal = sys.stderr.isatty()
+    if terminal:
+        print(doing, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def images(options: argparse.Namespace) -> list[bytes]:
@@ -121,9 +139,18 @@ def images(options: argparse.Namespace) -> list[bytes]:
 
 
 def image_names(options: argparse.Namespace) -> list[str]:
-    """Files and URLs of the pictures, in the flags' order."""
+    """Files and URLs of the pictures, in the flags' order.
+
+    Raises:
+        RequestError: a name is empty.
+    """
+    if not options.sep:
+        raise RequestError("--sep must not be empty.")
     more = options.image_file.split(options.sep) if options.image_file else []
-    return [name.strip() for name in (*options.image, *more)]
+    names = [name.strip() for name in (*options.image, *more)]
+    if not all(names):
+        raise RequestError("The name of a picture is empty.")
+    return names
 
 
 def read_images(names: Sequence[str]) -> list[bytes]:
@@ -154,11 +181,25 @@ def sampling(options: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**with_original_temperature(given(options, *SAMPLING_FLAGS)))
 
 
-def positive(text: str) -> int:
-    """A number that is at least 1: the type of a flag."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+def number(kind: Callable[[str], Number], fits: Callable[[Number], bool], rule: str) -> Callable[[str], Number]:
+    """The type of a flag that takes some numbers.
+
+    Args:
+        kind: reads one.
+        fits: whether it may be given.
+        rule: the same in words.
+    """
+
+    def read(text: str) -> Number:
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {rule}; got {text!r}")
+
+    return read
+
+
+positive = number(int, lambda value: value >= 1, "a whole number, 1 or more")
 
 
 def _device(name: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from llava_serve.app_options import ENGINE_VARIABLE, LIVE_OPTIONS, AppOptions, engine_changes
 from llava_serve.errors import RequestError
+from llava_serve.value_faults import faults, option_path, rule_of
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:
@@ -23,8 +24,10 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     """
     try:
         return parse_serve_config(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} cannot be read: it is not UTF-8.") from None
 
 
 def parse_serve_config(text: str, name: str = "The config") -> dict[str, Any]:
@@ -32,7 +35,9 @@ def parse_serve_config(text: str, name: str = "The config") -> dict[str, Any]:
     try:
         config: dict[str, Any] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RequestError(f"{name} cannot be read: {error}") from None
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place is not None else ""
+        raise RequestError(f"{name} cannot be read{line}: it is not valid YAML.") from None
     if not _has_an_application(config):
         raise RequestError(f"{name} is not a Serve config with an application.")
     return config
@@ -134,7 +139,7 @@ def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
     try:
         model.model_validate(value)
     except ValidationError as error:
-        return [f"{path}{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+        return [f"{path}{option_path(fault['loc'])}: {rule_of(fault)}" for fault in faults(error)]
     return []
 
 

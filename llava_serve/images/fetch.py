@@ -26,9 +26,22 @@ from llava_serve.images.transport import Budget, FetchError, FetchLimits
 _WHITE_SPACE = b" \t\n\r\f\v"
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
+_ESCAPED = {
+    b"%2B": b"+",
+    b"%2b": b"+",
+    b"%2F": b"/",
+    b"%2f": b"/",
+    b"%3D": b"=",
+    b"%3d": b"=",
+    b"%0D": b"",
+    b"%0A": b"",
+}
+"""Of base64 that was percent-encoded as a part of a URL."""
+
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A path, an `http(s):` or `data:` URL, encoded bytes, a PIL image, or uint8 [height, width, 3]."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64_START = re.compile(r"[/_]9j[/_]|iVBORw0KGgo|R0lGOD|UklGR|Qk[01]|SUkqA|TU0AK|AAAA\w")
 """How the first bytes of pictures look in base64: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF and HEIC."""
 
@@ -74,6 +87,8 @@ def read_local_source(source: ImageSource, options: ImageOptions) -> bytes:
         return _read_data_url(source, options)
     if is_link(source):
         return _download(str(source), options)
+    if isinstance(source, str) and (scheme := _SCHEME.match(source)):
+        raise InvalidImageError(f"A picture is not read by {scheme[0]}: give a path, or an http: or https: link.")
     if not isinstance(source, str | Path):
         raise InvalidImageError(
             "A picture is a path, a link, a data: URL, encoded bytes, a PIL image or an array of pixels; "
@@ -94,7 +109,10 @@ def _read_data_url(url: str, options: ImageOptions) -> bytes:
         raise InvalidImageError(f"The picture is too large; at most {options.max_bytes:,} bytes are accepted.")
     try:
         if head.lower().endswith(";base64"):
-            plain = payload.encode("ascii").translate(_FROM_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
+            encoded = payload.encode("ascii")
+            for escape, mark in _ESCAPED.items() if b"%" in encoded else ():
+                encoded = encoded.replace(escape, mark)
+            plain = encoded.translate(_FROM_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
             return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
         # Percent-encoding, but for its mark, is quoted-printable, which is decoded without an object for each escape.
         return binascii.a2b_qp(payload.encode().replace(b"=", b"=3D").replace(b"%", b"="))

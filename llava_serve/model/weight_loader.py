@@ -62,8 +62,10 @@ def load_weights(
 
 
 def _progress_bar(num_bytes: int) -> tqdm[None]:
-    """On a terminal, for weights that take more than a moment."""
+    """On a terminal, for weights that take more than a moment; else a line in the log."""
     hidden = num_bytes < _LARGE or not sys.stderr.isatty()
+    if hidden:
+        _log.info("Loading %s of weights.", gigabytes(num_bytes))
     return tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", leave=False, disable=hidden)
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from llava_serve.types import Conversation, ImagePart, Message, TextPart
-from support.api_server import PICTURE, QUESTION, PacedBackend, app_over, ask_paced, error_of
+from support.api_server import BODY, PATH, PICTURE, QUESTION, PacedBackend, app_over, ask_paced, error_of
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,15 @@ def test_an_answer_may_go_on_to_the_end_of_the_context_or_to_the_operators_limit
 def test_the_smallest_top_p_is_greedy(web: httpx.Client, backend: PacedBackend) -> None:
     assert ask_paced(web, top_p=0, temperature=0.9).status_code == 200
     assert backend.samplings[-1].greedy
+
+
+def test_both_names_of_the_longest_answer_may_say_the_same(web: httpx.Client, backend: PacedBackend) -> None:
+    assert ask_paced(web, max_tokens=5, max_completion_tokens=5).status_code == 200
+    assert backend.samplings[-1].max_new_tokens == 5
+
+
+def test_a_body_may_begin_with_a_byte_order_mark(web: httpx.Client) -> None:
+    assert web.post(PATH, content=b"\xef\xbb\xbf" + json.dumps(BODY).encode()).status_code == 200
 
 
 def test_the_model_may_be_left_out(web: httpx.Client) -> None:

@@ -128,7 +128,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].content[0].image_url.detail",
         "'messages[0].content[0].image_url.detail' must be one of 'auto', 'low', 'high' or 'original'.",
     ),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "'messages[0].content' must be a list."),
+    (
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages[0].content",
+        "'messages[0].content' must be a text or a list of parts.",
+    ),
     ({"temperature": "hot"}, "temperature", "'temperature' must be a number."),
     ({"temperature": -1}, "temperature", "temperature must be between 0 and 100; got -1.0."),
     ({"top_p": -0.1}, "top_p", "top_p must be above 0 and at most 1; got -0.1."),
@@ -161,7 +165,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 3}, "top_logprobs", "top_logprobs needs logprobs to be true."),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options needs stream to be true."),
     (
-        {"max_tokens": 5, "max_completion_tokens": 5},
+        {"max_tokens": 5, "max_completion_tokens": 6},
         "max_completion_tokens",
         "Give max_tokens or max_completion_tokens, not both.",
     ),

@@ -81,7 +81,7 @@ def test_what_is_no_message_is_refused(message: dict[str, Any], error: type[Exce
 @pytest.mark.parametrize("role", ["system", "assistant", "user", "tool"])
 def test_any_role_may_have_no_content(role: str, content: Any) -> None:
     if content == {}:
-        with pytest.raises(RequestError, match="must be a list"):
+        with pytest.raises(RequestError, match="must be a text or a list of parts"):
             read({"role": role, "content": content})
         return
     texts = [part for part in read({"role": role, "content": content}).parts if isinstance(part, TextPart)]

@@ -63,6 +63,21 @@ def example(page: Page, number: int) -> None:
     page.locator("#ask").click()
 
 
+@pytest.mark.parametrize("height", [650, 720, 900])
+def test_a_visitor_sees_the_examples_with_their_questions_at_once(page: Page, url: str, height: int) -> None:
+    page.set_viewport_size({"width": 1100, "height": height})
+    page.goto(url)
+    expect(page.locator("#knows")).to_be_visible()
+    page.wait_for_function("[...document.querySelectorAll('.example img')].every(each => each.complete)")
+    box = page.locator("#form").bounding_box()
+    questions = [each.bounding_box() for each in page.locator(".example span").all()]
+    assert box is not None
+    assert len(questions) == 3
+    for question in questions:
+        assert question is not None
+        assert question["y"] + question["height"] <= box["y"]
+
+
 def test_a_conversation_goes_on_and_stays_in_the_tab(page: Page, url: str, sent: Sent) -> None:
     page.goto(url)
     expect(page.locator("#knows")).to_contain_text("circles, squares, triangles")

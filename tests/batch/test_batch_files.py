@@ -16,14 +16,14 @@ from support.batch_files import answer_all, faults, job, lines, prompts, request
 
 
 def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
-    link = "https://example.org/cat.png"
+    link, other = "https://example.org/cat.png", "s3://bucket/cat.png"
     as_csv = (
         '\ufeffid,question,image,temperature,stop,max_tokens\n"1","What, and ""why""?\nSay.",a.png,0,,\n'
-        f'2,What?,"[""sub/b.png"", ""{link}""]",0.5,"[""x"", ""y""]",7\n3,What?,,,.,\n'
+        f'2,What?,"[""sub/b.png"", ""{link}"", ""{other}""]",0.5,"[""x"", ""y""]",7\n3,What?,,,.,\n'
     )
     as_jsonl = rows(
         row("1", 'What, and "why"?\nSay.', image="a.png", temperature=0, max_tokens=None),
-        row("2", image=["sub/b.png", link], temperature=0.5, stop=["x", "y"], max_tokens=7),
+        row("2", image=["sub/b.png", link, other], temperature=0.5, stop=["x", "y"], max_tokens=7),
         row("3", stop="."),
     )
     found = prompts(job(tmp_path, as_csv, "in.csv"))
@@ -32,7 +32,7 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
         Prompt('What, and "why"?\nSay.', [str(tmp_path / "a.png")], SamplingParams(temperature=0)),
         Prompt(
             "What?",
-            [str(tmp_path / "sub/b.png"), link],
+            [str(tmp_path / "sub/b.png"), link, other],
             SamplingParams(temperature=0.5, stop=("x", "y"), max_new_tokens=7),
         ),
         Prompt("What?", [], SamplingParams(temperature=0.2, stop=(".",))),
@@ -68,8 +68,10 @@ def test_each_bad_row_says_what_is_wrong(tmp_path: Path) -> None:
         row(None),
         row(True),
         row(""),
+        row("j", max_tokens=3, max_new_tokens=4),
+        row("k", max_tokens=True),
     )
-    bad = '{"id": "i",\n["i"]\n'
+    bad = '{"id": "i",\n["i"]\n{"id": 1, "question": "What?", "id": 2}\n'
     found = faults(job(tmp_path, text + bad))
     expected = [
         "Line 2: the field 'qestion' is unknown; perhaps 'question' is meant.",
@@ -82,12 +84,23 @@ def test_each_bad_row_says_what_is_wrong(tmp_path: Path) -> None:
         "Line 9: 'question' must be a text, and not empty.",
         "Line 10: its id is that of line 1.",
         *(f"Line {line}: 'id' must be a text or a whole number, and not empty." for line in (11, 12, 13)),
-        "Line 14: it is not valid JSON.",
-        'Line 15: it is no JSON object, such as {...}: ["i"].',
+        "Line 14: 'max_tokens' and 'max_new_tokens' mean the same; give one of them.",
+        "max_new_tokens must be a whole number, 1 or more",
+        "Line 16: it is not valid JSON.",
+        'Line 17: it is no JSON object, such as {...}: ["i"].',
+        "Line 18: it has the field 'id' twice.",
     ]
     assert len(found) == len(expected)
     for sentence, begin in zip(found, expected, strict=True):
         assert sentence.startswith(begin)
+
+
+def test_a_cell_without_a_column_fails_its_row_alone(tmp_path: Path) -> None:
+    text = "id,question,,\n1,What?,,\n2,What?,a note,\n3,What?,,,4\n\n,,,\n4,What?\n"
+    assert faults(job(tmp_path, text, "in.csv")) == [
+        "Line 3: it has a cell in a column without a name.",
+        "Line 4: it has more cells than the header names.",
+    ]
 
 
 def test_a_line_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
@@ -107,7 +120,11 @@ def test_a_line_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
         ("in.jsonl", '[\n{"id": 1, "question": "What?"}\n]', "without brackets around all"),
         ("in.jsonl", "not json\n", "it is not valid JSON"),
         ("in.csv", "id,picture,question\n1,a.png,What?\n", "the field 'picture' is unknown"),
-        ("in.csv", 'id,question\n1,"What?\n', "cannot be read as CSV"),
+        ("in.csv", 'id,question\n1,What?\n2,"What?\n', "cannot be read as CSV behind line 2: a cell in quotes has no"),
+        ("in.csv", 'id,question\n1,"A "b" c"\n', "behind line 1: a quote within a cell must be written twice"),
+        ("in.csv", "id,image,image,question\n1,a.png,b.png,What?\n", "has the column 'image' twice"),
+        ("in.csv", "image,question\na.png,What?\nb.png,What?\n", "2 rows cannot be used. Line 2: 'id' must be a text"),
+        ("in.txt", "id,question\n1,What?\n", "Only a file that ends in .csv or .tsv is read as CSV"),
         ("in.jsonl", rows(row(1, temperature=-1), row(2, temperature=-1)), "the first 2 rows cannot be used. temp"),
         ("in.jsonl", rows(request("a", model="gpt-4o")), "the model 'gpt-4o', and this job's is 'builtin'"),
     ],

@@ -253,10 +253,12 @@ def test_a_workload_is_the_same_for_the_same_seed() -> None:
         ([], "Give the URL of a server"),
         (["http://127.0.0.1:1", "--compare", "a.json"], "Give the URL of a server"),
         (["http://127.0.0.1:1"], "No server answers at http://127.0.0.1:1"),
-        (["nonsense"], "No server answers at nonsense"),
+        (["localhost:8000"], "begins with http:// or https://; got localhost:8000"),
         (["--compare", "nowhere.json"], "nowhere.json is no result"),
         (["--compare", "pyproject.toml"], "pyproject.toml is no result"),
         (["http://127.0.0.1:1", "--output", "no/where.json"], "there is no such folder"),
+        (["http://127.0.0.1:1", "--plot", "tests"], "tests cannot be written: it is a folder"),
+        (["--compare", "pyproject.toml", "--output", "a.json"], "--compare measures nothing that --output"),
         (["http://127.0.0.1:1", "--api-key-file", "nowhere"], "The API key cannot be read"),
     ],
 )
@@ -271,7 +273,14 @@ def test_a_usage_error_is_one_sentence(
 
 @pytest.mark.parametrize(
     "flags",
-    [["--rate", "0"], ["--rate", "nan"], ["--clients", "0"], ["--image-size", "9"], ["--output-tokens", "9:3"]],
+    [
+        ["--rate", "0"],
+        ["--rate", "nan"],
+        ["--timeout", "0"],
+        ["--clients", "0"],
+        ["--image-size", "9"],
+        ["--output-tokens", "9:3"],
+    ],
     ids=" ".join,
 )
 def test_a_flag_that_makes_no_sense_is_refused(flags: list[str]) -> None:

@@ -77,6 +77,16 @@ def test_ask_answers_as_the_original_does(cli: Callable[..., Done]) -> None:
     assert (done.returncode, done.stdout) == (0, CASE["greedy_text"] + "\n")
 
 
+def test_a_terminal_sees_that_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(["ask", "--model", str(MODEL), str(PICTURE), CASE["query"], *GREEDY]) == 0
+    assert terminal.getvalue() == f"Loading {MODEL} ...\r\033[K"
+
+
 def test_ask_takes_the_originals_flags_and_prints_json(cli: Callable[..., Done]) -> None:
     done = cli(
         *(
@@ -146,6 +156,8 @@ def test_chat_takes_commands(cli: Callable[..., Done], tmp_path: Path) -> None:
         (["ask", "--model", MODEL, "--image", "nowhere.png", "What?"], "nowhere.png cannot be read"),
         (["ask", "--model", MODEL, "--image", __file__, "What?"], f"{__file__}: The data is plain text"),
         (["ask", "--model", "nowhere", "What?"], "nowhere"),
+        (["ask", "--model", MODEL, "--image-file", "a.png", "--sep", "", "What?"], "--sep must not be empty"),
+        (["ask", "--model", MODEL, "--image-file", "a.png,", "What?"], "The name of a picture is empty"),
         (["ask", "--model", MODEL, "--temperature", "-1", "What?"], "temperature must be between"),
         (["ask", "--model", MODEL, "--device", "cuda:99", "What?"], "There is no device cuda:99"),
         (["ask", "--model", MODEL, "--num-beams", "2", "--temperature", "1", "What?"], "num_beams"),
@@ -191,6 +203,9 @@ def test_versions_are_those_installed(capfd: pytest.CaptureFixture[str]) -> None
         (["ask", "--device", "tpu", "What?"], "'tpu' is not auto"),
         (["ask", "--dtype", "int8"], "int8"),
         (["sing"], "sing"),
+        (["ask", "--temprature", "0", "What?"], "ask: --temprature is unknown; did you mean --temperature? 'llava-"),
+        (["inspect", "builtin", "more"], "llava-serve inspect: more is unknown. 'llava-serve inspect --help' tells"),
+        (["bench", "http://127.0.0.1:1", "--images", "x"], "--images: must be a whole number, 0 or more; got 'x'."),
     ],
 )
 def test_a_wrong_flag_is_reported_by_the_parser(
@@ -199,7 +214,9 @@ def test_a_wrong_flag_is_reported_by_the_parser(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert word in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert word in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.extended

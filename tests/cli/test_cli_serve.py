@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from deployments.tools.local_cluster import cannot_start
 from llava_serve.cli import main
 from support.demo import DEMO_IMAGE, question
 from support.paths import ROOT
@@ -65,7 +66,7 @@ def test_serve_in_process_takes_the_options_of_a_config(tmp_path: Path) -> None:
     ("applications", "http", "sentence"),
     [
         ([{"args": {"images": {"link": "public"}}}], {}, "args.images.link: unknown; did you mean links?"),
-        ([{"args": {"engine": {"max_num_seqs": 0}}}], {}, "args.engine.max_num_seqs: Input should be greater than"),
+        ([{"args": {"engine": {"max_num_seqs": 0}}}], {}, "args.engine.max_num_seqs: must be 1 or more"),
         ([{"args": {}}, {"args": {}}], {}, "has several applications"),
         ([], {}, "is not a Serve config with an application"),
         ([{"args": {}}], {"port": "http"}, "http_options.port a number"),
@@ -137,6 +138,24 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
         port = taken.getsockname()[1]
         assert main(["serve", "--in-process", "--port", str(port)]) == 2
     assert capfd.readouterr().err == f"llava-serve: Port {port} is in use; choose another with --port.\n"
+
+
+@pytest.mark.parametrize("name", ["deployments/__init__.py", "deployments.py"])
+def test_a_package_here_that_would_be_taken_for_the_application_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "deployments").mkdir()
+    (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "--port", "0"]) == 2
+    said = f"llava-serve: Here, {name} would be taken for the application: change to another folder.\n"
+    assert capfd.readouterr().err == said
+
+
+def test_what_ray_says_when_it_is_too_slow_is_said_in_our_words(tmp_path: Path) -> None:
+    log = "Traceback (most recent call last):\nException: The current node timed out during startup. This could ...\n"
+    said = str(cannot_start(log, tmp_path / "serve.log"))
+    assert said.startswith("The application cannot start: Ray did not start within its 30 s, since the machine is busy")
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -130,6 +130,8 @@ def test_a_picture_that_cannot_be_used_ends_the_run(evaluate: Eval, questions: P
         ),
         (["gqa", "nowhere", "--questions", "{q}", "--images", str(IMAGES), "--answers", "a"], "nowhere"),
         (["builtin", "--questions", "{q}"], "takes no --questions"),
+        (["gqa", "--questions", "{q}", "--annotations", "{q}", "--resume"], "--resume goes on with the answers in"),
+        (["gqa", str(TINY), "--score", "{q}", "--answers", "a"], "asks no model: leave out the model, --answers."),
         (
             ["gqa", "--questions", "{q}", "--images", str(IMAGES), "--answers", "a", "--temperature", "-1"],
             "temperature",

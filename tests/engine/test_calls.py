@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import llava_serve
-from llava_serve import AsyncLLM, Conversation, EngineOptions, ImageOptions, SamplingParams
+from llava_serve import AsyncLLM, Conversation, EngineOptions, ImageOptions, ModelOptions, SamplingParams
 from llava_serve.errors import DeadlineExceededError, LlavaServeError, RequestError
 from llava_serve.llm import LLM
 from llava_serve.openai_messages import read_messages
@@ -30,13 +30,30 @@ QUERY = "What is this?"
 OPTIONS = EngineOptions(num_threads=1, kv_cache_bytes=1 << 22)
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        ("builtin", {"dtype": "float31"}, "dtype must be one of 'auto', 'float32'"),
+        (ModelOptions(), {"quantization": "2bit"}, "quantization must be one of '8bit' or '4bit'."),
+        (Path("builtin"), {"colour": 1}, "colour is unknown."),
+        (7, {}, "model must be a string."),
+    ],
+)
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+def test_a_wrong_option_of_the_model_is_a_sentence(kind: Any, model: Any, options: Any, sentence: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        kind(model, **options)
+    assert str(caught.value).startswith(sentence)
+    assert caught.value.param == sentence.split()[0]
+
+
 def messages(image: Any, role: str = "user") -> list[dict[str, Any]]:
     return [{"role": role, "content": [{"type": "image", "image": image}, {"type": "text", "text": QUERY}]}]
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(MODEL, device="cpu", dtype="float64", engine=OPTIONS)
+    return LLM(Path(MODEL), device="cpu", dtype="float64", engine=OPTIONS)
 
 
 @pytest.fixture(scope="module")

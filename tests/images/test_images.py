@@ -181,8 +181,15 @@ def test_a_request_reads_no_files_and_no_links(tmp_path: Path) -> None:
         assert str(tmp_path) not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["s3://bucket/a.png", "file:///a.png"])
+def test_a_link_of_another_kind_is_named(source: str) -> None:
+    with pytest.raises(InvalidImageError, match=f"not read by {source.split('/')[0]}//: give a path, or an http: or"):
+        read_local_source(source, OPTIONS)
+
+
 def test_data_urls() -> None:
-    assert read_request_source("data:image/png;base64,aGk=", OPTIONS) == b"hi"
+    for written in ("aGk=", "aGk%3D", "aGk%3d%0D%0A"):
+        assert read_request_source(f"data:image/png;base64,{written}", OPTIONS) == b"hi"
     assert read_request_source("DATA:image/png;charset=x;BASE64,aG\nk=", OPTIONS) == b"hi"
     assert read_request_source("data:,a%20b", OPTIONS) == b"a b"
     for url in (
