@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions, Options
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 from llava_serve.errors import RequestError
+from llava_serve.faults import option_fault
+from llava_serve.options import Options, SomeOptions
 
 
 class Probe(Options):
@@ -69,8 +70,6 @@ LIVE_OPTIONS: Mapping[str, LiveOptions] = {
 }
 """By deployment. Keys never stand in a `user_config`, which Ray logs."""
 
-SomeOptions = TypeVar("SomeOptions", bound=Options)
-
 
 def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[str, object] | None) -> SomeOptions:
     """The options of `args`, with those of a deployment's `user_config` instead; None changes nothing.
@@ -87,5 +86,4 @@ def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[
     try:
         return type(options).model_validate(options.model_dump() | dict(user_config))
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise RequestError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        raise option_fault(error) from None

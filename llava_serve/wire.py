@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from llava_serve.errors import RequestError, UnsupportedParameterError, shown
+from llava_serve.errors import UnsupportedParameterError, shown
 
 Neutral = Callable[[object], bool]
-
-_RULES = {
-    "missing": "is required",
-    "string_type": "must be a string",
-    "int_type": "must be an integer",
-    "int_from_float": "must be an integer",
-    "int_parsing_size": "is too large a number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "list_type": "must be a list",
-    "model_type": "must be an object",
-    "dict_type": "must be an object",
-    "literal_error": "must be one of {expected}",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be {le} or less",
-    "string_too_short": "must not be empty",
-    "string_too_long": "must have {max_length} characters or fewer",
-    "too_short": "must not be empty",
-    "value_error": "{error}",  # of a validator of ours, in these words
-    "too_long": "must have {max_length} items or fewer",
-}
 
 
 class Wire(BaseModel):
@@ -98,26 +74,3 @@ def refuse_extras(model: Wire, path: str = "") -> None:
     """
     for name in unsupported_fields(model, path):
         raise UnsupportedParameterError(f"This server does not support '{name}' as given; leave it out.", name)
-
-
-def as_request_error(error: ValidationError, path: str = "") -> RequestError:
-    """A sentence about the first fault that a validator found; `param` names the field, None the body as a whole."""
-    fault = error.errors(include_url=False, include_input=False)[0]
-    field = (path + field_path(fault["loc"])).removeprefix(".")
-    if fault["type"] == "json_invalid":
-        return RequestError("The request's body is not valid JSON.")
-    if not field:
-        return RequestError("The request's body must be a JSON object.")
-    rule = _RULES.get(fault["type"], "has a value that is not allowed")
-    bounds = {name: _plain(value) for name, value in fault.get("ctx", {}).items()}
-    return RequestError(f"'{field}' {rule.format(**bounds)}.", field)
-
-
-def field_path(location: Sequence[int | str]) -> str:
-    """`.messages[0].content[1].text`, as OpenAI names fields, with a dot before a name."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
-
-
-def _plain(bound: Any) -> Any:
-    """0, where the validator says 0.0."""
-    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound

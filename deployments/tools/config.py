@@ -101,7 +101,7 @@ def check_address(config: Mapping[str, Any]) -> None:
         bound_socket(host, port).close()
         for application in config["applications"]:
             if application.get("import_path") in IMPORT_PATHS:
-                keys = accepted_keys(ApiOptions(**effective_arguments(application).get("api", {})))
+                keys = accepted_keys(ApiOptions.model_validate(effective_arguments(application).get("api", {})))
                 check_open(host, has_keys=keys is not None)
     except ValidationError:
         return  # the same
@@ -127,9 +127,10 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
         return
     arguments = effective_arguments(application)
     try:
-        model = ModelOptions(**{name: arguments[name] for name in ModelOptions.model_fields if name in arguments})
-        api = ApiOptions(**arguments.get("api", {}))
-        engine = EngineOptions(**arguments.get("engine", {}))
+        named = {name: arguments[name] for name in ModelOptions.model_fields if name in arguments}
+        model = ModelOptions.model_validate(named)
+        api = ApiOptions.model_validate(arguments.get("api", {}))
+        engine = EngineOptions.model_validate(arguments.get("engine", {}))
     except ValidationError:
         return  # the strict check says where
     try:

@@ -69,7 +69,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         "--image", action="append", default=[], metavar="FILE", help="a picture: file, URL, or - to read it; repeatable"
     )
     parser.add_argument("--image-file", metavar="FILES", help="several pictures, separated by --sep")
-    parser.add_argument("--sep", default=",", help="separator in --image-file; a comma by default")
+    parser.add_argument("--sep", type=_separator, default=",", help="separator in --image-file; a comma by default")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +156,12 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def _separator(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _device(name: str) -> str:

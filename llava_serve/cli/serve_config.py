@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from llava_serve.app_options import LIVE_OPTIONS, AppOptions
 from llava_serve.errors import RequestError
+from llava_serve.faults import option_path, rule_of
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def wrong_values(value: object, model: type[BaseModel], path: str) -> list[str]:
     try:
         model.model_validate(value)
     except ValidationError as error:
-        return [f"{path}{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+        return [f"{path}{option_path(fault['loc'])}: {rule_of(fault) or fault['msg']}" for fault in error.errors()]
     return []
 
 

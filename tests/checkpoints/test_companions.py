@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.model.llava import Llava
@@ -206,6 +208,21 @@ def test_shards_without_index_and_one_of_them(llava_15: Path) -> None:
     message = refusal(llava_15)
     assert "pytorch_model-00001-of-00002.bin is missing" in message
     assert "pytorch_model.bin.index.json" in message
+
+
+def test_one_file_beside_shards_is_read_as_transformers_does(llava_15: Path, caplog: Any) -> None:
+    """What is left of an earlier save: the one that transformers reads counts, and the other is reported."""
+    weights = read(llava_15)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, llava_15 / "model.safetensors")
+    expected = Llava.load(open_checkpoint(str(llava_15))).state_dict()
+    stale = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(stale, llava_15 / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(stale, "model-00001-of-00001.safetensors")}
+    (llava_15 / "model.safetensors.index.json").write_text(json.dumps(index))
+    spec = open_checkpoint(str(llava_15))
+    assert any("model.safetensors.index.json lie in the folder" in note for note in spec.notes)
+    found = Llava.load(spec).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_a_delta_by_its_name(tmp_path: Path) -> None:

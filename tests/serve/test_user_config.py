@@ -98,7 +98,7 @@ async def test_the_picture_tier_changes_its_limits_while_it_works(caplog: pytest
     logger.addHandler(caplog.handler)  # on a cluster it does not propagate
     await tier.reconfigure({"max_per_request": -1}, RANK)
     logger.removeHandler(caplog.handler)
-    assert "max_per_request: Input should be greater than or equal to 0" in caplog.text
+    assert "max_per_request must be 0 or more" in caplog.text
     description = await tier.describe()
     assert not isinstance(description, Failure)
     assert description.max_images == 1
@@ -140,7 +140,7 @@ def config_with(deployment: str, user_config: object) -> dict[str, Any]:
         ("ImagePreprocessor", {"max_tiles": 2}, None),
         ("LlavaModel", {"max_waiting": 0}, None),
         ("Ingress", {"max_in_flite": 3}, ".max_in_flite: unknown; did you mean max_in_flight?"),
-        ("Ingress", {"max_in_flight": 0}, ": max_in_flight: Input should be greater than or equal to 1"),
+        ("Ingress", {"max_in_flight": 0}, ": max_in_flight must be 1 or more."),
         ("Ingress", {"api_keys": ["sesame"]}, ": api_keys cannot change while the application runs; these can: alias"),
         ("LlavaModel", {"max_num_seqs": 8}, ": max_num_seqs cannot change while the application runs; these can: max_"),
     ],
