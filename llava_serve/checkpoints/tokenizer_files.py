@@ -122,6 +122,10 @@ def _behind_vocabulary(folder: Path) -> dict[str, bool]:
         if token.get("special"):
             special.add(token["content"])
     for token, token_id in added.items():
+        if type(token_id) is not int:
+            raise CheckpointError(
+                f"added_tokens.json in {folder} has {token[:100]!r} as {token_id!r}, which is no token."
+            )
         if 0 <= token_id < size and pieces.id_to_piece(token_id) != token:
             raise CheckpointError(
                 f"added_tokens.json or tokenizer_config.json in {folder} has {token[:100]!r} as token {token_id}, and "

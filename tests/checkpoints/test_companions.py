@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import ImageOptions
 from llava_serve.model.llava import Llava
+from llava_serve.processor import Processor
+from support.hf_reference import Reference, said
+from support.scenes import picture
+from support.tiny_hf import MODELS
 from support.variants import TOWER, copy, edit, mark_tower, read, refusal, same_weights, tower_weights, write
 
 
@@ -119,6 +124,20 @@ def test_another_head_beside_tied_embeddings_is_reported(llava_15: Path, caplog:
     load(llava_15)
     assert "lm_head.weight" in caplog.text
     assert "tie_word_embeddings" in caplog.text
+
+
+def test_another_head_than_the_tied_one_counts_as_in_transformers(folder_of: Any, tmp_path: Path, caplog: Any) -> None:
+    name = "llava-1.5-full-tied"
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+    weights = load_file(folder / "model.safetensors")
+    [rows] = [tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight")]
+    head = torch.randn(rows.shape, generator=torch.Generator().manual_seed(6)).half()
+    save_file(weights | {"language_model.lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    processor = Processor(open_checkpoint(str(folder)), ImageOptions())
+    talk = [said("user", "What is it?", picture(50, 70))]
+    prepared = processor.prepare(processor.read(talk))
+    Reference(folder, MODELS[name]).assert_same_logits(talk, prepared, load(folder))
+    assert "differs from the embeddings and is used, though config.json ties them" in caplog.text
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])

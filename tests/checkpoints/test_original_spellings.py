@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions
@@ -139,7 +139,7 @@ def test_the_same_weights_in_transformers_layout(hub_id: str, tmp_path: Path) ->
     if "xtuner" in hub_id:
         assert spec.conv_mode == "chat_template"
         talk = [{"role": "user", "content": f"<image>\n{QUERY}"}]
-        theirs = AutoTokenizer.from_pretrained(folder)
+        theirs = HUB[hub_id].tokenizer()
         assert prepared.prompt == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     else:
         assert spec.conv_mode == "qwen_1_5"
