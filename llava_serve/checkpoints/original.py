@@ -228,7 +228,7 @@ def _select_layer(config: dict[str, Any]) -> int:
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
-    written = config.get("image_aspect_ratio") or "square"
+    written: Any = config.get("image_aspect_ratio") or "square"
     limit = GRID_LIMIT.fullmatch(written)
     aspect: Aspect = "anyres" if limit else written
     merge: Merge = config.get("mm_patch_merge_type") or "flat"

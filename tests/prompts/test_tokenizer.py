@@ -131,6 +131,12 @@ ADDED = {"<loc_1>": {"special": False}, "stenosis": {"special": False}, "<|end|>
 """Of a fine-tune: a place, a word, and a control token."""
 
 
+def token_id(tokenizer: Tokenizer, name: str) -> int:
+    found = tokenizer.token_id(name)
+    assert found is not None
+    return found
+
+
 def with_added(folder: Path, *, decoder: bool) -> Tokenizer:
     """The tokenizer of `yi_like` with added tokens, in the files of newer and of older releases of transformers."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -150,7 +156,7 @@ def test_added_tokens_that_are_not_special_are_text(decoder: bool, yi_folder: Pa
     """A model may answer with them, as the original shows them; and a word of no brackets is one token in any text."""
     shutil.copy(yi_folder / "tokenizer.model", tmp_path)
     tokenizer = with_added(tmp_path, decoder=decoder)
-    place, word, end, patch = (tokenizer.token_id(name) for name in (*ADDED, "<im_patch>"))
+    place, word, end, patch = (token_id(tokenizer, name) for name in (*ADDED, "<im_patch>"))
     [_, *cat], [_, *dog] = (tokenizer.encode([Text(text)]) for text in ("a cat", "lazy dog"))
     ids = [*cat, place, word, *dog, end, patch]
     assert tokenizer.decode(ids) == "a cat <loc_1> stenosis lazy dog"  # with a space, as there
@@ -171,9 +177,9 @@ def test_added_words_with_a_json_tokenizer(image_token: str | None, json_folder:
     spec = read_tokenizer(tmp_path, [], image_token)
     tokenizer = load_tokenizer(spec)
     for text in ("no stenosis here", "stenosis</s>", "a stenosis<|im_end|>"):
+        word = token_id(tokenizer, "stenosis")
         theirs = written.encode(text, add_special_tokens=False).ids
-        ids = tokenizer.encode([Text(text)])
-        assert (ids.count(spec_id := written.token_to_id("stenosis")), theirs.count(spec_id)) == (1, 1)
+        assert tokenizer.encode([Text(text)]).count(word) == theirs.count(word) == 1
     assert "stenosis" not in control_tokens(spec)
     assert "<loc_1>" in control_tokens(spec)
 
