@@ -41,7 +41,9 @@ class JsonTokenizer(Tokenizer):
         self._byte_level = _is_byte_level(self._tokenizer)
         self._silent = {token_id for token_id, token in added.items() if token.special}
         self._marks = find_marks(
-            token.content for token in added.values() if not is_word(token.content, is_special=token.special)
+            token.content
+            for token in added.values()
+            if token.content.strip() and not is_word(token.content, is_special=token.special)
         )
         self._strip_right = {token.content for token in added.values() if token.rstrip}
         self._strip_left = {token.content for token in added.values() if token.lstrip}
