@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava_serve.checkpoints import CheckpointSpec, open_checkpoint
+from llava_serve.checkpoints.towers import TOWERS
 from llava_serve.config import ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
@@ -104,6 +106,16 @@ def test_siglips_features_come_before_its_last_norm(kind: str, folder_of: Any) -
         features = model.tower_features(tiles)
         torch.testing.assert_close(model.vision_tower.post_layernorm(features), after)
     assert (features - after).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "processor"),
+    [("clip_vision_model", CLIPImageProcessorPil), ("siglip_vision_model", SiglipImageProcessorPil)],
+)
+def test_what_a_processors_file_leaves_out_is_its_classs_default(kind: str, processor: Any) -> None:
+    made, tower = processor(), TOWERS[kind]
+    assert (tower.mean, tower.std) == (tuple(made.image_mean), tuple(made.image_std))
+    assert tower.crops == bool(made.do_center_crop)
 
 
 def test_a_head_is_tied_by_the_config_that_the_class_looks_at(folder_of: Any) -> None:
