@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Generic
 
 from llava_serve.app_options import changed_options
-from llava_serve.config import Options
 from llava_serve.errors import LlavaServeError
+from llava_serve.options import SomeOptions
 
 from .handle_calls import SERVE_LOGGER
 
 logger = logging.getLogger(SERVE_LOGGER)
-
-SomeOptions = TypeVar("SomeOptions", bound=Options)
 
 
 class LiveConfig(Generic[SomeOptions]):

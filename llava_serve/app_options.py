@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pydantic import ConfigDict, Field
 
-from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions, Options
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, ModelOptions
 from llava_serve.errors import RequestError
-from llava_serve.value_faults import validated
+from llava_serve.options import Options, SomeOptions, changed
 
 
 class Probe(Options):
@@ -75,8 +74,6 @@ ENGINE_VARIABLE = "LLAVA_ENGINE"
 """Environment variable of model replicas: engine options as JSON, which win over those of `args`. Ray replaces every
 replica of an application whose `args` change, and those of one deployment when the environment of its replicas does."""
 
-SomeOptions = TypeVar("SomeOptions", bound=Options)
-
 
 def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[str, object] | None) -> SomeOptions:
     """The options of `args`, with those of a deployment's `user_config` instead; None changes nothing.
@@ -90,7 +87,7 @@ def changed_options(deployment: str, options: SomeOptions, user_config: Mapping[
     if fixed := sorted(map(str, user_config.keys() - live.names)):
         able = ", ".join(sorted(live.names))
         raise RequestError(f"{fixed[0]} cannot change while the application runs; these can: {able}.")
-    return validated(type(options), options.model_dump() | dict(user_config))
+    return changed(options, user_config)
 
 
 def replica_engine(options: EngineOptions, said: str | None) -> EngineOptions:
@@ -101,7 +98,7 @@ def replica_engine(options: EngineOptions, said: str | None) -> EngineOptions:
     """
     given = engine_changes(said)
     try:
-        return validated(type(options), options.model_dump() | given)
+        return changed(options, given)
     except RequestError as error:
         raise RequestError(f"{ENGINE_VARIABLE}: {error}") from None
 

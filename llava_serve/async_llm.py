@@ -38,6 +38,7 @@ from llava_serve.inputs import (
     images_and_sampling,
 )
 from llava_serve.openai_messages import ChatMessage
+from llava_serve.options import resolve_options
 from llava_serve.processor import Processor
 from llava_serve.results import GenerationResult
 from llava_serve.sampling_params import SamplingParams
@@ -76,7 +77,7 @@ class AsyncLLM:
     ) -> None:
         self._image_options = resolve_image_options(image_options, images)
         options = resolve_model_options(model, **keywords)
-        self._loop = EngineLoop(partial(build_engine, options, engine or EngineOptions()))
+        self._loop = EngineLoop(partial(build_engine, options, resolve_options(EngineOptions, engine, "engine")))
         self.spec: CheckpointSpec = self._loop.engine.model.spec
         self._tokenizer = load_tokenizer(self.spec.tokenizer)
         validator = self._loop.engine.validator

@@ -1,7 +1,4 @@
-"""Options of the parts, frozen. Each default is written here and nowhere else.
-
-They are pydantic models, as the `args` of `serve_config.yaml`: a typo is refused by name.
-"""
+"""Options of the parts. Each default is written here and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from llava_serve.value_faults import validated
+from llava_serve.options import Options, resolve_options
 
 _log = logging.getLogger(__name__)
 
@@ -32,12 +29,6 @@ queue that online requests may fill alone."""
 def is_batch(priority: int) -> bool:
     """A request with a priority above 0 is batch work: it fills what online requests leave idle."""
     return priority > 0
-
-
-class Options(BaseModel):
-    """Base: unknown keys are refused, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelOptions(Options):
@@ -92,12 +83,11 @@ def resolve_model_options(model: str | Path | ModelOptions, **keywords: Unpack[M
     """The options of a model that is named, or described whole.
 
     Raises:
-        RequestError: an option is unknown or has a wrong value.
+        RequestError: an option is unknown, or has a value that is not allowed.
     """
-    described: dict[str, Any] = {"model": str(model) if isinstance(model, Path) else model}
     if isinstance(model, ModelOptions):
-        described = {name: getattr(model, name) for name in ModelOptions.model_fields}
-    return validated(ModelOptions, described | keywords)
+        return ModelOptions(**{**{name: getattr(model, name) for name in ModelOptions.model_fields}, **keywords})
+    return ModelOptions(model=str(model) if isinstance(model, Path) else model, **keywords)
 
 
 class EngineOptions(Options):
@@ -156,7 +146,7 @@ class LinkHost(Options):
                 return given
         except (InvalidURL, ValueError):
             pass
-        raise ValueError("a host is a name or an address, such as images.example.org or 10.0.0.5:9000")
+        raise ValueError("must be a name or an address, such as images.example.org or 10.0.0.5:9000")
 
 
 def _as_links(given: Any) -> Any:
@@ -164,6 +154,8 @@ def _as_links(given: Any) -> Any:
         return "off"
     if isinstance(given, list | tuple):
         return [{"host": each} if isinstance(each, str) else each for each in given]
+    if given not in ("off", "public"):
+        raise ValueError("must be off, public, or a list of hosts")
     return given
 
 
@@ -213,7 +205,7 @@ def resolve_image_options(given: ImageOptions | None, images: ImageOptions | Non
     """The image options of a constructor; `images` is their deprecated name, which the next version removes."""
     if images is not None:
         warnings.warn("images= of a constructor is deprecated; use image_options=.", DeprecationWarning, stacklevel=3)
-    return given or images or ImageOptions()
+    return resolve_options(ImageOptions, given if images is None else images, "image_options")
 
 
 class RoutingOptions(Options):

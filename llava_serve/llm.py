@@ -37,6 +37,7 @@ from llava_serve.inputs import (
     sampling_of_each,
 )
 from llava_serve.openai_messages import ChatMessage
+from llava_serve.options import resolve_options
 from llava_serve.processor import Processor
 from llava_serve.prompt_runner import PromptRunner, as_result
 from llava_serve.results import GenerationResult
@@ -68,7 +69,7 @@ class LLM:
         images: ImageOptions | None = None,
         **keywords: Unpack[ModelKeywords],
     ) -> None:
-        options = engine or EngineOptions()
+        options = resolve_options(EngineOptions, engine, "engine")
         self.engine: Engine = build_engine(resolve_model_options(model, **keywords), options)
         self.spec: CheckpointSpec = self.engine.model.spec
         self.processor = Processor(self.spec, resolve_image_options(image_options, images))

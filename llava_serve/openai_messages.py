@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from llava_serve.errors import InvalidImageError, RequestError, UnsupportedParameterError
+from llava_serve.faults import as_request_error
 from llava_serve.types import Conversation, ImagePart, Message, Query, Role, TextPart
-from llava_serve.wire import Wire, anything, as_request_error, one_of, refuse_extras
+from llava_serve.wire import Wire, anything, one_of, refuse_extras
 
 MAX_MESSAGES = 4096
 """Of a conversation. A context of 32,000 tokens holds no more turns."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from llava_serve.errors import RequestError, UnsupportedParameterError, shown
-from llava_serve.value_faults import faults, rule_of
+from llava_serve.errors import UnsupportedParameterError, shown
 
 Neutral = Callable[[object], bool]
 
@@ -75,19 +74,3 @@ def refuse_extras(model: Wire, path: str = "") -> None:
     """
     for name in unsupported_fields(model, path):
         raise UnsupportedParameterError(f"This server does not support '{name}' as given; leave it out.", name)
-
-
-def as_request_error(error: ValidationError, path: str = "") -> RequestError:
-    """A sentence about the first fault that a validator found; `param` names the field, None the body as a whole."""
-    fault = faults(error)[0]
-    field = (path + field_path(fault["loc"])).removeprefix(".")
-    if fault["type"] == "json_invalid":
-        return RequestError("The request's body is not valid JSON.")
-    if not field:
-        return RequestError("The request's body must be a JSON object.")
-    return RequestError(f"'{field}' {rule_of(fault)}.", field)
-
-
-def field_path(location: Sequence[int | str]) -> str:
-    """`.messages[0].content[1].text`, as OpenAI names fields, with a dot before a name."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)

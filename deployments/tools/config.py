@@ -101,7 +101,7 @@ def check_address(config: Mapping[str, Any]) -> None:
         bound_socket(host, port).close()
         for application in config["applications"]:
             if application.get("import_path") in IMPORT_PATHS:
-                keys = accepted_keys(ApiOptions(**effective_arguments(application).get("api", {})))
+                keys = accepted_keys(ApiOptions.model_validate(effective_arguments(application).get("api", {})))
                 check_open(host, has_keys=keys is not None)
     except ValidationError:
         return  # the same
@@ -127,10 +127,11 @@ def _check_application(application: Mapping[str, Any], path: Path | None) -> Non
         return
     try:
         arguments = effective_arguments(application)
-        model = ModelOptions(**{name: arguments[name] for name in ModelOptions.model_fields if name in arguments})
+        named = {name: arguments[name] for name in ModelOptions.model_fields if name in arguments}
+        model = ModelOptions(**named)
         api = ApiOptions(**arguments.get("api", {}))
         engine = EngineOptions(**arguments.get("engine", {}))
-    except (ValidationError, RequestError):
+    except (TypeError, RequestError):
         return  # the strict check says where
     try:
         spec = open_checkpoint(model)

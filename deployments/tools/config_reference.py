@@ -14,15 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from llava_serve.app_options import Probe
-from llava_serve.config import (
-    ApiOptions,
-    EngineOptions,
-    ImageOptions,
-    LinkHost,
-    ModelOptions,
-    Options,
-    RoutingOptions,
-)
+from llava_serve.config import ApiOptions, EngineOptions, ImageOptions, LinkHost, ModelOptions, RoutingOptions
+from llava_serve.options import Options
 
 GROUPS: tuple[tuple[str, str, type[Options]], ...] = (
     ("args", "The model", ModelOptions),

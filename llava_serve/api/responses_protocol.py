@@ -12,9 +12,10 @@ from llava_serve.api.neutral import NEUTRAL_FIELDS
 from llava_serve.api.protocol import Answer, ChatRequest, StreamOptions, TokenLogprobs
 from llava_serve.api.structured import JsonSchema, ResponseFormat
 from llava_serve.errors import RequestError, UnsupportedParameterError, shown
+from llava_serve.faults import as_request_error
 from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
-from llava_serve.wire import Wire, anything, as_request_error, one_of
+from llava_serve.wire import Wire, anything, one_of
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` asks for."""

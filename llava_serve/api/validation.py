@@ -14,10 +14,11 @@ from llava_serve.api.middleware import is_request_id
 from llava_serve.api.protocol import ChatRequest, GenerationFields
 from llava_serve.api.structured import GUIDED, structured_output
 from llava_serve.errors import RequestError, UnsupportedParameterError
+from llava_serve.faults import as_request_error
 from llava_serve.openai_messages import from_wire
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Conversation, ImageOrder, Message
-from llava_serve.wire import Wire, as_request_error, refuse_extras, unsupported_fields
+from llava_serve.wire import Wire, refuse_extras, unsupported_fields
 
 Request = TypeVar("Request", bound=Wire)
 

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from llava_serve.checkpoints.model_name import model_name
-from llava_serve.config import ModelOptions, Options
+from llava_serve.config import ModelOptions
+from llava_serve.options import Options
 
 
 class BatchJob(Options):

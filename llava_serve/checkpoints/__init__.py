@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from llava_serve.checkpoints.decoders import DECODER_NOTES
-from llava_serve.checkpoints.families import refuse_other_models
+from llava_serve.checkpoints.families import is_xtuners_own, refuse_other_models
 from llava_serve.checkpoints.files import read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.hf import read_hf, read_hf_adapter
@@ -50,7 +50,7 @@ def open_checkpoint(
         )
     folder = find_folder(model, "model", weights=weights)
     base = _base_of_adapter(folder, options, weights=weights)
-    config = read_json(base or folder, "config.json")
+    config = read_json(base or folder, "config.json", optional=is_xtuners_own(folder))
     # That of an adapter says how its base was loaded for training.
     holds_weights = base is not None or (bool(weight_files(folder)) if weights else options.model_base is None)
     reader = read_original if is_original(config) else read_hf

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.files import weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.spec import Adapter
 from llava_serve.checkpoints.weight_mapping import LAYOUTS, our_name
@@ -87,6 +88,17 @@ def _advice(folder: Path, name: str) -> str:
     if found is not None:
         return f"config.json names it (mm_vision_tower); one of that name lies here: --vision-tower {found}."
     return "config.json names it (mm_vision_tower); name another folder with --vision-tower."
+
+
+def unused_shards(folder: Path, weights: bool) -> str | None:
+    """The note on shards that lie beside one file with all weights."""
+    files = weight_files(folder) if weights else []
+    if len(files) != 1 or not (index := folder / f"{files[0].name}.index.json").is_file():
+        return None
+    return (
+        f"Both {files[0].name} and {index.name} lie in the folder. The one file is read, as transformers does; the "
+        "shards that the other names are not used."
+    )
 
 
 def unused_adapter(folder: Path, adapter: Adapter | None) -> str | None:

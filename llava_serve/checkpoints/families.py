@@ -110,6 +110,11 @@ def refuse_other_models(config: dict[str, Any], folder: Path) -> None:
     Raises:
         CheckpointError: says what it is.
     """
+    if is_xtuners_own(folder) and config.get("model_type") not in FAMILIES and "mm_projector_type" not in config:
+        raise CheckpointError(
+            f"{folder} is in xtuner's own layout, with the projector in a folder of its own, which is not supported: "
+            "convert it with xtuner's convert_xtuner_weights_to_llava.py, or take the published conversion."
+        )
     kind = str(config.get("model_type")).replace("-", "_")
     vision = config.get("vision_config") or {}
     if any(key in config for key in _VILA_KEYS):
@@ -121,6 +126,12 @@ def refuse_other_models(config: dict[str, Any], folder: Path) -> None:
     if name:
         classes = config.get("architectures") or [config.get("model_type")]
         raise CheckpointError(f"config.json in {folder} describes {name}: {classes[0]} is not supported.")
+
+
+def is_xtuners_own(folder: Path) -> bool:
+    """Whether a folder holds what xtuner's training leaves: a projector with a config of its own, beside a language
+    model or an adapter of one."""
+    return (folder / "projector" / "config.json").is_file()
 
 
 def family_of(config: dict[str, Any], folder: Path) -> Family:

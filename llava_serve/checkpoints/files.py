@@ -34,12 +34,15 @@ def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, A
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a full set of weights, safetensors before `.bin`; empty if there is none.
+    """The files of a full set of weights, in transformers' order: safetensors before `.bin`, of each one file before
+    shards; empty if there is none.
 
     Raises:
         CheckpointError: an index names a file that is not there, or not of this folder.
     """
     for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return [folder / stem]
         if (folder / f"{stem}.index.json").is_file():
             index = read_json(folder, f"{stem}.index.json").get("weight_map")
             if not isinstance(index, dict) or not index:
@@ -55,8 +58,6 @@ def weight_files(folder: Path) -> list[Path]:
                         f"there{_or_unite(folder)}."
                     )
             return paths
-        if (folder / stem).is_file():
-            return [folder / stem]
         if shards := _without_index(folder, stem):
             return shards
     return []

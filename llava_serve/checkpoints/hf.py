@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_serve.checkpoints.chat_templates import read_chat_template
-from llava_serve.checkpoints.companions import unused_adapter
+from llava_serve.checkpoints.companions import unused_adapter, unused_shards
 from llava_serve.checkpoints.decoders import DECODERS, UNUSED_KEYS, refuse_unsupported_text
 from llava_serve.checkpoints.families import Family, family_of
 from llava_serve.checkpoints.files import no_weights, read_json, weight_files
@@ -77,7 +77,12 @@ def read_hf(
         torch_dtype=_dtype(config),
         notes=tuple(
             note
-            for note in (choice.contradiction, *(judged.notes if judged else ()), unused_adapter(folder, None))
+            for note in (
+                choice.contradiction,
+                *(judged.notes if judged else ()),
+                unused_adapter(folder, None),
+                unused_shards(folder, weights),
+            )
             if note
         ),
     )

@@ -6,7 +6,7 @@ import ast
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from llava_serve.checkpoints.chat_templates import (
     find_templates,
@@ -14,7 +14,7 @@ from llava_serve.checkpoints.chat_templates import (
     read_chat_template,
     writes_chat_tokens,
 )
-from llava_serve.checkpoints.companions import find_tower, unused_adapter
+from llava_serve.checkpoints.companions import find_tower, unused_adapter, unused_shards
 from llava_serve.checkpoints.decoders import DECODERS, UNUSED_KEYS, refuse_unsupported_text
 from llava_serve.checkpoints.families import ORIGINAL_CLASSES, original_decoder
 from llava_serve.checkpoints.files import first_file, no_weights, read_json, weight_files
@@ -35,8 +35,16 @@ from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.templates import CHAT_TEMPLATE, Content, choose_template
 
-_OWN_KEYS = {"mm_vision_tower", "mm_projector_type"}
-_PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
+_SUPPORTED = {
+    "mm_projector_type": (r"linear|identity|mlp[1-9]\d?x_gelu", "linear, identity and mlpNx_gelu"),
+    "mm_vision_select_feature": ("patch|cls_patch", "patch and cls_patch"),
+    "image_aspect_ratio": (rf"square|pad|anyres|{GRID_LIMIT.pattern}", "square, pad, anyres and anyres_max_N"),
+    "mm_patch_merge_type": ("flat|spatial|spatial_unpad", "flat, spatial and spatial_unpad"),
+    # Without weights; the first pools the features of videos only, the second drops features in training only.
+    "mm_resampler_type": ("spatial_pool|masked_drop", "spatial_pool and masked_drop"),
+}
+"""Keys of config.json: their values that are supported, and how a message names those. An absent one or null is the
+original's default."""
 _GRID_RANGE = re.compile(r"(?=\((\d{1,2})x(\d{1,2})\)).*\((\d{1,2})x(\d{1,2})\)")
 
 
@@ -81,13 +89,14 @@ def read_original(
     if not generation and base_folder:
         generation = read_json(base_folder, "generation_config.json", optional=True)
     defaults = DECODERS[decoder]
+    projector = config.get("mm_projector_type") or "linear"
     templates = find_templates(tokenizer.folder)
     own = templates.get("default", "\n".join(templates.values()))
     content = Content(
         decoder,
         has_chatml=has_token(tokenizer, "<|im_start|>"),
         has_headers=has_token(tokenizer, "<|start_header_id|>"),
-        mlp="mlp" in config.get("mm_projector_type", "linear"),
+        mlp="mlp" in projector,
         start_end=bool(config.get("mm_use_im_start_end", False)),
         tokenizer_template=own,
         has_chat_tokens=writes_chat_tokens(own, tokenizer),
@@ -112,12 +121,12 @@ def read_original(
         image=image,
         text_config=text,
         vision_config=vision,
-        projector_type=config.get("mm_projector_type", "linear"),
+        projector_type=projector,
         projector_bias=True,
         projector_act="gelu",
         projector_norm=None,
         select_layers=(_select_layer(config) if kind.original_layer is None else kind.original_layer,),
-        select_feature=config.get("mm_vision_select_feature", "patch") if kind.class_token else "cls_patch",
+        select_feature=(config.get("mm_vision_select_feature") or "patch") if kind.class_token else "cls_patch",
         mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
         context_length=int(
             text.get("max_seq_len" if decoder == "mpt" else "max_position_embeddings", defaults.context_length)
@@ -134,6 +143,7 @@ def read_original(
                 *(judged.notes if judged else ()),
                 *notes,
                 unused_adapter(folder, adapter),
+                unused_shards(base_folder or folder, weights),
             )
             if note
         ),
@@ -199,16 +209,10 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         raise CheckpointError(
             "config.json sets `s2`: multi-scale (S2) vision towers are not supported; use a checkpoint without it."
         )
-    projector = config.get("mm_projector_type", "linear")
-    if not _PROJECTOR.fullmatch(str(projector)):
-        raise CheckpointError(
-            f"config.json sets mm_projector_type to {projector!r}; linear, identity and mlpNx_gelu are supported."
-        )
-    feature = config.get("mm_vision_select_feature", "patch")
-    if feature not in ("patch", "cls_patch"):
-        raise CheckpointError(
-            f"config.json sets mm_vision_select_feature to {feature!r}; patch and cls_patch are supported."
-        )
+    for key, (supported, words) in _SUPPORTED.items():
+        value = config.get(key)
+        if value is not None and not re.fullmatch(supported, str(value)):
+            raise CheckpointError(f"config.json sets {key} to {str(value)[:100]!r}; {words} are supported.")
 
 
 def _select_layer(config: dict[str, Any]) -> int:
@@ -224,19 +228,10 @@ def _select_layer(config: dict[str, Any]) -> int:
 
 
 def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any]) -> ImageProcessing:
-    written = str(config.get("image_aspect_ratio") or "square")
+    written: Any = config.get("image_aspect_ratio") or "square"
     limit = GRID_LIMIT.fullmatch(written)
-    aspect: Any = "anyres" if limit else written
+    aspect: Aspect = "anyres" if limit else written
     merge: Merge = config.get("mm_patch_merge_type") or "flat"
-    if aspect not in get_args(Aspect):
-        raise CheckpointError(
-            f"config.json sets image_aspect_ratio to {written[:100]!r}; square, pad, anyres and anyres_max_N are "
-            "supported."
-        )
-    if merge not in get_args(Merge):
-        raise CheckpointError(
-            f"config.json sets mm_patch_merge_type to {merge!r}; {', '.join(get_args(Merge))} are supported."
-        )
     has_class_token = TOWERS[vision["model_type"]].class_token
     keeps_class_token = has_class_token and config.get("mm_vision_select_feature") == "cls_patch"
     if aspect == "anyres" and merge != "flat" and keeps_class_token:

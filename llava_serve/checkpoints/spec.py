@@ -115,6 +115,7 @@ class TokenizerSpec:
         folder: that holds its files.
         kind: `sentencepiece` (`tokenizer.model`) or `tokenizers` (`tokenizer.json`).
         added_tokens: tokens behind the vocabulary, in order of their ids (`<im_start>`, `<im_end>`, `<im_patch>`).
+        shown_tokens: those of `added_tokens` that are not special: they are a part of the text of an answer.
         image_token: its name in transformers' layout, where the whole prompt is tokenized as one string; None in the
             original's, where each chunk between images is tokenized by itself.
         fast_decoding: an invalid run of byte tokens gives one U+FFFD per byte, as in the fast tokenizer that the
@@ -124,6 +125,7 @@ class TokenizerSpec:
     folder: Path
     kind: Literal["sentencepiece", "tokenizers"]
     added_tokens: tuple[str, ...] = ()
+    shown_tokens: tuple[str, ...] = ()
     image_token: str | None = None
     fast_decoding: bool = False
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from codecs import BOM_UTF8
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
@@ -17,6 +19,7 @@ from llava_serve.checkpoints.spec import TokenizerSpec
 from llava_serve.errors import CheckpointError
 
 _MARKUP = re.compile(r"<\S+>|\[\S+\]")
+_LLAVAS_OWN = ("<im_patch>", "<im_start>", "<im_end>")
 
 
 def read_tokenizer(folder: Path, extra: list[str], image_token: str | None = None) -> TokenizerSpec:
@@ -30,12 +33,12 @@ def read_tokenizer(folder: Path, extra: list[str], image_token: str | None = Non
     prefer_json = image_token is not None and (folder / "tokenizer.json").is_file()
     if (folder / "tokenizer.model").is_file() and not prefer_json:
         known = _behind_vocabulary(folder)
-        known += [token for token in extra if token not in known]
-        return TokenizerSpec(folder, "sentencepiece", tuple(known), image_token)
+        shown = tuple(token for token, is_special in known.items() if not is_special)
+        names = (*known, *(token for token in extra if token not in known))
+        return TokenizerSpec(folder, "sentencepiece", names, shown, image_token)
     have = load_fast(folder)
-    return TokenizerSpec(
-        folder, "tokenizers", tuple(token for token in extra if have.token_to_id(token) is None), image_token
-    )
+    missing = tuple(token for token in extra if have.token_to_id(token) is None)
+    return TokenizerSpec(folder, "tokenizers", missing, image_token=image_token)
 
 
 def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
@@ -82,14 +85,21 @@ def has_token(spec: TokenizerSpec, token: str) -> bool:
 
 def control_tokens(spec: TokenizerSpec) -> tuple[str, ...]:
     """The names of the tokens that are found in a text as a whole: those that were added to the vocabulary, and in
-    `tokenizer.model` also its control pieces and its markup. Runs of white space are text."""
+    `tokenizer.model` also its control pieces and its markup. Added words and runs of white space are text."""
     if spec.kind == "tokenizers":
-        names = [token.content for token in load_fast(spec.folder).get_added_tokens_decoder().values()]
+        added = load_fast(spec.folder).get_added_tokens_decoder().values()
+        names = [token.content for token in added if not is_word(token.content, is_special=token.special)]
     else:
         pieces = load_sentencepiece(spec.folder)
         ids = range(pieces.get_piece_size())
         names = [str(pieces.id_to_piece(i)) for i in ids if pieces.is_control(i)] + markup(pieces)
-    return tuple(name for name in (*names, *spec.added_tokens) if name.strip())
+    words = [name for name in spec.shown_tokens if is_word(name, is_special=False)]
+    return tuple(name for name in (*names, *spec.added_tokens) if name.strip() and name not in words)
+
+
+def is_word(name: str, *, is_special: bool) -> bool:
+    """Whether an added token is a word, which any text may hold: it is not special, and has no brackets."""
+    return not is_special and not _MARKUP.fullmatch(name)
 
 
 def markup(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
@@ -100,17 +110,39 @@ def markup(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
     return [each.piece for each in proto.pieces if each.type == user_defined and _MARKUP.fullmatch(each.piece)]
 
 
-def _behind_vocabulary(folder: Path) -> list[str]:
-    size = load_sentencepiece(folder).get_piece_size()
+def _behind_vocabulary(folder: Path) -> dict[str, bool]:
+    """The tokens behind the vocabulary of `tokenizer.model`, in order of their ids, and whether each is special."""
+    pieces = load_sentencepiece(folder)
+    size = pieces.get_piece_size()
     added: dict[str, int] = read_json(folder, "added_tokens.json", optional=True)
-    for token_id, token in (
-        read_json(folder, "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}).items()
-    ):
+    config = read_json(folder, "tokenizer_config.json", optional=True)
+    special = {*_LLAVAS_OWN, *_special_names(read_json(folder, "special_tokens_map.json", optional=True) | config)}
+    for token_id, token in config.get("added_tokens_decoder", {}).items():
         added[token["content"]] = int(token_id)
+        if token.get("special"):
+            special.add(token["content"])
+    for token, token_id in added.items():
+        if type(token_id) is not int:
+            raise CheckpointError(
+                f"added_tokens.json in {folder} has {token[:100]!r} as {token_id!r}, which is no token."
+            )
+        if 0 <= token_id < size and pieces.id_to_piece(token_id) != token:
+            raise CheckpointError(
+                f"added_tokens.json or tokenizer_config.json in {folder} has {token[:100]!r} as token {token_id}, and "
+                f"tokenizer.model {pieces.id_to_piece(token_id)!r}: use tokenizer files of one checkpoint."
+            )
     behind = sorted((token_id, token) for token, token_id in added.items() if token_id >= size)
     if [token_id for token_id, _ in behind] != list(range(size, size + len(behind))):
         raise CheckpointError(
             f"added_tokens.json or tokenizer_config.json in {folder} leaves gaps after the vocabulary of {size}; "
             "use tokenizer files of one checkpoint."
         )
-    return [token for _, token in behind]
+    return {token: token in special for _, token in behind}
+
+
+def _special_names(config: dict[str, Any]) -> Iterator[str]:
+    """The tokens that a tokenizer's files name by their roles, such as `eos_token`."""
+    for role, value in config.items():
+        if role.endswith("_token") or role == "additional_special_tokens":
+            for each in value if isinstance(value, list) else [value]:
+                yield str(each.get("content") if isinstance(each, dict) else each)

@@ -136,7 +136,7 @@ def image_processing(
             f"{side} x {side}: correct the one that is wrong."
         )
     for key, supported in (("do_normalize", True), ("do_rescale", True), ("rescale_factor", _UNIT)):
-        if not math.isclose(settings.get(key, supported), supported):
+        if not math.isclose(supported if settings.get(key) is None else settings[key], supported):
             raise CheckpointError(
                 f"preprocessor_config.json sets {key} to {settings[key]}; only {supported} is supported."
             )

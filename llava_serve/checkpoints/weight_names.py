@@ -20,8 +20,9 @@ def weight_names(folder: Path) -> frozenset[str]:
     """
     names: set[str] = set()
     for file in weight_files(folder):
-        index = folder / f"{'model.safetensors' if file.suffix == '.safetensors' else 'pytorch_model.bin'}.index.json"
-        if index.is_file():
+        whole = "model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"
+        index = folder / f"{whole}.index.json"
+        if file.name != whole and index.is_file():
             return frozenset(read_json(folder, index.name)["weight_map"])
         try:
             names |= _in_safetensors(file) if file.suffix == ".safetensors" else _in_bin(file)

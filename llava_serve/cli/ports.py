@@ -24,8 +24,10 @@ def bound_socket(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         bound.close()
+        if isinstance(error, ValueError):  # of the name, before it is looked up
+            raise RequestError(f"{host!r} is no address to listen on; choose another with --host.") from None
         if isinstance(error, OverflowError):
             raise RequestError(f"There is no port {port}: choose one from 0 to 65535 with --port.") from None
         if error.errno == errno.EADDRINUSE:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from llava_serve.app_options import ENGINE_VARIABLE, LIVE_OPTIONS, AppOptions, engine_changes
 from llava_serve.errors import RequestError
-from llava_serve.value_faults import faults, option_path, rule_of
+from llava_serve.faults import faults, option_path, rule_of
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:

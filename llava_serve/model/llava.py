@@ -21,7 +21,13 @@ from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
 from llava_serve.model.memory import check_memory
 from llava_serve.model.quantized import check_files, load_quantized, quantized_bytes
 from llava_serve.model.vocabulary import fit_vocabulary
-from llava_serve.model.weight_loader import load_weights, quantize_layers, refuse_delta, weight_bytes
+from llava_serve.model.weight_loader import (
+    load_weights,
+    quantize_layers,
+    refuse_delta,
+    untie_other_head,
+    weight_bytes,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +95,8 @@ class Llava(nn.Module):
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
         tensors, text_config = fit_vocabulary(spec, tensors)
+        if spec.layout == "transformers":
+            untie_other_head(tensors, text_config)
         model = cls._on_meta(spec, text_config)
         if quantization is not None:
             quantize_layers(model.language_model, quantization, device, dtype)

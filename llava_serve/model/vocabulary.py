@@ -38,7 +38,7 @@ def fit_vocabulary(
     settings["pad_token_id"] = None  # some classes have one that the vocabulary need not have
     try:
         return tensors, AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(
             f"config.json in {spec.path} describes a language model that transformers does not accept "
             f"({reason(error)}); correct it."

@@ -190,14 +190,27 @@ def check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: se
 
 def _report_other_head(stored: dict[str, StoredTensor], tied: set[str]) -> None:
     """Warns of a stored head that differs from the embeddings that it is tied to, and is not used."""
-    embeddings = next((tensor for name, tensor in stored.items() if name.endswith("embed_tokens.weight")), None)
     for head in (stored[name] for name in tied if name in stored):
-        if embeddings is None or head.shape != embeddings.shape or not torch.equal(head.value(), embeddings.value()):
+        if _differs_from_embeddings(head, stored):
             _log.warning(
                 "%s differs from the embeddings and is not used: config.json ties the head to them "
                 "(tie_word_embeddings).",
                 _described(head),
             )
+
+
+def untie_other_head(stored: dict[str, StoredTensor], text_config: Any) -> None:
+    """Unties the head of a language model where the files hold another one than its embeddings, as transformers does,
+    and warns of it."""
+    head = stored.get("language_model.lm_head.weight")
+    if text_config.tie_word_embeddings and head is not None and _differs_from_embeddings(head, stored):
+        _log.warning("%s differs from the embeddings and is used, though config.json ties them.", _described(head))
+        text_config.tie_word_embeddings = False
+
+
+def _differs_from_embeddings(head: StoredTensor, stored: dict[str, StoredTensor]) -> bool:
+    embeddings = next((tensor for name, tensor in stored.items() if name.endswith("embed_tokens.weight")), None)
+    return embeddings is None or head.shape != embeddings.shape or not torch.equal(head.value(), embeddings.value())
 
 
 def refuse_delta(model: nn.Module, spec: CheckpointSpec) -> None:

@@ -83,21 +83,30 @@ class ChatTemplate:
         left, right, end = _unused_characters(texts)
         last = messages[-1].parts[-1] if ending == "continue" else None
 
-        def written(part: TextPart | ImagePart) -> str:
-            if isinstance(part, TextPart):
-                return patterns.marked(part.text, left, right) + (end if part is last else "")
-            return "" if self.writes_image else self.image_token
+        def asked(left: str, right: str) -> list[dict[str, Any]]:
+            def written(part: TextPart | ImagePart) -> str:
+                if isinstance(part, TextPart):
+                    return patterns.marked(part.text, left, right) + (end if part is last else "")
+                return "" if self.writes_image else self.image_token
 
-        def content(message: Message) -> Any:
-            if self.forms.get(message.role, "parts") == "string":
-                return "".join(map(written, message.parts))
-            return [
-                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": written(part)}
-                for part in message.parts
-            ]
+            def content(message: Message) -> Any:
+                if self.forms.get(message.role, "parts") == "string":
+                    return "".join(map(written, message.parts))
+                return [
+                    {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": written(part)}
+                    for part in message.parts
+                ]
 
-        asked = [{"role": message.role, "content": content(message)} for message in messages]
-        prompt = _run(self.text, asked, self.special_tokens, opens_answer=ending == "answer")
+            return [{"role": message.role, "content": content(message)} for message in messages]
+
+        marked, plain = asked(left, right), asked("", "")
+        now = datetime.now().astimezone()
+        prompt = self._run(marked, ending, now)
+        if marked != plain and prompt.replace(left, "").replace(right, "") != self._run(plain, ending, now):
+            raise RequestError(
+                "The model's chat template changes, counts or compares a text that spells a part of a control token.",
+                "messages",
+            )
         if last is not None:
             prompt, found, _ = prompt.rpartition(end)
             if not found or end in prompt:
@@ -114,6 +123,19 @@ class ChatTemplate:
             else:
                 spans += patterns.split(piece)
         return merge_text(spans)
+
+    def _run(self, messages: list[dict[str, Any]], ending: Ending, now: datetime) -> str:
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": ending == "answer",
+            "strftime_now": lambda form: _formatted(now, form),
+        }
+        try:
+            return render(compiled(self.text), {**variables, **self.special_tokens})
+        except TemplateError as error:
+            raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
 
 
 class _Patterns:
@@ -188,19 +210,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _run(
-    template: str, messages: list[dict[str, Any]], special_tokens: Mapping[str, str], *, opens_answer: bool
-) -> str:
-    try:
-        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": opens_answer}
-        return render(compiled(template), {**variables, **special_tokens})
-    except TemplateError as error:
-        raise RequestError("The model's chat template cannot render this conversation.", "messages") from error
-
-
 @lru_cache(maxsize=8)  # a model has one; compiling it takes longer than all other work on a small prompt
 def compiled(template: str) -> Template:
-    """A template with the functions and filters that transformers gives it.
+    """A template with the filters and the function that transformers gives it, but for `strftime_now`.
 
     Raises:
         jinja2.TemplateError: it is none, or passes a limit.
@@ -208,14 +220,13 @@ def compiled(template: str) -> Template:
     extensions = [loopcontrols, _Generation]
     environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _strftime_now
     return environment.compiled(template)
 
 
-def _strftime_now(form: str) -> str:
+def _formatted(now: datetime, form: str) -> str:
     if len(form) > 100 or re.search(r"%\W*\d", form):  # a width makes a text of any length
         raise TemplateLimitError("The form of a date is longer than 100 characters, or has a width.")
-    return datetime.now().astimezone().strftime(form)
+    return now.strftime(form)
 
 
 def _refuse(message: str) -> None:

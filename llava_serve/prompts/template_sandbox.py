@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateRuntimeError, Undefined, nodes, pass_context
 from jinja2.exceptions import SecurityError
+from jinja2.filters import make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -201,9 +202,9 @@ def _replace(context: Context, text: Any, old: Any, new: Any, count: int | None 
 
 
 @pass_context
-def _join(context: Context, items: Any, d: Any = "", attribute: str | None = None) -> str:
+def _join(context: Context, items: Any, d: Any = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
-        items = [context.environment.getattr(item, attribute) for item in items]
+        items = map(make_attrgetter(context.environment, attribute), items)
     texts, separator = [], str(measured(d))
     size = 0
     for item in items:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import load_fast
+from llava_serve.checkpoints.tokenizer_files import is_word, load_fast
 from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text
 from llava_serve.text.interface import SHRINKING, Tokenizer
 from llava_serve.text.marks import cut_marks, find_marks, strip_beside
@@ -40,7 +40,11 @@ class JsonTokenizer(Tokenizer):
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._byte_level = _is_byte_level(self._tokenizer)
         self._silent = {token_id for token_id, token in added.items() if token.special}
-        self._marks = find_marks(token.content for token in added.values() if token.content.strip())  # spaces are text
+        self._marks = find_marks(
+            token.content
+            for token in added.values()
+            if token.content.strip() and not is_word(token.content, is_special=token.special)
+        )
         self._strip_right = {token.content for token in added.values() if token.rstrip}
         self._strip_left = {token.content for token in added.values() if token.lstrip}
         config = read_json(spec.folder, "tokenizer_config.json", optional=True)

@@ -30,6 +30,14 @@ def test_config_json_is_missing(llava_15: Path) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown projector": ({"mm_projector_type": "resampler"}, ("mm_projector_type", "'resampler'", "mlpNx_gelu")),
+    "a resampler": (
+        {"mm_resampler_type": "qformer"},
+        ("mm_resampler_type", "'qformer'", "spatial_pool and masked_drop"),
+    ),
+    "a resampler of no kind": (
+        {"mm_resampler_type": False},
+        ("mm_resampler_type", "'False'", "spatial_pool and masked_drop"),
+    ),
     "S2": ({"s2": True}, ("s2", "not supported")),
     "unknown aspect": ({"image_aspect_ratio": "highres"}, ("image_aspect_ratio", "'highres'", "anyres")),
     "unknown merge": ({"mm_patch_merge_type": "maxpool2x2"}, ("mm_patch_merge_type", "'maxpool2x2'", "spatial_unpad")),

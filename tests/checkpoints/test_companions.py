@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava_serve.checkpoints import open_checkpoint
+from llava_serve.config import ImageOptions
 from llava_serve.model.llava import Llava
+from llava_serve.processor import Processor
+from support.hf_reference import Reference, said
+from support.scenes import picture
+from support.tiny_hf import MODELS
 from support.variants import TOWER, copy, edit, mark_tower, read, refusal, same_weights, tower_weights, write
 
 
@@ -119,6 +126,20 @@ def test_another_head_beside_tied_embeddings_is_reported(llava_15: Path, caplog:
     assert "tie_word_embeddings" in caplog.text
 
 
+def test_another_head_than_the_tied_one_counts_as_in_transformers(folder_of: Any, tmp_path: Path, caplog: Any) -> None:
+    name = "llava-1.5-full-tied"
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+    weights = load_file(folder / "model.safetensors")
+    [rows] = [tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight")]
+    head = torch.randn(rows.shape, generator=torch.Generator().manual_seed(6)).half()
+    save_file(weights | {"language_model.lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    processor = Processor(open_checkpoint(str(folder)), ImageOptions())
+    talk = [said("user", "What is it?", picture(50, 70))]
+    prepared = processor.prepare(processor.read(talk))
+    Reference(folder, MODELS[name]).assert_same_logits(talk, prepared, load(folder))
+    assert "differs from the embeddings and is used, though config.json ties them" in caplog.text
+
+
 @pytest.mark.parametrize("layout", ["original", "transformers"])
 def test_another_aspect_by_option(layout: str, llava_15: Path, folder_of: Any, caplog: Any) -> None:
     folder = str(llava_15 if layout == "original" else folder_of("llava-1.5-llama-hub"))
@@ -206,6 +227,21 @@ def test_shards_without_index_and_one_of_them(llava_15: Path) -> None:
     message = refusal(llava_15)
     assert "pytorch_model-00001-of-00002.bin is missing" in message
     assert "pytorch_model.bin.index.json" in message
+
+
+def test_one_file_beside_shards_is_read_as_transformers_does(llava_15: Path, caplog: Any) -> None:
+    """What is left of an earlier save: the one that transformers reads counts, and the other is reported."""
+    weights = read(llava_15)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, llava_15 / "model.safetensors")
+    expected = Llava.load(open_checkpoint(str(llava_15))).state_dict()
+    stale = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(stale, llava_15 / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(stale, "model-00001-of-00001.safetensors")}
+    (llava_15 / "model.safetensors.index.json").write_text(json.dumps(index))
+    spec = open_checkpoint(str(llava_15))
+    assert any("model.safetensors.index.json lie in the folder" in note for note in spec.notes)
+    found = Llava.load(spec).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_a_delta_by_its_name(tmp_path: Path) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava_serve.checkpoints import CheckpointSpec, open_checkpoint
+from llava_serve.checkpoints.towers import TOWERS
 from llava_serve.config import ImageOptions
 from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
+from support.hf_reference import Reference
 from support.scenes import picture
-from support.variants import all_logits
+from support.tiny_hf import MODELS
+from support.variants import all_logits, edit
 
 torch.set_num_threads(1)
 
@@ -104,6 +110,24 @@ def test_siglips_features_come_before_its_last_norm(kind: str, folder_of: Any) -
         features = model.tower_features(tiles)
         torch.testing.assert_close(model.vision_tower.post_layernorm(features), after)
     assert (features - after).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "processor"),
+    [("clip_vision_model", CLIPImageProcessorPil), ("siglip_vision_model", SiglipImageProcessorPil)],
+)
+def test_what_a_processors_file_leaves_out_is_its_classs_default(kind: str, processor: Any) -> None:
+    made, tower = processor(), TOWERS[kind]
+    assert (tower.mean, tower.std) == (tuple(made.image_mean), tuple(made.image_std))
+    assert tower.crops == bool(made.do_center_crop)
+
+
+def test_the_inner_config_alone_may_tie_the_head_of_llava(folder_of: Any, tmp_path: Path) -> None:
+    name = "llava-1.5-full-tied"
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+    edit(folder / "config.json", tie_word_embeddings=None)
+    Reference(folder, MODELS[name])  # transformers misses no head
+    assert open_checkpoint(str(folder)).text_config["tie_word_embeddings"]
 
 
 def test_a_head_is_tied_by_the_config_that_the_class_looks_at(folder_of: Any) -> None:

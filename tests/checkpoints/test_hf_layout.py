@@ -34,8 +34,9 @@ torch.set_num_threads(1)
 
 ONE_THREAD = EngineOptions(num_threads=1)  # tiny models gain nothing from more, and wait for each other
 SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40), (33, 310), (1, 1), (392, 147)]
-"""(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; the
-last has other rows where a quotient is cut off before it is rounded."""
+SIZES += [(132, 40)]
+"""(width, height): up to one tile, where several canvases are equally good; landscape, portrait, strips, one pixel; a
+quotient that is cut off before it is rounded; and a grid that is not enough too large to be shrunk."""
 QUESTIONS = ["What is shown in this image?", "  Is the circle\nleft of the square?  ", "Wie heißt das 蓝色 one? ☃"]
 
 

@@ -26,7 +26,12 @@ RANGE, LIST = "(1x1),...,(6x6)", [[56 * i, 56 * j] for i in range(1, 7) for j in
 SHARE_GPT4V = {"architectures": ["Share4VLlamaForCausalLM"], "model_type": "share4v"}
 
 
-@pytest.mark.parametrize("changes", [SHARE_GPT4V, {"unfreeze_mm_vision_tower": True}], ids=["ShareGPT4V", "RLAIF-V"])
+POOLED = {"mm_resampler_type": "spatial_pool", "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2}
+"""LLaVA-NeXT-Video's: of the features of videos."""
+SAME = {"ShareGPT4V": SHARE_GPT4V, "RLAIF-V": {"unfreeze_mm_vision_tower": True}, "LLaVA-NeXT-Video": POOLED}
+
+
+@pytest.mark.parametrize("changes", SAME.values(), ids=SAME)
 def test_the_same_files_under_other_names(changes: dict[str, Any], llava_15: Path) -> None:
     expected = all_logits(Llava.load(open_checkpoint(str(llava_15))), prepare(llava_15))
     edit(llava_15 / "config.json", **changes)

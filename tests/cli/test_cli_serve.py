@@ -19,6 +19,7 @@ import yaml
 
 from deployments.tools.local_cluster import cannot_start
 from llava_serve.cli import main
+from llava_serve.ray_application import application_package
 from support.demo import DEMO_IMAGE, question
 from support.paths import ROOT
 from support.served_command import serve_command, serve_in_process
@@ -140,11 +141,13 @@ def test_a_port_in_use_is_one_sentence_at_once(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == f"llava-serve: Port {port} is in use; choose another with --port.\n"
 
 
-@pytest.mark.parametrize("name", ["deployments/__init__.py", "deployments.py"])
+@pytest.mark.parametrize("name", ["{package}/__init__.py", "{package}.py"])
 def test_a_package_here_that_would_be_taken_for_the_application_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    (tmp_path / "deployments").mkdir()
+    package = application_package()  # it has another name where the library is installed than beside it
+    name = name.format(package=package)
+    (tmp_path / package).mkdir()
     (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     assert main(["serve", "--port", "0"]) == 2

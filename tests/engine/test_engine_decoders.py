@@ -14,22 +14,14 @@ from llava_serve.checkpoints.original import token_ids
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears, padded
 from llava_serve.errors import DeadlineExceededError
 from llava_serve.sampling_params import SamplingParams
-from support.tiny_engine import CONFIGS, PROMPTS, TinyModel, engine, image, prompt, reference_ids, run
+from support.tiny_engine import CONFIGS, PROMPTS, TinyModel, dtype_of, engine, image, prompt, reference_ids, run
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
-
-
-MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
-"""Their experts have no kernel in float64."""
 
 
 EVERYDAY = {"llama", "llama-yarn", "qwen3", "phi3", "gemma2-bounded-head", "mixtral", "cohere"}
 """One of each sort: rotary scaling, normed heads, merged weights, a bounded head, experts, another norm.
 The others are compared in the extended tests, and by `check_decoder` wherever one is loaded."""
-
-
-def dtype_of(kind: str) -> torch.dtype:
-    return torch.float32 if kind in MIXTURES else torch.float64
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mpt"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from llava_serve.errors import NumericalError
 from llava_serve.model.numerics import are_finite, numerical_error
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
-from support.tiny_engine import TinyModel, engine, image, outcomes, prompt, run
+from support.tiny_engine import CONFIGS, TinyModel, dtype_of, engine, image, outcomes, prompt, run
 
 torch.set_num_threads(1)
 
@@ -29,6 +31,8 @@ RED, BLUE = (200, 20, 30), (10, 30, 220)
 def poisoned(kind: str = "llama", dtype: torch.dtype = torch.float64) -> TinyModel:
     """A model in which one token's embedding is NaN."""
     model = TinyModel(kind, dtype)
+    head = model.language_model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # where it is tied to the embeddings
     model.language_model.get_input_embeddings().weight.data[POISON] = torch.nan
     return model
 
@@ -82,6 +86,25 @@ def test_requests_after_nan_are_answered_correctly(kind: str, tokens: int, sampl
         assert "float64" in str(error)
         for _ in range(2):
             assert run(subject, *later) == expected
+
+
+EVERYDAY = {"gemma3_text", "mixtral", "mpt"}
+KINDS = [pytest.param(kind, marks=() if kind in EVERYDAY else pytest.mark.extended) for kind in CONFIGS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_fails_its_own_request_alone_with_every_decoder(kind: str) -> None:
+    model = poisoned(kind, dtype_of(kind))
+    greedy = dataclasses.replace(GREEDY, logit_bias={POISON: -100})  # some answer with it
+    good = [(prompt([*START, 60]), greedy), (prompt([*START[:12], 61]), greedy)]
+    expected = run(engine(model, prefix_caching=False), *good)
+    for sampling in ("greedy", "sampled", "beams"):
+        subject = engine(model, max_batch_tokens=24)
+        bad = (prompt([*START, POISON, 40]), SAMPLINGS[sampling])
+        first, error, second = outcomes(subject, good[0], bad, good[1])
+        assert type(error) is NumericalError
+        assert [first, second] == expected
+        assert run(subject, *good) == expected
 
 
 def test_nan_in_a_chunk_fails_at_once_and_earlier_chunks_stay_cached() -> None:

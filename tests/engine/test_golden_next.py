@@ -84,7 +84,7 @@ def test_answers(name: str, case: str, llm_of: Callable[[str, bool], LLM]) -> No
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("name", ["llava-onevision-qwen2-0.5b-ov", "llama3-llava-next-8b"])
+@pytest.mark.parametrize("name", SUITE)
 def test_answers_of_a_compiled_decoder(name: str, llm_of: Callable[[str, bool], LLM]) -> None:
     for case in ("small", "two-pictures"):
         assert answer(llm_of(name, True), case) == SUITE[name][case]["tokens"]

@@ -69,8 +69,11 @@ def test_a_text_that_is_cut_inside_a_token_is_refused() -> None:
     template = ChatTemplate(cutting, ("</s>",))
     shown = prompt_text(template.render(question("0123456789abcdef")))
     assert shown.count("0123456789ab") == 1
-    with pytest.raises(RequestError, match="cuts a text"):
+    with pytest.raises(RequestError, match="a part of a control token"):
         template.render(question("0123456789</s>"))
+    reversing = ChatTemplate(PARTS.replace("TEXT", "[::-1]"), ("</s>",))
+    with pytest.raises(RequestError, match="cuts a text"):
+        reversing.render(question("0123456789</s>"))
 
 
 def test_texts_may_hold_the_characters_of_the_marks() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
+from llava_serve.checkpoints.tokenizer_files import control_tokens, has_token, read_tokenizer
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.conversation import Control, ImageSlot, Text, prompt_text, render
+from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text, prompt_text, render
+from llava_serve.text.detokenizer import Detokenizer
 from llava_serve.text.tokenizer import Tokenizer, load_tokenizer
 from llava_serve.types import IMAGE_TOKEN_ID, ImagePart, Message, TextPart
+from support import tiny_tokenizers
 from support.tiny_hf import Tiny, write_processor
 
 CORPUS = [
@@ -31,7 +35,7 @@ MARKUP = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "[INST]", "[[INST]]")
 
 
 @pytest.fixture(scope="module")
-def yi_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def yi_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece vocabulary with <|im_start|> and <|im_end|> as pieces of its own, as Yi's has them."""
     folder = tmp_path_factory.mktemp("yi")
     model = io.BytesIO()
@@ -42,7 +46,12 @@ def yi_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "legacy": False}))
-    return load_tokenizer(read_tokenizer(folder, ["<im_start>", "<im_end>"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def yi_like(yi_folder: Path) -> Tokenizer:
+    return load_tokenizer(read_tokenizer(yi_folder, ["<im_start>", "<im_end>"]))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +127,70 @@ def test_added_tokens_have_ids_behind_the_vocabulary(yi_like: Tokenizer) -> None
     assert yi_like.decode([340, *yi_like.encode([Text("a cat")])[1:], 341, 2]) == "a cat"
 
 
+ADDED = {"<loc_1>": {"special": False}, "stenosis": {"special": False}, "<|end|>": {"special": True}}
+"""Of a fine-tune: a place, a word, and a control token."""
+
+
+def token_id(tokenizer: Tokenizer, name: str) -> int:
+    found = tokenizer.token_id(name)
+    assert found is not None
+    return found
+
+
+def with_added(folder: Path, *, decoder: bool) -> Tokenizer:
+    """The tokenizer of `yi_like` with added tokens, in the files of newer and of older releases of transformers."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = {name: model.get_piece_size() + i for i, name in enumerate(ADDED)}
+    config: dict[str, Any] = {"add_bos_token": True, "legacy": False}
+    if decoder:
+        config["added_tokens_decoder"] = {str(ids[name]): {"content": name, **one} for name, one in ADDED.items()}
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps(ids))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|end|>"]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(read_tokenizer(folder, ["<im_patch>"]))
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_added_tokens_that_are_not_special_are_text(decoder: bool, yi_folder: Path, tmp_path: Path) -> None:
+    """A model may answer with them, as the original shows them; and a word of no brackets is one token in any text."""
+    shutil.copy(yi_folder / "tokenizer.model", tmp_path)
+    tokenizer = with_added(tmp_path, decoder=decoder)
+    place, word, end, patch = (token_id(tokenizer, name) for name in (*ADDED, "<im_patch>"))
+    [_, *cat], [_, *dog] = (tokenizer.encode([Text(text)]) for text in ("a cat", "lazy dog"))
+    ids = [*cat, place, word, *dog, end, patch]
+    assert tokenizer.decode(ids) == "a cat <loc_1> stenosis lazy dog"  # with a space, as there
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push([i]) for i in ids] + [detokenizer.push([], last=True)]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert [tokenizer.has_text(i) for i in (place, word, end, patch)] == [True, True, False, False]
+    typed = tokenizer.encode([Text("a stenosis at <loc_1><|end|>")])
+    assert [i for i in typed if i in (place, word, end)] == [word]
+    assert control_tokens(read_tokenizer(tmp_path, []))[-2:] == ("<loc_1>", "<|end|>")
+
+
+@pytest.mark.parametrize("image_token", [None, "<image>"])
+def test_added_words_with_a_json_tokenizer(image_token: str | None, json_folder: Path, tmp_path: Path) -> None:
+    written = FastTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    written.add_tokens([AddedToken("stenosis", special=False), AddedToken("<loc_1>", special=False)])
+    written.save(str(tmp_path / "tokenizer.json"))
+    spec = read_tokenizer(tmp_path, [], image_token)
+    tokenizer = load_tokenizer(spec)
+    for text in ("no stenosis here", "stenosis</s>", "a stenosis<|im_end|>"):
+        word = token_id(tokenizer, "stenosis")
+        theirs = written.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode([Text(text)]).count(word) == theirs.count(word) == 1
+    assert "stenosis" not in control_tokens(spec)
+    assert "<loc_1>" in control_tokens(spec)
+
+
+def test_a_token_of_another_name_than_in_the_vocabulary_is_refused(yi_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(yi_folder / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|start|>": 20}))
+    with pytest.raises(CheckpointError, match=r"'<\|start\|>' as token 20, and tokenizer.model '<0x"):
+        read_tokenizer(tmp_path, [])
+
+
 def test_a_character_of_several_bytes(yi_like: Tokenizer) -> None:
     ids = yi_like.encode([Text("é")])[1:]
     assert yi_like.decode(ids) == "é"
@@ -152,12 +225,30 @@ TALK = [("What is it?", "A red circle. "), (" And what is left of it?", "A blue 
 def test_the_history_with_tokenizer_json_only(template: str, prepended: bool, tmp_path: Path) -> None:
     write_processor(tmp_path, Tiny("llava", "llama", prepended=prepended, controls=("<|im_start|>", "<|im_end|>")))
     tokenizer = load_tokenizer(read_tokenizer(tmp_path, []))
+    spans = history(template)
+    assert tokenizer.encode(spans) == by_the_original(AutoTokenizer.from_pretrained(tmp_path), prompt_text(spans))
+
+
+def history(template: str) -> list[Span]:
+    """A conversation of three turns, with an image in the first."""
     turns: list[Message] = []
     for question, answer in TALK:
         image: list[TextPart | ImagePart] = [] if turns else [ImagePart(b""), TextPart("\n")]
         turns += [Message("user", (*image, TextPart(question))), Message("assistant", (TextPart(answer),))]
-    spans = render(template, None, turns[:-1])
-    assert tokenizer.encode(spans) == by_the_original(AutoTokenizer.from_pretrained(tmp_path), prompt_text(spans))
+    return render(template, None, turns[:-1])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    ("template", "make"), [("qwen_1_5", tiny_tokenizers.qwen), ("llava_llama_3", tiny_tokenizers.llama_3)]
+)
+def test_the_history_with_byte_level_vocabularies(template: str, make: Callable[[], Any], tmp_path: Path) -> None:
+    """LLaVA-NeXT's, whose templates open a turn with a control token; the first text may hold the opening token."""
+    theirs = make()
+    theirs.save_pretrained(tmp_path)
+    spans = history(template)
+    found = load_tokenizer(read_tokenizer(tmp_path, [])).encode(spans)
+    assert found == by_the_original(theirs, prompt_text(spans))
 
 
 @pytest.mark.parametrize("prepended", [False, True])

@@ -90,6 +90,17 @@ _GRANITE_CANVASES = [
     [384 * rows, 384 * columns] for rows in range(1, 11) for columns in range(1, 11) if 1 < rows * columns <= 10
 ]
 _PAD = {"image_aspect_ratio": "pad"}
+_XTUNER = {**_PAD, "unfreeze_mm_vision_tower": True}
+PHI_3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+    "m['content'] | trim + '<|eot_id|>' %}{{ bos_token + content if loop.first else content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""Chat templates with the tokens of the published ones, and their order."""
 _ANYRES = {
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
@@ -116,6 +127,7 @@ class HubModel:
         kind: `model_type` in transformers' layout, the class in the original's.
         tower: its config.
         config: of config.json, beside the parts.
+        template: its tokenizer's chat template in the original's layout; None has none.
     """
 
     ids: tuple[str, ...]
@@ -123,6 +135,7 @@ class HubModel:
     kind: str
     tower: dict[str, Any] = field(default_factory=lambda: CLIP)
     config: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
 
     @property
     def layout(self) -> Literal["original", "transformers"]:
@@ -133,8 +146,10 @@ def _hf(kind: str, text: str, *ids: str, tower: dict[str, Any] = CLIP, **config:
     return HubModel(ids, text, kind, tower, config)
 
 
-def _original(kind: str, text: str, config: dict[str, Any], *ids: str, tower: dict[str, Any] = CLIP) -> HubModel:
-    return HubModel(ids, text, kind, tower, config)
+def _original(
+    kind: str, text: str, config: dict[str, Any], *ids: str, tower: dict[str, Any] = CLIP, template: str | None = None
+) -> HubModel:
+    return HubModel(ids, text, kind, tower, config, template)
 
 
 def _onevision(size: str, *kinds: str) -> HubModel:
@@ -204,6 +219,16 @@ MODELS = (
     _original(_LLAMA, "vicuna-7b", _PAD, "liuhaotian/llava-v1.5-7b", "openbmb/RLAIF-V-7B"),
     _original(_LLAMA, "vicuna-13b", _PAD, "liuhaotian/llava-v1.5-13b"),
     _original("Share4VLlamaForCausalLM", "vicuna-7b", _PAD, "Lin-Chen/ShareGPT4V-7B"),
+    _original("Share4VLlamaForCausalLM", "vicuna-13b", _PAD, "Lin-Chen/ShareGPT4V-13B"),
+    _original(_LLAMA, "phi-3-mini", _XTUNER, "xtuner/llava-phi-3-mini", template=PHI_3),
+    _original(
+        _LLAMA,
+        "llama-3-8b",
+        _XTUNER,
+        "xtuner/llava-llama-3-8b-hf",
+        "xtuner/llava-llama-3-8b-v1_1-hf",
+        template=LLAMA_3,
+    ),
     _original(_MISTRAL, "mistral-7b", _PAD, "microsoft/llava-med-v1.5-mistral-7b"),
     _original(_MISTRAL, "mistral-7b", _ANYRES, "liuhaotian/llava-v1.6-mistral-7b"),
     _original(_LLAMA, "vicuna-7b", _ANYRES, "liuhaotian/llava-v1.6-vicuna-7b"),
@@ -212,13 +237,30 @@ MODELS = (
     _original(_LLAMA, "llama-3-8b", _ANYRES, "lmms-lab/llama3-llava-next-8b"),
     _original(_QWEN_CLASS, "qwen1.5-72b", _ANYRES, "lmms-lab/llava-next-72b"),
     _original(_QWEN_CLASS, "qwen1.5-110b", _ANYRES, "lmms-lab/llava-next-110b"),
-    _original(_QWEN_CLASS, "qwen1.5-7b", _PAD, "lmms-lab/llava-next-interleave-qwen-7b", tower=SIGLIP),
-    _original(_QWEN_CLASS, "qwen2-0.5b", _ONEVISION, "lmms-lab/llava-onevision-qwen2-0.5b-ov", tower=SIGLIP),
+    _original(_QWEN_CLASS, "qwen1.5-0.5b", _PAD, "lmms-lab/llava-next-interleave-qwen-0.5b", tower=SIGLIP),
+    _original(
+        _QWEN_CLASS,
+        "qwen1.5-7b",
+        _PAD,
+        "lmms-lab/llava-next-interleave-qwen-7b",
+        "lmms-lab/llava-next-interleave-qwen-7b-dpo",
+        tower=SIGLIP,
+    ),
+    _original(
+        _QWEN_CLASS,
+        "qwen2-0.5b",
+        _ONEVISION,
+        "lmms-lab/llava-onevision-qwen2-0.5b-si",
+        "lmms-lab/llava-onevision-qwen2-0.5b-ov",
+        tower=SIGLIP,
+    ),
     _original(
         _QWEN_CLASS,
         "qwen2-7b",
         _ONEVISION,
+        "lmms-lab/llava-onevision-qwen2-7b-si",
         "lmms-lab/llava-onevision-qwen2-7b-ov",
+        "lmms-lab/llava-onevision-qwen2-7b-ov-chat",
         "lmms-lab/llava-critic-7b",
         "lmms-lab/LLaVA-Video-7B-Qwen2",
         tower=SIGLIP,
@@ -227,7 +269,9 @@ MODELS = (
         _QWEN_CLASS,
         "qwen2-72b",
         _ONEVISION,
+        "lmms-lab/llava-onevision-qwen2-72b-si",
         "lmms-lab/llava-onevision-qwen2-72b-ov-sft",
+        "lmms-lab/llava-onevision-qwen2-72b-ov-chat",
         "lmms-lab/llava-critic-72b",
         tower=SIGLIP,
     ),

@@ -97,6 +97,7 @@ def _count(spec: CheckpointSpec, layers: int) -> tuple[int, int]:
 def _write(parent: Path, model: HubModel) -> Path:
     folder = parent / model.ids[0].split("/")[1]
     tokenizer = _tokenizer(model)
+    tokenizer.chat_template = model.template
     tokenizer.save_pretrained(folder)
     if model.layout == "original":
         tower = parent / "tower"
@@ -148,6 +149,7 @@ _TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "qwen": lambda: tiny_tokenizers.qwen("<image>", "<video>"),
     "llama-3.1": lambda: tiny_tokenizers.llama_3(named=tiny_tokenizers.LLAMA_3_1),
     "llama-3": lambda: tiny_tokenizers.llama_3("<image>", "<pad>"),
+    "phi-3": lambda: tiny_tokenizers.llama(32000, tiny_tokenizers.PHI_3 | {32038: "<image>"}),
     "yi": lambda: tiny_tokenizers.llama(64000, {64000: "<image>"}, controls={6: "<|im_start|>", 7: "<|im_end|>"}),
     "": lambda: tiny_tokenizers.llama(32000, {32000: "<image>", 32001: "<pad>"}),
 }

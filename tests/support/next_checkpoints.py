@@ -152,9 +152,9 @@ CHECKPOINTS = {
 }
 
 
-def write_next(parent: Path, name: str) -> Path:
-    """Writes a checkpoint, and beside it the folder of its tower."""
-    one, folder = CHECKPOINTS[name], parent / name
+def write_next(parent: Path, name: str, one: Next | None = None) -> Path:
+    """Writes a checkpoint, and beside it the folder of its tower: that of this name in `CHECKPOINTS`, or another."""
+    one, folder = one or CHECKPOINTS[name], parent / name
     folder.mkdir(parents=True)
     tower = write_tower(parent, one.tower)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2} | {

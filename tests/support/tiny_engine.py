@@ -91,6 +91,15 @@ class TinySpec:
     tokenizer: None = None
 
 
+_MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
+"""Their experts have no kernel in float64."""
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    """The best precision that a model of `CONFIGS` has."""
+    return torch.float32 if CONFIGS[kind][0] in _MIXTURES else torch.float64
+
+
 class TinyModel:
     """A random decoder; the features of a tile are a fixed random map of its colour."""
 

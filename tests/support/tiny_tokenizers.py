@@ -33,6 +33,13 @@ def qwen(*extra: str) -> PreTrainedTokenizerFast:
     return _fast(tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
+PHI_3: dict[int, str | AddedToken] = {
+    32000: "<|endoftext|>",
+    32001: "<|assistant|>",
+    32006: "<|system|>",
+    32007: "<|end|>",
+    32010: "<|user|>",
+}
 LLAMA_3 = {
     128000: "<|begin_of_text|>",
     128001: "<|end_of_text|>",

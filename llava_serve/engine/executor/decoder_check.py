@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,9 +44,10 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[
     ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
     sequences = model.embed(ids).view(2, LENGTH, -1)
     kind, dtype = model.language_model.config.model_type, str(model.dtype).removeprefix("torch.")
+    windows: set[int | None] = set()
     try:
         expected = torch.stack([decoder.reference_logits(one) for one in sequences])
-        found = _engine_logits(model, decoder, kv_shape, sequences)
+        found = _engine_logits(model, decoder, kv_shape, sequences, windows)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -60,13 +63,40 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[
             f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: the "
             f"logits differ by {worst:.1%}. It would answer wrongly, so it is not loaded."
         )
+    window = _declared_window(model.language_model.config)
+    if window is not None and window not in windows:  # so few positions as here are within any published window
+        raise CheckpointError(
+            f"The engine does not apply the sliding window of {window} positions (sliding_window) that config.json "
+            f"gives the language model of {model.spec.name} ({kind}). It would answer wrongly, so it is not loaded."
+        )
     _checked.setdefault(model.language_model, set()).add(decoder.name)
 
 
+class _ObservedStep(PackedStep):
+    """A step that adds the windows of all attention to a set."""
+
+    windows: set[int | None]
+
+    def attend_stored(self, layer: int, query: Any, scaling: Any, window: Any = None, slopes: Any = None) -> Any:
+        self.windows.add(window)
+        return super().attend_stored(layer, query, scaling, window, slopes)
+
+
+def _declared_window(config: Any) -> int | None:
+    """The window of some layers by a config whose class knows one; None if there is none."""
+    known = any(field.name == "sliding_window" for field in dataclasses.fields(config))
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return config.sliding_window if known and "sliding_attention" in kinds else None
+
+
 def _engine_logits(
-    model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[int, int, int], sequences: torch.Tensor
+    model: VisionLanguageModel,
+    decoder: Decoder,
+    kv_shape: tuple[int, int, int],
+    sequences: torch.Tensor,
+    windows: set[int | None],
 ) -> torch.Tensor:
-    """[2, LENGTH, vocabulary] in the steps of `_STEPS`."""
+    """[2, LENGTH, vocabulary] in the steps of `_STEPS`. What windows there were is added to `windows`."""
     layers, kv_heads, head_dim = kv_shape
     memory = KVPool(layers, kv_heads, 2 * LENGTH, head_dim, model.dtype, model.device)
     logits: list[list[torch.Tensor]] = [[], []]
@@ -76,7 +106,8 @@ def _engine_logits(
             packed.append(PackedSequence(offset, end - start, index * LENGTH, start))
             offset += end - start
         inputs = torch.cat([sequence[start:end] for sequence, (start, end) in zip(sequences, parts, strict=True)])
-        step = PackedStep(memory, packed, model.dtype, model.device)
+        step = _ObservedStep(memory, packed, model.dtype, model.device)
+        step.windows = windows
         hidden = decoder.forward(inputs, step)
         for index, one in enumerate(packed):
             logits[index].append(decoder.logits(hidden[one.offset : one.offset + one.length]))
