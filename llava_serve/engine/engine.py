@@ -11,6 +11,7 @@ from llava_serve.config import EngineOptions, is_batch
 from llava_serve.engine.batch_share import BatchShare
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.encoder_cache import EncoderCacheManager
+from llava_serve.engine.executor.background_compile import BackgroundCompile
 from llava_serve.engine.executor.kv_memory import num_blocks
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
@@ -55,6 +56,10 @@ class Engine:
         self._searches: dict[str, BeamSearch] = {}
         self._arrivals = self._num_sequences = self._num_batch = 0
         self._counts = Counts()
+
+    def compile_in_background(self) -> BackgroundCompile | None:
+        """Begins what `compile: auto` means; who drives the engine calls `switch` between steps, and `close`."""
+        return self._runner.compile_in_background()
 
     @property
     def has_work(self) -> bool:

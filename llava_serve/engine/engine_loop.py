@@ -152,6 +152,7 @@ class EngineLoop:
         """The thread."""
         try:
             self.engine = build()
+            compiling = self.engine.compile_in_background()
         except BaseException as error:
             built.set_exception(error)
             return
@@ -159,6 +160,8 @@ class EngineLoop:
         built.set_result(self.engine)
         try:
             while self._drain_inbox():
+                if compiling is not None and compiling.switch():
+                    compiling = None
                 outputs = self._step() if self.engine.has_work else []
                 self._stats = self.engine.stats
                 self._heartbeat = time.monotonic()
@@ -168,6 +171,8 @@ class EngineLoop:
         finally:
             self._dead = True
             self._fail_all()
+            if compiling is not None:
+                compiling.close()
 
     def _step(self) -> list[Output]:
         began = time.monotonic()
