@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def test_nothing_is_compiled_in_the_background_that_is_not_auto(compile: bool) -
 def test_mpt_goes_without(caplog: pytest.LogCaptureFixture) -> None:
     assert engine(TinyModel("mpt")).compile_in_background() is None
     assert caplog.messages == ["The decoder is not compiled, since its attention is not compiled."]
+
+
+def test_a_decoder_that_cannot_be_copied_goes_without(caplog: pytest.LogCaptureFixture) -> None:
+    model = TinyModel()
+    model.language_model.base_model.lock = threading.Lock()
+    assert engine(model).compile_in_background() is None
+    sentence = "The decoder is not compiled, and steps are slower, since the language model cannot be copied."
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", sentence)]
 
 
 def test_without_a_compiler_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,12 +32,14 @@ MIN_WEIGHTS = 10_000_000
 """Of a decoder, about. A smaller one answers fast enough for what it is, a demonstration or a test."""
 DELAY_S = 5.0
 """Before it begins: what follows a server's start comes first, its probe and the first answers."""
-NICENESS = 10
-"""Of the thread that compiles and of the C++ compilers that it starts."""
+NICENESS = 5
+"""Of the thread that compiles and of its C++ compilers: a third of the weight of the steps' threads. With less they
+would take hours beside a busy engine, and the thread could wait for a core while it has the interpreter's lock."""
 SWITCH_INTERVAL_S = 1e-4
 """Python's own, 5 ms, is how long the engine's thread would wait after each operation of a step."""
 _CLOSE_S = 5.0
 """For the thread to end."""
+_FAILED = "The decoder is not compiled, and steps are slower, since %s."
 
 
 def background_compile(model: VisionLanguageModel, decoder: Decoder, dummy_step: DummyStep) -> BackgroundCompile | None:
@@ -54,13 +56,18 @@ def background_compile(model: VisionLanguageModel, decoder: Decoder, dummy_step:
     if reason := decoder.never_compiled or ("" if compiler else NO_COMPILER):
         _logger.info("The decoder is not compiled, since %s.", reason)
         return None
-    return BackgroundCompile(decoder, dummy_step, partial(disagreement, model, decoder))
+    try:
+        return BackgroundCompile(decoder, dummy_step, partial(disagreement, model, decoder))
+    except CompileError as error:
+        _logger.warning(_FAILED, error)
+        return None
 
 
 class BackgroundCompile:
     """A thread that compiles a decoder.
 
     Args:
+        dummy_step: any thread may call it.
         trial: how the decoder's results differ from the right ones; empty if they do not. Called with the compiled one
             in service, in the thread that calls `switch`.
     """
@@ -86,7 +93,7 @@ class BackgroundCompile:
         if self._thread.is_alive():
             return False
         if reason := self._failure or self._tried(self._compilable):
-            _logger.warning("The decoder is not compiled, and steps are slower, since %s.", reason)
+            _logger.warning(_FAILED, reason)
         else:
             _logger.info("The compiled decoder serves from now on: compiled in %.0f s.", self._seconds)
         return True

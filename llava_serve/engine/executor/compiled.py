@@ -83,10 +83,16 @@ class CompiledDecoder:
     Args:
         decoder: one of transformers' models without its head. Its weights must not be replaced any more.
         options: of torch.compile beside ours.
+
+    Raises:
+        CompileError: the decoder cannot be copied.
     """
 
     def __init__(self, decoder: Any, **options: Any) -> None:
-        own = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
+        try:
+            own = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
+        except Exception as error:  # whatever a model may hold
+            raise CompileError("the language model cannot be copied") from error
         own.set_attn_implementation(IMPLEMENTATION)
 
         def forward(embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,9 @@ class Decoder:
 
         Args:
             options: of torch.compile.
+
+        Raises:
+            CompileError: the decoder cannot be copied.
         """
         return CompiledDecoder(self._decoder, **options)
 
@@ -96,8 +99,8 @@ class Decoder:
         if self.never_compiled:
             _logger.info("The decoder is not compiled, since %s.", self.never_compiled)
             return
-        compilable = self.compilable()
         try:
+            compilable = self.compilable()
             compilable.warm_up(dummy_step)
         except CompileError as error:
             raise CheckpointError(
