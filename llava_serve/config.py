@@ -105,7 +105,10 @@ class EngineOptions(Options):
         block_size: positions per block.
         prefix_caching: keep and reuse the KV of prompts.
         cuda_graphs: on CUDA, launch decode steps as graphs; takes some seconds at the start, and some memory.
-        compile: on a CPU, run the decoder through torch.compile; needs a C++ compiler, and some seconds at the start.
+        compile: on a CPU, run the decoder through torch.compile. With `auto` a server answers without it at once,
+            compiles in the background where there is a C++ compiler and the model is not tiny, and switches once a
+            trial agrees; `LLM` does without. With true it is compiled before the start, which fails where that cannot
+            be done.
         num_threads: of torch on a CPU; None takes all cores of the machine.
     """
 
@@ -120,7 +123,7 @@ class EngineOptions(Options):
     block_size: int = Field(default=16, ge=1)
     prefix_caching: bool = True
     cuda_graphs: bool = True
-    compile: bool = False
+    compile: Literal["auto", True, False] = "auto"
     num_threads: int | None = Field(default=None, ge=1)
 
 

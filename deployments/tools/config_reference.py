@@ -79,7 +79,7 @@ def _kind(annotation: Any) -> str:
     if origin is Annotated:
         return _kind(arguments[0])
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        return ", ".join(f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in arguments)
     if origin is tuple:
         items = [one for one in arguments if one is not Ellipsis]
         return f"list of {_kind(items[0])}" if len(items) < len(arguments) else f"{len(items)} of {_kind(items[0])}"

@@ -56,9 +56,9 @@ def add_to(commands: flags.Commands) -> None:
     flags.add_model_flags(parser)
     parser.add_argument(
         "--compile",
-        action="store_true",
-        default=None,
-        help="run the decoder through torch.compile on a CPU: slower start, faster answers",
+        action=argparse.BooleanOptionalAction,
+        help="on a CPU, run the decoder through torch.compile from the start, or never; by default it is compiled in "
+        "the background, while the server answers",
     )
     parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default, 0.0.0.0 for the network")
     parser.add_argument("--port", type=int, help="port to listen on; 8000 by default, 0 for a free one")
@@ -164,8 +164,8 @@ def _in_process_options(options: argparse.Namespace, config: str | None) -> tupl
     from llava_serve.config import ModelOptions
 
     changes: dict[str, Any] = flags.given(options, *ModelOptions.model_fields)
-    if options.compile:
-        changes["engine"] = {"compile": True}
+    if options.compile is not None:
+        changes["engine"] = {"compile": options.compile}
     keys = {"api_keys": options.api_key, "api_keys_file": options.api_key_file}
     if given := {name: value for name, value in keys.items() if value is not None}:
         changes["api"] = given

@@ -11,6 +11,7 @@ from llava_serve.config import EngineOptions, is_batch
 from llava_serve.engine.batch_share import BatchShare
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.encoder_cache import EncoderCacheManager
+from llava_serve.engine.executor.background_compile import BackgroundCompile
 from llava_serve.engine.executor.kv_memory import num_blocks
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.model_runner import ModelRunner
@@ -63,6 +64,10 @@ class Engine:
         self._groups: dict[str, list[SequenceGroup]] = {}
         self._arrivals = self._num_sequences = self._num_batch = 0
         self._counts, self._read_at = Counts(), 0.0  # when the last step was read
+
+    def compile_in_background(self) -> BackgroundCompile | None:
+        """Begins what `compile: auto` means: who drives the engine calls `switch` between steps, and `close`."""
+        return self._runner.compile_in_background()
 
     @property
     def has_work(self) -> bool:
@@ -226,12 +231,10 @@ class Engine:
         if not request.max_new_tokens:
             return self._output(sequence, (), "length", None)
         sequence.token_ids.append(token.token_id)
-        reason: FinishReason | None = None
         complete = sequence.matcher is not None and sequence.matcher.exhausted
-        if complete or token.token_id in request.stop_token_ids:
-            reason = "stop"
-        elif sequence.num_output >= request.max_new_tokens:
-            reason = "length"
+        stopped = complete or token.token_id in request.stop_token_ids
+        full = sequence.num_output >= request.max_new_tokens
+        reason: FinishReason | None = "stop" if stopped else "length" if full else None
         logprobs = None if request.sampling.logprobs is None else (token,)
         return self._output(sequence, (token.token_id,), reason, logprobs)
 

@@ -148,6 +148,7 @@ class EngineLoop:
         """The thread."""
         try:
             self.engine = build()
+            compiling = self.engine.compile_in_background()
         except BaseException as error:
             built.set_exception(error)
             return
@@ -155,6 +156,10 @@ class EngineLoop:
         built.set_result(self.engine)
         try:
             while self._drain_inbox():
+                if compiling is not None and compiling.done:
+                    self.engine.step_limit.lift()  # for its trial
+                    compiling.switch()
+                    compiling = None
                 outputs = self.engine.step() if self.engine.has_work else []
                 self._stats = self.engine.stats
                 self._heartbeat = time.monotonic()
@@ -164,6 +169,8 @@ class EngineLoop:
         finally:
             self._dead = True
             self._fail_all()
+            if compiling is not None:
+                compiling.close()
 
     def _drain_inbox(self) -> bool:
         """Handles all messages; waits for one while the engine has no work. False once the loop is closed."""

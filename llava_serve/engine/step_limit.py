@@ -47,6 +47,10 @@ class StepLimit:
         self._work: tuple[float, ...] = ()
         self._slowest: dict[tuple[bool, ...], _Step] = {}
 
+    def lift(self) -> None:
+        """What comes next is no step, and may take long."""
+        self.seconds = _MAX_S
+
     def begin(self, decoding: int, prefill: int, tiles: int) -> None:
         """A step begins, with so many decoding sequences, positions of prompts, and tiles."""
         self._work = (decoding, prefill, tiles)

@@ -102,7 +102,8 @@ def test_the_layers_are_those_of_the_quantizer(folder_for: Any) -> None:
     decoder = model.language_model
     pack_linears(model)
     assert [type(module) for name, module in decoder.named_modules() if name.endswith("_proj")] == 7 * 2 * [nn.Linear]
-    assert not Decoder(decoder, compile=True).has_float_weights  # neither compiled nor compared bit by bit
+    assert not Decoder(decoder).has_float_weights  # not compared bit by bit
+    assert Decoder(decoder).never_compiled == "its layers are quantized"
     assert isinstance(decoder.lm_head, PackedLinear)
     assert all(isinstance(model.projector[index], PackedLinear) for index in (0, 2))
     first = decoder.model.layers[0].mlp.up_proj

@@ -170,6 +170,7 @@ def test_chat_takes_commands(cli: Callable[..., Done], tmp_path: Path) -> None:
         (["serve", "--api-key", "secret"], "--api-key goes with --in-process"),
         (["serve", "builtin", "--model", "builtin"], "Name the model once"),
         (["serve", "--load-4bit"], "--load-4bit goes with --in-process"),
+        (["serve", "--no-compile"], "--compile goes with --in-process"),
         (["serve", "--in-process", "a.yaml"], "a.yaml cannot be read"),
         (["serve", "--in-process", "--print-config"], "prints no config"),
         (["serve", "--in-process", "nowhere", "--port", "0"], "nowhere"),

@@ -68,6 +68,11 @@ def test_serve_in_process_takes_the_options_of_a_config(tmp_path: Path) -> None:
     [
         ([{"args": {"images": {"link": "public"}}}], {}, "args.images.link: unknown; did you mean links?"),
         ([{"args": {"engine": {"max_num_seqs": 0}}}], {}, "args.engine.max_num_seqs: must be 1 or more"),
+        (
+            [{"args": {"engine": {"compile": "always"}}}],
+            {},
+            "args.engine.compile: must be one of 'auto', True or False",
+        ),
         ([{"args": {}}, {"args": {}}], {}, "has several applications"),
         ([], {}, "is not a Serve config with an application"),
         ([{"args": {}}], {"port": "http"}, "http_options.port a number"),

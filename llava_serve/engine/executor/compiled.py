@@ -6,18 +6,17 @@ layers (`packed_linear`). The attention operator takes its step from a thread-lo
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dynamo.exc import Unsupported
-from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from transformers import AttentionInterface
 
 from llava_serve.engine.executor.attention import Step, refuse_arguments
-from llava_serve.errors import CheckpointError
 
 IMPLEMENTATION = "llava_serve_compiled"
 """The name under which transformers' models find the attention that can be compiled."""
@@ -28,6 +27,8 @@ SMALL_STEP_TOKENS = 32
 
 DummyStep = Callable[[int], tuple[torch.Tensor, Step]]
 """Makes embeddings [tokens, hidden] and a step of a number of tokens; it changes no sequence."""
+
+NO_COMPILER = "there is no C++ compiler (g++)"
 
 _running = threading.local()
 
@@ -69,26 +70,42 @@ def attend(
 AttentionInterface.register(IMPLEMENTATION, attend)
 
 
+class CompileError(Exception):
+    """A decoder cannot be compiled. The message is the end of a sentence, `since ...`."""
+
+
 class CompiledDecoder:
     """A decoder as two graphs with a dynamic number of tokens, at least `MIN_TOKENS`: for small and for large steps.
 
+    It is a copy over the same weights, with a config of its own, where transformers' models read which attention to
+    call: the decoder itself can run meanwhile, also in another thread.
+
     Args:
-        decoder: one of transformers' models without its head, with `IMPLEMENTATION` for attention. Its weights must
-            not be replaced any more.
+        decoder: one of transformers' models without its head. Its weights must not be replaced any more.
+        options: of torch.compile beside ours.
+
+    Raises:
+        CompileError: the decoder cannot be copied.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: Any, **options: Any) -> None:
+        try:
+            own = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
+        except Exception as error:  # whatever a model may hold
+            raise CompileError("the language model cannot be copied") from error
+        own.set_attn_implementation(IMPLEMENTATION)
+
         def forward(embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            hidden: torch.Tensor = decoder(
+            hidden: torch.Tensor = own(
                 inputs_embeds=embeddings, position_ids=positions, use_cache=False
             ).last_hidden_state
             return hidden
 
         # guards on the hundreds of modules and weights would be checked in every step
-        guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        common = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe} | options
         self._small, self._large = (
-            torch.compile(forward, fullgraph=True, isolate_recompiles=True, options=guards | more)  # type: ignore[call-overload]
-            for more in ({"cpp.threads": 1}, {})
+            torch.compile(forward, fullgraph=True, isolate_recompiles=True, options=common | {"cpp.threads": threads})  # type: ignore[call-overload]
+            for threads in (1, torch.get_num_threads())
         )
 
     @torch.inference_mode()
@@ -96,7 +113,7 @@ class CompiledDecoder:
         """Compiles both graphs.
 
         Raises:
-            CheckpointError: there is no compiler, or the decoder cannot be traced.
+            CompileError: there is no compiler, it fails, or the decoder cannot be traced.
         """
         try:
             for size in (SMALL_STEP_TOKENS, 2 * SMALL_STEP_TOKENS):
@@ -106,14 +123,13 @@ class CompiledDecoder:
                 torch._dynamo.mark_dynamic(positions, 1)
                 self._run(inputs, positions, step)
         except InductorError as error:
-            if not isinstance(error.inner_exception, InvalidCxxCompiler):
-                raise
-            message = (
-                "`compile` needs a C++ compiler (g++), and there is none. Without `compile` the model runs more slowly."
-            )
-            raise CheckpointError(message) from None
+            if isinstance(error.inner_exception, InvalidCxxCompiler):
+                raise CompileError(NO_COMPILER) from None
+            if isinstance(error.inner_exception, CppCompileError):
+                raise CompileError("the C++ compiler does not compile torch's code") from error
+            raise
         except Unsupported as error:
-            raise CheckpointError("`compile` does not support this language model; leave it out.") from error
+            raise CompileError("torch.compile does not support this language model") from error
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden], at least `MIN_TOKENS`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,15 @@ from torch import nn
 from transformers import MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
-from llava_serve.engine.executor import attention, compiled
+from llava_serve.engine.executor import attention
 from llava_serve.engine.executor.attention import Step
+from llava_serve.engine.executor.compiled import MIN_TOKENS, CompiledDecoder, CompileError, DummyStep
 from llava_serve.engine.executor.llama_decoder import LlamaDecoder
 from llava_serve.engine.executor.output_head import output_head
+from llava_serve.errors import CheckpointError
 from llava_serve.model.float8 import Float8Linear
+
+_logger = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -26,16 +31,17 @@ class Decoder:
 
     Args:
         language_model: one of transformers' causal LMs; its attention is replaced permanently.
-        compile: through torch.compile, on a CPU. Not applied to MPT and quantized layers.
     """
 
-    def __init__(self, language_model: Any, *, compile: bool = False) -> None:
+    compiled: CompiledDecoder | None = None
+    """Computes the steps instead, from the moment that it is set. Its `warm_up` has returned."""
+
+    def __init__(self, language_model: Any) -> None:
         self._language_model = language_model
         self._decoder = language_model.base_model
         self._head = output_head(language_model)
         self._replaced: list[_MptAttention] = []
         self._extra: dict[str, torch.Tensor] = {}
-        self._compiled: compiled.CompiledDecoder | None = None
         self._llama: LlamaDecoder | None = None
         whole = all(parameter.is_floating_point() for parameter in language_model.parameters())
         whole &= not any("forward" in vars(module) for module in language_model.modules())  # compressed-tensors
@@ -49,9 +55,6 @@ class Decoder:
                 self._replaced.append(block.attn)
             # a mask of four dimensions is passed on unchanged, and no unused [tokens, tokens] mask is built
             self._extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=language_model.device)
-        elif compile and floats:
-            language_model.set_attn_implementation(compiled.IMPLEMENTATION)
-            self._compiled = compiled.CompiledDecoder(self._decoder)
         else:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
             if floats and LlamaDecoder.supports(language_model):
@@ -64,26 +67,54 @@ class Decoder:
     @property
     def name(self) -> str:
         """Which code computes it, for the check at load."""
-        return f"{self._language_model.config._attn_implementation}{' fused' if self._llama else ''}"
+        kind = " compiled" if self.compiled else " fused" if self._llama else ""
+        return f"{self._language_model.config._attn_implementation}{kind}"
 
     @property
     def min_tokens(self) -> int:
         """Fewest tokens of a step."""
-        return compiled.MIN_TOKENS if self._compiled else 1
+        return MIN_TOKENS if self.compiled else 1
 
-    def warm_up(self, dummy_step: compiled.DummyStep) -> None:
-        """Compiles the decoder, where that is asked for.
+    @property
+    def never_compiled(self) -> str:
+        """Why torch.compile is not applied to it; empty where it may be."""
+        if not self.has_float_weights:
+            return "its layers are quantized"
+        return "its attention is not compiled" if self._replaced else ""
+
+    def compilable(self, **options: Any) -> CompiledDecoder:
+        """What is to be warmed up, and set as `compiled`.
+
+        Args:
+            options: of torch.compile.
 
         Raises:
-            CheckpointError: there is no compiler.
+            CompileError: the decoder cannot be copied.
         """
-        if self._compiled is not None:
-            self._compiled.warm_up(dummy_step)
+        return CompiledDecoder(self._decoder, **options)
+
+    def compile(self, dummy_step: DummyStep) -> None:
+        """Compiles it at once, unless it is never compiled.
+
+        Raises:
+            CheckpointError: it cannot be compiled.
+        """
+        if self.never_compiled:
+            _logger.info("The decoder is not compiled, since %s.", self.never_compiled)
+            return
+        try:
+            compilable = self.compilable()
+            compilable.warm_up(dummy_step)
+        except CompileError as error:
+            raise CheckpointError(
+                f"`compile` cannot be used, since {error}; without it answers take longer."
+            ) from error
+        self.compiled = compilable
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
-        if self._compiled is not None:
-            return self._compiled.forward(embeddings, step)
+        if self.compiled is not None:
+            return self.compiled.forward(embeddings, step)
         if self._llama is not None:
             return self._llama.forward(embeddings, step)
         for module in self._replaced:

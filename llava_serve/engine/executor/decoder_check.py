@@ -12,7 +12,7 @@ from torch import nn
 from llava_serve.engine.executor.attention import PackedSequence, PackedStep
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.kv_pool import KVPool
-from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
 from llava_serve.errors import CheckpointError
 
 LENGTH = 32
@@ -28,48 +28,49 @@ _checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """Language models that were found right, with the decoders that they had: engines may share one."""
 
 
-@torch.inference_mode()
-def check_decoder(model: VisionLanguageModel, decoder: Decoder, kv_shape: tuple[int, int, int]) -> None:
+def check_decoder(model: VisionLanguageModel, decoder: Decoder) -> None:
     """Compares the logits of a few positions through the engine with those of the model's own forward pass.
-
-    Args:
-        kv_shape: (layers, kv heads, head dim) of the model's cache.
 
     Raises:
         CheckpointError: they differ, or the engine cannot compute them.
     """
     if decoder.name in _checked.get(model.language_model, ()):
         return
-    vocabulary = model.language_model.get_input_embeddings().num_embeddings
-    ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
-    sequences = model.embed(ids).view(2, LENGTH, -1)
     kind, dtype = model.language_model.config.model_type, str(model.dtype).removeprefix("torch.")
-    windows: set[int | None] = set()
     try:
-        expected = torch.stack([decoder.reference_logits(one) for one in sequences])
-        found = _engine_logits(model, decoder, kv_shape, sequences, windows)
+        difference = disagreement(model, decoder)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise CheckpointError(
             f"The language model of {model.spec.name} ({kind}) cannot be computed in {dtype} on {model.device}."
         ) from error
-    deviation = _deviation(found, expected)
+    if difference:
+        raise CheckpointError(
+            f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: "
+            f"{difference}. It would answer wrongly, so it is not loaded."
+        )
+    _checked.setdefault(model.language_model, set()).add(decoder.name)
+
+
+@torch.inference_mode()
+def disagreement(model: VisionLanguageModel, decoder: Decoder) -> str:
+    """How the engine computes a few positions otherwise than the model's own forward pass; empty if it does not."""
+    vocabulary = model.language_model.get_input_embeddings().num_embeddings
+    ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
+    sequences = model.embed(ids).view(2, LENGTH, -1)
+    expected = torch.stack([decoder.reference_logits(one) for one in sequences])
+    windows: set[int | None] = set()
+    deviation = _deviation(_engine_logits(model, decoder, sequences, windows), expected)
     exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights
     # Rounded otherwise, a few positions may differ much: a mixture takes another of two experts that are equally good.
     worst = float(deviation.quantile(1.0 if exact else 0.9)) if len(deviation) else 0.0
     if not worst <= (_TOLERANCE if exact else _HALF_TOLERANCE):
-        raise CheckpointError(
-            f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: the "
-            f"logits differ by {worst:.1%}. It would answer wrongly, so it is not loaded."
-        )
+        return f"the logits differ by {worst:.1%}"
     window = _declared_window(model.language_model.config)
     if window is not None and window not in windows:  # so few positions as here are within any published window
-        raise CheckpointError(
-            f"The engine does not apply the sliding window of {window} positions (sliding_window) that config.json "
-            f"gives the language model of {model.spec.name} ({kind}). It would answer wrongly, so it is not loaded."
-        )
-    _checked.setdefault(model.language_model, set()).add(decoder.name)
+        return f"it does not apply the sliding window of {window} positions (sliding_window) that config.json gives"
+    return ""
 
 
 class _ObservedStep(PackedStep):
@@ -92,12 +93,11 @@ def _declared_window(config: Any) -> int | None:
 def _engine_logits(
     model: VisionLanguageModel,
     decoder: Decoder,
-    kv_shape: tuple[int, int, int],
     sequences: torch.Tensor,
     windows: set[int | None],
 ) -> torch.Tensor:
     """[2, LENGTH, vocabulary] in the steps of `_STEPS`. What windows there were is added to `windows`."""
-    layers, kv_heads, head_dim = kv_shape
+    layers, kv_heads, head_dim = kv_shape(model)
     memory = KVPool(layers, kv_heads, 2 * LENGTH, head_dim, model.dtype, model.device)
     logits: list[list[torch.Tensor]] = [[], []]
     for parts in _STEPS:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from llava_serve.config import EngineOptions
-from llava_serve.engine.executor.model import VisionLanguageModel
-from llava_serve.engine.executor.model_runner import ModelRunner, kv_shape
+from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
+from llava_serve.engine.executor.model_runner import ModelRunner
 from llava_serve.engine.executor.sampler import sample
 from llava_serve.engine.sequence import EngineRequest, Sequence
 from llava_serve.errors import CheckpointError

@@ -35,3 +35,12 @@ class VisionLanguageModel(Protocol):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[tokens] -> [tokens, hidden]."""
         ...
+
+
+def kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
+    """(layers, kv heads, head dim) of the language model's cache."""
+    config = model.language_model.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, kv_heads, head_dim

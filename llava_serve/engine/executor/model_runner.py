@@ -13,6 +13,7 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.attention import PackedSequence, PackedStep
+from llava_serve.engine.executor.background_compile import BackgroundCompile, background_compile
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs, extent_of_two
 from llava_serve.engine.executor.decoder import Decoder
@@ -21,7 +22,7 @@ from llava_serve.engine.executor.image_encoder import ImageEncoder
 from llava_serve.engine.executor.kernels.selection import DecodeKernel, decode_kernel, top_p_kernel
 from llava_serve.engine.executor.kv_pool import KVPool
 from llava_serve.engine.executor.llama_decoder import layer_shape
-from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt, scored_positions
 from llava_serve.engine.executor.transfer import to_device
@@ -69,7 +70,8 @@ class ModelRunner:
         layers, kv_heads, head_dim = kv_shape(model)
         positions = blocks * block_size
         self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
-        self._decoder = Decoder(model.language_model, compile=options.compile and model.device.type == "cpu")
+        self._decoder = Decoder(model.language_model)
+        self._compile = options.compile if model.device.type == "cpu" else False
         self._graphs: DecodeGraphs | None = None
         alibi = self._decoder.has_alibi
         fast = varlen.available(model.device, model.dtype, kv_heads, head_dim, alibi=alibi)
@@ -98,16 +100,17 @@ class ModelRunner:
         return graphs if graphs.capture() else None
 
     def warm_up(self) -> float:
-        """Compiles the decoder, where that is asked for, checks it, and measures the tower.
+        """Compiles the decoder, where that is to be done before the start, checks it, and measures the tower.
 
         Returns:
             Seconds of a tile through the tower, at its second run: at the first, libraries set up what they need.
 
         Raises:
-            CheckpointError: there is no compiler, or the decoder does not compute what transformers computes.
+            CheckpointError: it cannot be compiled, or does not compute what transformers computes.
         """
-        self._decoder.warm_up(self._dummy_step)
-        check_decoder(self._model, self._decoder, kv_shape(self._model))
+        if self._compile is True:
+            self._decoder.compile(self._dummy_step)
+        check_decoder(self._model, self._decoder)
         top_p_kernel(torch.float32, self._model.device)  # its trial
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
@@ -115,6 +118,12 @@ class ModelRunner:
             started = time.perf_counter()
             float(self._model.tower_features(tile).sum())  # waits for it on CUDA
         return time.perf_counter() - started
+
+    def compile_in_background(self) -> BackgroundCompile | None:
+        """Begins to compile the decoder, where the options leave that to the machine and the model."""
+        if self._compile != "auto":
+            return None
+        return background_compile(self._model, self._decoder, self._dummy_step)
 
     def _dummy_step(self, num_tokens: int) -> tuple[torch.Tensor, PackedStep]:
         """Embeddings and step of a number of tokens; one writes to the padding position, the others are padding."""
@@ -286,12 +295,3 @@ def _decodes(segment: Segment) -> bool:
     return (
         segment.needs_sampling and segment.end - segment.start == 1 and segment.sequence.token_ids[-1] != IMAGE_TOKEN_ID
     )
-
-
-def kv_shape(model: VisionLanguageModel) -> tuple[int, int, int]:
-    """(layers, kv heads, head dim) of the language model's cache."""
-    config = model.language_model.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, kv_heads, head_dim

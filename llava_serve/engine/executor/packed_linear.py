@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -51,6 +51,10 @@ class PackedLinear(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         with_bias = linears[0].bias is not None
         self._bias = torch.cat([linear.bias for linear in linears]).detach() if with_bias else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        """Itself: its weights never change, and a number finds them."""
+        return self
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
