@@ -50,8 +50,7 @@ class LLM:
 
     Args:
         model: `builtin`, a folder, or a hub id in the local cache; or all options of a model.
-        engine: limits of the engine; None takes the defaults. Its `compile` is false unless it is true: a script is
-            often over before the decoder is compiled.
+        engine: limits; None takes the defaults. `auto` compiles nothing here: most scripts end before it pays.
         image_options: which images are accepted; None takes the defaults.
         images: the deprecated name of `image_options`.
         keywords: the other fields of `ModelOptions`.

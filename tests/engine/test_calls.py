@@ -34,7 +34,7 @@ OPTIONS = EngineOptions(num_threads=1, kv_cache_bytes=1 << 22)
     ("model", "options", "sentence"),
     [
         ("builtin", {"dtype": "float31"}, "dtype must be one of 'auto', 'float32'"),
-        (ModelOptions(), {"quantization": "2bit"}, "quantization must be one of '8bit' or '4bit'."),
+        (ModelOptions(), {"quantization": "2bit"}, "quantization must be one of '8bit', '4bit' or 'fp8'."),
         (Path("builtin"), {"colour": 1}, "colour is unknown."),
         (7, {}, "model must be a string."),
     ],

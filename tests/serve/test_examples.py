@@ -45,10 +45,18 @@ DATA_PRINTS = {
 """Of the scripts that use Ray Data, which takes its time."""
 
 
+RACE = "The core worker has already been shutdown"
+"""Of a thread of Serve's that is in Ray's code as the program ends: Ray's fault, and rare."""
+
+
+def environment_of(served: Any) -> dict[str, str]:
+    return {"RAY_ADDRESS": served.ray_address, "OPENAI_BASE_URL": f"{served.url}/v1"}
+
+
 @pytest.fixture(scope="module")
 def running(served: Any) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All of them at once: most of a script's time is its imports."""
-    environment = os.environ | {"RAY_ADDRESS": served.ray_address, "OPENAI_BASE_URL": f"{served.url}/v1"}
+    environment = os.environ | environment_of(served)
     pipe = subprocess.PIPE
     with contextlib.ExitStack() as ended:
         scripts = {}
@@ -61,9 +69,15 @@ def running(served: Any) -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("name", PRINTS)
-def test_an_example_prints_the_right_answer(running: dict[str, subprocess.Popen[str]], name: str) -> None:
-    out, log = running[name].communicate(timeout=240)
-    assert running[name].returncode == 0, log
+def test_an_example_prints_the_right_answer(served: Any, running: dict[str, subprocess.Popen[str]], name: str) -> None:
+    script = running[name]
+    out, log = script.communicate(timeout=240)
+    if script.returncode and RACE in log:
+        environment = os.environ | environment_of(served)
+        again = subprocess.run(script.args, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert (again.returncode, again.stdout) == (0, out), again.stderr
+    else:
+        assert script.returncode == 0, log
     check_lines(out, PRINTS[name])
 
 
@@ -83,7 +97,7 @@ def check_lines(out: str, begins: list[str]) -> None:
 @pytest.mark.extended
 @pytest.mark.parametrize("name", DATA_PRINTS)
 def test_a_ray_data_example_prints_the_right_answer(served: Any, name: str) -> None:
-    environment = os.environ | {"RAY_ADDRESS": served.ray_address, "OPENAI_BASE_URL": f"{served.url}/v1"}
+    environment = os.environ | environment_of(served)
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
