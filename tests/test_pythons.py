@@ -51,6 +51,7 @@ QUIETLY = (
     "--ignore=tests/images/test_link_users.py",
     "--ignore=tests/prompts/test_chat_templates.py",
     "--ignore=tests/prompts/test_layouts.py",
+    "--ignore=tests/prompts/test_template_filters.py",
     "--ignore=tests/prompts/test_tokenizer.py",
     "--deselect=tests/prompts/test_template_sandbox.py::test_a_checkpoint_with_such_a_template_is_not_opened",
 )
