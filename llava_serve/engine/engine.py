@@ -146,7 +146,7 @@ class Engine:
         started = time.perf_counter()
         outputs = self._expire()
         step = self._pipeline.launch(self._schedule)
-        self.step_limit.begin(*step.schedule.work)
+        self.step_limit.begin(*step.schedule.work)  # it may have been launched one ahead
         outputs += self._postprocess(step)
         ended = time.perf_counter()
         self._counts.step_seconds += ended - started

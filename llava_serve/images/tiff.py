@@ -130,9 +130,8 @@ def _lacks_pixels(data: bytes, directory: Directory, width: int, height: int) ->
         size = directory.number(_TILE_WIDTH, 0), max(1, directory.number(_TILE_HEIGHT, 0))
     else:
         size = width, min(max(1, directory.number(_STRIP_HEIGHT, height)), height)
-    reduced = (
-        directory.number(_PLANAR, 1) == 2 and directory.number(_PHOTOMETRIC, 0) == _YCBCR
-    )  # but for the first plane
+    # The planes of colour differences may be smaller than that of brightness.
+    reduced = directory.number(_PLANAR, 1) == 2 and directory.number(_PHOTOMETRIC, 0) == _YCBCR
     offsets, lengths = (
         directory.numbers(tag, most=len(data))
         for tag in ((_TILE_OFFSETS, _TILE_BYTES) if tiled else (_STRIP_OFFSETS, _STRIP_BYTES))

@@ -34,6 +34,7 @@ LINEAR_LAYERS = 7 * LAYERS
 # The least cosine that any position's logits may have with the unquantized model's; the bounds of the memory, with
 # scales, embeddings and head, beside that in bfloat16.
 EXPECTED = {"8bit": (0.998, (0.50, 0.53)), "4bit": (0.93, (0.25, 0.29)), "fp8": (0.99, (0.50, 0.53))}
+KINDS = [pytest.param(name, marks=() if name == "fp8" else needs_bitsandbytes) for name in EXPECTED]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,8 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
             yield scales
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("quantization", KINDS)
 def test_layers_memory_and_logits(folder: Path, quantization: Any, dtype: torch.dtype) -> None:
     spec = open_checkpoint(str(folder))
     plain, small = Llava.load(spec, dtype=dtype), Llava.load(spec, dtype=dtype, quantization=quantization)
@@ -91,8 +91,7 @@ def test_layers_memory_and_logits(folder: Path, quantization: Any, dtype: torch.
     assert cosine < float(similarity.min()) < 1 - 1e-6
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("quantization", KINDS)
 def test_lora_is_merged_before_it_is_quantized(tmp_path: Path, quantization: Any) -> None:
     adapter, base = copy("llava-v1.5-tiny-lora", tmp_path), copy("vicuna-v1.5-tiny", tmp_path)
     merged = merged_by_peft(json.loads((base / "config.json").read_text()), read(base), adapter)
@@ -110,8 +109,7 @@ def test_lora_is_merged_before_it_is_quantized(tmp_path: Path, quantization: Any
     assert not torch.equal(all_logits(models[0], prepared), all_logits(plain, prepared))
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("quantization", KINDS)
 @pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny", "llava-mpt-tiny"])
 def test_every_decoder_answers_through_the_engine(
     name: str, quantization: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -133,8 +131,7 @@ def test_refused_in_double_precision(folder: Path) -> None:
         Llava.load(open_checkpoint(str(folder)), dtype=torch.float64, quantization="8bit")
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("quantization", KINDS)
 def test_weights_are_checked_before_they_are_quantized(quantization: Any, llava_15: Path) -> None:
     weights = read(llava_15)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
@@ -152,8 +149,7 @@ def test_without_bitsandbytes_it_says_what_to_install(
         Llava.load(open_checkpoint(str(folder)), quantization=quantization)
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_stay_as_they_are_and_that_is_said(kind: Any, tmp_path: Path, caplog: Any) -> None:
     write_model(tmp_path / "mixture", Tiny("llava", "mixtral", text={"num_local_experts": 4, "intermediate_size": 128}))
     model = Llava.load(open_checkpoint(str(tmp_path / "mixture")), quantization=kind)

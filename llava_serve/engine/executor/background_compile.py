@@ -36,7 +36,7 @@ NICENESS = 5
 """Of the thread that compiles and of its C++ compilers: a third of the weight of the steps' threads. With less they
 would take hours beside a busy engine, and the thread could wait for a core while it has the interpreter's lock."""
 SWITCH_INTERVAL_S = 1e-4
-"""Python's own, 5 ms, is how long the engine's thread would wait after each operation of a step."""
+"""So long the engine's thread waits after an operation of a step. Shorter than its own, since tracing never pauses."""
 _CLOSE_S = 5.0
 """For the thread to end."""
 _FAILED = "The decoder is not compiled, and steps are slower, since %s."
