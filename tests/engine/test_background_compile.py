@@ -104,6 +104,30 @@ def test_a_compiled_decoder_that_disagrees_does_not_serve(
     assert run(subject, *REQUESTS) == run(engine(TinyModel()), *REQUESTS)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_steps_go_on_while_torch_traces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of torch.fx replaces the call of all modules, for all threads."""
+    traces, go_on = threading.Event(), threading.Event()
+
+    def traced(inputs: torch.Tensor) -> torch.Tensor:
+        traces.set()
+        assert go_on.wait(60)
+        return inputs
+
+    expected = run(engine(TinyModel(kind)), *REQUESTS)
+    monkeypatch.setattr(CompiledDecoder, "warm_up", lambda self, dummy_step: torch.fx.symbolic_trace(traced))
+    subject = engine(TinyModel(kind))
+    compiling = subject.compile_in_background()
+    assert compiling is not None
+    assert traces.wait(60)
+    assert torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl
+    try:
+        assert run(subject, *REQUESTS) == expected
+    finally:
+        go_on.set()
+        compiling._thread.join()
+
+
 def test_closing_ends_a_thread_that_runs_python(monkeypatch: pytest.MonkeyPatch) -> None:
     def endless(self: CompiledDecoder, dummy_step: Any) -> None:
         while True:

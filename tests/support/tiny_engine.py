@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,10 @@ class TinyModel:
                 parameter.data.normal_(0, 0.25, generator=generator)
         self._tower = torch.randn(3, FEATURES * HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
         self.encoded_tiles = 0
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        modules: Iterator[torch.nn.Module] = self.language_model.modules()
+        return modules
 
     def tower_features(self, tiles: torch.Tensor) -> torch.Tensor:
         self.encoded_tiles += len(tiles)

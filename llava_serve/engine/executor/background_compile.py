@@ -1,7 +1,8 @@
 """Compiles the decoder in the background, while it computes the engine's steps, for a switch between two of them.
 
 What must not happen meanwhile: that the thread which compiles holds the interpreter's lock for long, or has OpenMP
-workers of its own, with which all of them outnumber the cores; and that a program that ends waits for it.
+workers of its own, with which all of them outnumber the cores; that its traces get at the modules which compute steps;
+and that a program that ends waits for it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from functools import partial
 
 import psutil
 import torch
+from torch import nn
 from torch._inductor import config as inductor
 
 from llava_serve.engine.executor.compiled import NO_COMPILER, CompiledDecoder, CompileError, DummyStep
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import disagreement
 from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.packed_linear import PackedLinear
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ SWITCH_INTERVAL_S = 1e-4
 """So long the engine's thread waits after an operation of a step. Shorter than its own, since tracing never pauses."""
 _CLOSE_S = 5.0
 """For the thread to end."""
+_CALL = nn.Module.__call__
 _FAILED = "The decoder is not compiled, and steps are slower, since %s."
 
 
@@ -56,6 +60,7 @@ def background_compile(model: VisionLanguageModel, decoder: Decoder, dummy_step:
     if reason := decoder.never_compiled or ("" if compiler else NO_COMPILER):
         _logger.info("The decoder is not compiled, since %s.", reason)
         return None
+    _keep_from_traces(model)
     try:
         return BackgroundCompile(decoder, dummy_step, partial(disagreement, model, decoder))
     except CompileError as error:
@@ -146,6 +151,17 @@ class BackgroundCompile:
         finally:
             torch.set_num_threads(self._num_threads)
             sys.setswitchinterval(interval)
+
+
+def _keep_from_traces(model: VisionLanguageModel) -> None:
+    """Gives the classes of a model's modules a `__call__` of their own, which is that of `nn.Module`.
+
+    torch.fx replaces the one of `nn.Module` while it traces, for all threads: modules that another thread calls would
+    be traced, too, and fail.
+    """
+    for kind in {PackedLinear, *map(type, model.modules())}:
+        if next(base for base in kind.__mro__ if "__call__" in vars(base)) is nn.Module:
+            kind.__call__ = _CALL  # type: ignore[method-assign]
 
 
 def _end_compilers() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from llava_serve.checkpoints.spec import CheckpointSpec
 
@@ -23,6 +25,10 @@ class VisionLanguageModel(Protocol):
 
     @property
     def language_model(self) -> Any: ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All that compute it."""
+        ...
 
     def tower_features(self, tiles: torch.Tensor) -> torch.Tensor:
         """uint8 [tiles, height, width, 3] -> [tiles, features, channels], before the projector."""
