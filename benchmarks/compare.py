@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -41,28 +41,34 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS, BEFORE, THEIRS, VLLM = "llava-serve", "llava-serve before", "transformers serve", "vllm serve"
 WITHOUT = "llava-serve without max_tokens"
 STRUCTURED = "llava-serve structured"
+OUR_COMMAND = [sys.executable, "-m", "llava_serve.cli", "serve", "--in-process"]
 ANY_TEXT = {"structured_outputs": {"regex": r"(.|\n)*"}}
 """A form that every text has: answers as without it (a random model hardly ever ends one), with a mask per token."""
 STOPS = list(" etaoinsrhldcu.")
 """Most texts soon have one of them."""
 
 
-def command(server: str, home: Path, model: str, device: str, port: int) -> list[str]:
-    """The command that starts a server."""
-    common = ["--device", device, "--dtype", "bfloat16", "--port", str(port)]
+def command(server: str, home: Path, model: str, device: str) -> list[str]:
+    """The command that starts a server, without its port."""
+    common = ["--device", device, "--dtype", "bfloat16"]
     if server == VLLM:
         return [str(home / "bin" / "vllm"), "serve", model, *common[2:]]  # its device is that of its package
     if server == THEIRS:
         return [str(Path(sys.executable).parent / "transformers"), "serve", *common, model]
-    return [sys.executable, "-m", "llava_serve.cli", "serve", "--in-process", "--compile", "--model", model, *common]
+    return [*OUR_COMMAND, "--compile", "--model", model, *common]
 
 
 @contextmanager
-def running(server: str, home: Path, model: str, device: str) -> Iterator[tuple[str, int]]:
+def running(
+    command: Sequence[str], home: Path, log: int | IO[str] = subprocess.DEVNULL, **settings: str
+) -> Iterator[tuple[str, int]]:
     """A server on a free port: its URL and process id. The end of the block stops it.
 
     Args:
+        command: without its port.
         home: the checkout of ours, or the virtual environment of vLLM.
+        log: gets what it writes.
+        settings: of its environment.
 
     Raises:
         RuntimeError: it has ended before it answers.
@@ -72,11 +78,11 @@ def running(server: str, home: Path, model: str, device: str) -> Iterator[tuple[
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
-        command(server, home, model, device, port),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(home)},
+        [*command, "--port", str(port)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(home), **settings},
         cwd=home,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
     )
     try:
         for _ in range(480):  # four minutes: a busy machine starts slowly
@@ -114,7 +120,7 @@ def measure(
     """One server, one number of clients, after a short warm-up. `stopped`: see `StoppedClient`."""
     name = model if server in (THEIRS, VLLM) else Path(model).name
     workload = Workload(requests=requests_, repeated_images=float(same), seed=seed)
-    with running(server, home, model, device) as (url, pid):
+    with running(command(server, home, model, device), home) as (url, pid):
         extra = {THEIRS: {}, STRUCTURED: ANY_TEXT}.get(server, {"ignore_eos": True})
         client = StoppedClient(url, name, server == WITHOUT, extra) if stopped else Client(url, name, extra=extra)
         report = asyncio.run(send(client, workload, clients))

@@ -19,6 +19,7 @@ from testbed.processes import memory
 
 COMMANDS = [
     "autoscaling",
+    "background_compile",
     "batch_class",
     "client_hop",
     "compare",
