@@ -3,6 +3,7 @@
 PYTHON ?=
 PIP_ARGS ?=
 CONFIG ?= serve_config.yaml
+COVERAGE ?=
 
 SHELL := bash
 VENV := .venv
@@ -19,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -q
 help:
 	@echo "make demo          a Ray Serve application answers a question about a picture"
 	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env)"
-	@echo "make test          the everyday tests, in two processes: below 8 minutes on two cores; measures coverage"
+	@echo "make test          the everyday tests, in two processes: below 8 minutes on two cores (COVERAGE=1 measures it, too)"
 	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
 	@echo "make test-kernels  the GPU kernels without a GPU: interpreted and compiled, below 2 minutes (installs Triton, 0.7 GB)"
 	@echo "make test-faults   processes that are killed under load, both profiles, a lost node: half an hour"
@@ -67,7 +68,7 @@ serve: setup
 	@$(BIN)/python -m deployments.tools.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE))
 
 test: setup
-	@$(PYTEST) -m "not slow and not extended" --numprocesses 2 --cov --cov-report=
+	@$(PYTEST) -m "not slow and not extended" --numprocesses 2 $(if $(COVERAGE),--cov --cov-report=)
 
 test-extended: setup
 	@$(PYTEST) -m "extended and not slow"
