@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -59,6 +60,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ray" if file.startswith(("tests/serve/", "tests/test_readme.py")) else file
 
     return Scheduler(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> None:
+    """Products of tiny models on several threads mostly wait for threads. An engine before may have set its own."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

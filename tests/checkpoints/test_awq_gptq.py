@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from llava_serve import LLM, SamplingParams
@@ -18,7 +17,6 @@ from support.quantized_files import PLAIN, quantized_folders, write_four_bits
 from support.scenes import picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # GPTQModel leaves folders
-torch.set_num_threads(1)
 
 PACKAGES = {"awq": ("gptqmodel",), "gptq": ("optimum", "gptqmodel")}
 ONE_THREAD = EngineOptions(num_threads=1)

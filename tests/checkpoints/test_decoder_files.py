@@ -24,8 +24,6 @@ from support.tiny_engine import CONFIGS
 from support.tiny_hf import Tiny, write_model
 from support.variants import TOWER, all_logits, edit, expected_logits, prepare, read, refusal, tower_weights, write
 
-torch.set_num_threads(1)
-
 ODD = {"apertus", "mixtral", "phi", "qwen2_moe", "qwen3_moe"}
 """Constants among the weights; experts one by one; a head whose bias transformers' LLaVA leaves out."""
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")

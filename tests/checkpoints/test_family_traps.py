@@ -22,8 +22,6 @@ from support.scenes import picture
 from support.tiny_hf import MODELS
 from support.variants import all_logits, edit
 
-torch.set_num_threads(1)
-
 ONE = [(200, 40)]
 LARGE = [(160, 150)]
 SEVERAL = [(120, 80), (30, 44)]

@@ -30,8 +30,6 @@ KINDS = MODELS | FAMILY
 SOME = ("30x30", "120x80", "200x40", "three-images", "two-turns")
 """The conversations for the newer kinds, whose language models other tests compare."""
 
-torch.set_num_threads(1)
-
 ONE_THREAD = EngineOptions(num_threads=1)  # tiny models gain nothing from more, and wait for each other
 SIZES = [(42, 42), (30, 30), (11, 23), (41, 17), (120, 80), (97, 140), (200, 40), (33, 310), (1, 1), (392, 147)]
 SIZES += [(132, 40)]

@@ -27,7 +27,6 @@ from support.scenes import picture
 from support.tiny_hf import FAMILY, MODELS
 
 pytestmark = pytest.mark.extended
-torch.set_num_threads(1)
 
 ONE = [said("user", "What is it?", picture(160, 150))]
 SEVERAL = [said("user", "Which one is larger?", picture(120, 80), picture(30, 44))]

@@ -20,8 +20,6 @@ from support.next_checkpoints import write_tower
 from support.scenes import picture
 from support.variants import all_logits, edit, prepare
 
-torch.set_num_threads(1)
-
 RANGE, LIST = "(1x1),...,(6x6)", [[56 * i, 56 * j] for i in range(1, 7) for j in range(1, 7)]
 SHARE_GPT4V = {"architectures": ["Share4VLlamaForCausalLM"], "model_type": "share4v"}
 

@@ -28,8 +28,6 @@ from support.paths import GOLDEN
 from support.scenes import picture
 from support.variants import all_logits, edit
 
-torch.set_num_threads(1)
-
 QUERY = "What is shown in this image?"
 _XTUNER = {"model_type": "llava_llama", "image_aspect_ratio": "pad", "unfreeze_mm_vision_tower": True}
 """As its convert_xtuner_weights_to_llava.py writes them: the language model's keys, and the tower inside."""

@@ -33,8 +33,6 @@ from support.quantized_files import PLAIN, quantized_folders, write_bitsandbytes
 from support.scenes import picture
 from support.tiny_hf import MODELS, write_model
 
-torch.set_num_threads(1)
-
 FILES = {
     "llava-1.5-llama-4bit": "4 bit",
     "llava-next-mistral-4bit": "4 bit",

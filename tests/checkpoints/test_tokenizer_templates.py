@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer
 
@@ -36,8 +35,6 @@ LLAMA_3 = (
 )
 LLAMA_2 = "{% for m in messages %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
 Write = Callable[..., Path]
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from llava_serve.sampling_params import SamplingParams
 from support import tiny_engine
 from support.tiny_engine import TinyModel, engine, prompt, reference_logits
 
-torch.set_num_threads(1)
-
 _GEMMA_2 = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 1, "attn_logit_softcapping": 0.5}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bounded scores": ("gemma2", _GEMMA_2),

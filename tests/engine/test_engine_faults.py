@@ -15,8 +15,6 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 from support.tiny_engine import FEATURES, HIDDEN, Answer, TinyModel, engine, image, outcomes, prompt, run
 
-torch.set_num_threads(1)
-
 GREEDY = SamplingParams(temperature=0, max_new_tokens=9)
 IMAGE_PROMPT = prompt([1, 5], image((200, 90, 30)), [7, 8, 9])
 OTHERS = [

@@ -13,8 +13,6 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
 from support.tiny_engine import CONFIGS, TinyModel, dtype_of, engine, image, outcomes, prompt, run
 
-torch.set_num_threads(1)
-
 POISON = 95
 START = [1, *range(3, 35)]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=6)

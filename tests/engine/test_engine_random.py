@@ -40,8 +40,6 @@ FORMS = [
 ]
 COLOURS = ((10, 20, 30), (200, 90, 30), (0, 0, 250))
 
-torch.set_num_threads(1)
-
 
 @functools.cache
 def model(kind: str, poison: int | None = None) -> TinyModel:

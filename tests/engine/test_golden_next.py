@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
@@ -19,8 +18,6 @@ from llava_serve.processor import Processor
 from support.next_checkpoints import CHECKPOINTS, DIGESTS, write_next
 from support.paths import GOLDEN
 from support.scenes import picture
-
-torch.set_num_threads(1)
 
 SUITE: dict[str, dict[str, Any]] = json.loads((GOLDEN / "next" / "cases.json").read_text())
 QUERY = "What is shown in this image?"

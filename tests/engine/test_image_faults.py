@@ -14,8 +14,6 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
 from support.tiny_engine import TinyModel, engine, image, outcomes, prompt, run
 
-torch.set_num_threads(1)
-
 RED, BLUE, GREEN = (200, 20, 30), (10, 30, 220), (20, 210, 40)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 OTHERS = [

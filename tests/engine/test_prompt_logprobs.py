@@ -17,8 +17,6 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import IMAGE_TOKEN_ID, PreparedPrompt
 from support.tiny_engine import TinyModel, engine, image, outcomes, prompt, reference_table, run, scores
 
-torch.set_num_threads(1)
-
 POISON = 95
 START = [1, *range(3, 35)]
 RED = image((200, 20, 30), 2)

@@ -14,8 +14,6 @@ from support import tiny_engine
 from support.tiny_engine import PROMPTS, TinyModel, dtype_of, engine, reference_ids, run
 from support.windows import MODELS, settings
 
-torch.set_num_threads(1)
-
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 EVERYDAY = {"gemma3 by a pattern", "qwen2 from a layer on", "smollm3 by its positions"}
 """The others are compared in the extended tests."""

@@ -19,8 +19,6 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
 from support.tiny_engine import PROMPTS, TinyModel, check_blocks, engine, outcomes, prompt, run
 
-torch.set_num_threads(1)
-
 LONG = SamplingParams(temperature=0, max_new_tokens=30, ignore_eos=True)
 ASKED = prompt([1, 5, 6, 7])
 SAMPLINGS: list[dict[str, Any]] = [

@@ -11,8 +11,6 @@ from llava_serve.engine.sequence import Sequence
 from llava_serve.sampling_params import SamplingParams
 from support.tiny_engine import TinyModel, check_blocks, engine, prompt, run
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_what_is_written_behind_an_end_when_the_blocks_are_free_is_in_nobodys_way(block_size: int) -> None:
