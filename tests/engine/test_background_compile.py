@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import subprocess
@@ -33,9 +34,9 @@ QUERIES = ["What?", "Is it so? " * 20]
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Tiny decoders are compiled, too, and without waiting for a server's start."""
-    monkeypatch.setattr(background_compile, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(background_compile, "DELAY_S", 0)
+    """Tiny decoders are compiled, too, without waiting for a server's start, and without giving way to busy tests."""
+    for name in ("MIN_WEIGHTS", "DELAY_S", "NICENESS"):
+        monkeypatch.setattr(background_compile, name, 0)
     caplog.set_level(logging.INFO, "llava_serve.engine")
 
 
@@ -153,6 +154,7 @@ def test_answers_are_the_same_after_the_switch_and_nothing_is_compiled_again(
     assert compiling is not None
     while not compiling.done:
         assert run(subject, *REQUESTS) == expected
+        time.sleep(0.1)
     compiling.switch()
     assert [message.split(":")[0] for message in caplog.messages] == ["The compiled decoder serves from now on"]
     compiled = counters["stats"]["unique_graphs"]
@@ -206,6 +208,7 @@ async def test_a_server_answers_as_the_library_before_and_after(
         rounds_after = 0
         while rounds_after < 2:
             rounds_after += bool(caplog.messages)
+            await asyncio.sleep(0.1)
             assert [(await server.generate(query, sampling=GREEDY)).token_ids for query in QUERIES] == expected
     finally:
         server.close()
