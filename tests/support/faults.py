@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import httpx
 import numpy as np
 import psutil
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.tools.local_cluster import LocalCluster
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
@@ -185,11 +187,13 @@ class Holdings:
         processes: how many of each kind.
         files: descriptors by process.
         shared_memory: names in /dev/shm that no living process has mapped.
+        objects: in Ray's object store, as its agent last said; it says so every ten seconds.
     """
 
     processes: Counter[str]
     files: dict[int, int]
     shared_memory: set[str]
+    objects: int
 
     def left_by(self, after: Holdings) -> str:
         """What there is more of afterwards; empty if there is nothing. A few descriptors are connections in use."""
@@ -201,6 +205,7 @@ class Holdings:
                 if count > self.files.get(pid, count) + 15
             },
             "shared memory": after.shared_memory - self.shared_memory,
+            "objects": max(0, after.objects - self.objects),
         }
         return "; ".join(f"{name}: {what}" for name, what in more.items() if what)
 
@@ -217,7 +222,13 @@ def holdings(running: LocalCluster) -> Holdings:
             command = " ".join(each.cmdline())
             kinds.update(kind for kind in KINDS if kind in command)
             files[each.pid] = each.num_fds()
-    return Holdings(kinds, files, _unmapped())
+    return Holdings(kinds, files, _unmapped(), _objects(running))
+
+
+def _objects(running: LocalCluster) -> int:
+    families = text_string_to_metric_families(httpx.get(running.metrics_url, timeout=60).text)
+    samples = [sample for family in families for sample in family.samples]
+    return int(sum(each.value for each in samples if each.name == "ray_object_store_num_local_objects"))
 
 
 def _unmapped() -> set[str]:
