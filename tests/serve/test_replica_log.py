@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray.serve._private.logging_utils import configure_component_logger, configu
 from ray.serve.context import _RequestContext, _serve_request_context
 from ray.serve.schema import LoggingConfig
 
+from deployments.handle_calls import SERVE_LOGGER
 from deployments.replica import begin_replica, log_with_serve
 from support.cluster import replica_logs
 
@@ -22,11 +24,20 @@ from support.cluster import replica_logs
 def library() -> Iterator[logging.Logger]:
     """A logger in place of the library's."""
     yield logging.getLogger("library")
+    close_files()
     configure_default_serve_logger()
+
+
+def close_files() -> None:
+    """Serve leaves them open."""
+    for handler in logging.getLogger(SERVE_LOGGER).handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler) and handler.target is not None:
+            handler.target.close()
 
 
 def configure(folder: Path, **logging_config: Any) -> None:
     """As Serve does it when a replica starts, and when its `logging_config` changes."""
+    close_files()
     configure_component_logger(
         component_name="llava_Tier",
         component_id="one",
