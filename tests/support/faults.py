@@ -196,7 +196,8 @@ class Holdings:
     objects: int
 
     def left_by(self, after: Holdings) -> str:
-        """What there is more of afterwards; empty if there is nothing. A few descriptors are connections in use."""
+        """What there is more of afterwards; empty if there is nothing. A few descriptors are connections in use, and
+        Serve's controller keeps an object for a replica that it has started."""
         more = {
             "processes": after.processes - self.processes,
             "files": {
@@ -205,7 +206,7 @@ class Holdings:
                 if count > self.files.get(pid, count) + 15
             },
             "shared memory": after.shared_memory - self.shared_memory,
-            "objects": max(0, after.objects - self.objects),
+            "objects": after.objects if after.objects > self.objects + 2 else 0,
         }
         return "; ".join(f"{name}: {what}" for name, what in more.items() if what)
 
