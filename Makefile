@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -q
 
 help:
 	@echo "make demo          a Ray Serve application answers a question about a picture"
-	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env)"
+	@echo "make serve         the same application, until Ctrl-C (PORT=, MODEL=, PROFILE=production.env, DASHBOARD=8265)"
 	@echo "make test          the everyday tests, in two processes: below 8 minutes on two cores (COVERAGE=1 measures it, too)"
 	@echo "make test-extended both profiles, killed replicas, commands, compiled decoders, benchmarks: below 40 minutes"
 	@echo "make test-kernels  the GPU kernels without a GPU: interpreted and compiled, below 2 minutes (installs Triton, 0.7 GB)"
@@ -65,7 +65,7 @@ demo: setup
 	@$(BIN)/python -m deployments.tools.demo --config $(CONFIG)
 
 serve: setup
-	@$(BIN)/python -m deployments.tools.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m deployments.tools.serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(DASHBOARD),--dashboard $(DASHBOARD))
 
 test: setup
 	@$(PYTEST) -m "not slow and not extended" --numprocesses 2 $(if $(COVERAGE),--cov --cov-report=)

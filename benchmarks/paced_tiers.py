@@ -20,8 +20,9 @@ from ray.serve import Application
 from deployments.app import AppArgs
 from deployments.ingress import Ingress
 from deployments.preprocessor import ImagePreprocessor
+from deployments.router import MOST_REQUESTS, most_requests
 from deployments.work import ModelWork
-from llava_serve.config import ImageOptions
+from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.engine.online_load import OnlineLoad
 from llava_serve.engine.stats import EngineStats
 from llava_serve.sampling_params import SamplingParams
@@ -125,6 +126,10 @@ class PacedEngine:
             online=load,
         )
         return asdict(self._work.figures(stats))
+
+    async def record_replica_metadata(self) -> dict[str, int]:
+        """As the real tier's with the shipped config."""
+        return {MOST_REQUESTS: most_requests(EngineOptions(max_num_seqs=PLACES, max_waiting=4 * PLACES))}
 
     async def abort(self, call_ids: Sequence[str]) -> None:
         """Does nothing: calls of the stand-in end when they are cancelled."""

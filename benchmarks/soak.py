@@ -7,7 +7,8 @@ ones with a large picture that differs from all before it, `text` with three cho
 that must be refused, `cancelled` ones whose client disconnects, and `expired` ones with a time that cannot suffice. A
 good answer is right if it is what the library gives for that picture by itself; what makes the picture differ is one
 pixel. The memory is that of all processes of Ray, Serve and the replicas, with `slope` and `flat` of its second half
-(`testbed.processes.memory`). The caches are small, and full by then.
+(`testbed.processes.memory`). The caches are small, and full by then. A health check that a replica did not answer in
+time is counted: three in a row would end it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.soak_requests import KINDS, Scene, request_of, scenes
 from deployments.tools.local_cluster import LocalCluster, local_cluster
 from deployments.tools.serve_env import read_serve_env
 from testbed.counted import counted_config
+from testbed.health_checks import unanswered_checks
 from testbed.processes import Samples, memory, watch_memory
 
 SETTLED_S = 60.0
@@ -62,7 +64,8 @@ def main() -> None:
         config["applications"][0]["args"][section].update(sizes)
     with local_cluster(config, profile=profile) as running:
         result, samples = asyncio.run(soak(running, known, options))
-    head = {"cpu_cores": os.cpu_count(), "load_before": load_before, "minutes": options.minutes}
+    head = {"cpu_cores": os.cpu_count(), "load_before": load_before, "load_after": round(os.getloadavg()[0], 1)}
+    head |= {"minutes": options.minutes}
     result = head | {"profile": options.profile.stem if options.profile else "default"} | result
     print(json.dumps(result, indent=1))
     if options.output:
@@ -95,6 +98,7 @@ async def soak(
         "not_as_expected": {kind: left for kind, each in outcomes.items() if (left := unexpected(kind, each))},
         "good_answer_s": {f"p{q}": round(float(np.percentile(seconds, q)), 2) for q in (50, 95, 99)},
         "remains": {name: after[name] - before[name] for name in ("sequences", "blocks")},
+        "unanswered_health_checks": unanswered_checks(running),
         "memory_mib": figures,
         "grows": [name for name, each in figures.items() if each.get("flat") is False],
     }, samples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
-from llava_serve import tracing
 from llava_serve.api.app import create_app
 from llava_serve.api.errors import reported
 from llava_serve.api.handle_chat import ChatCalls
@@ -32,9 +30,10 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import Chunk, Message, PreparedPrompt, Query
 
 from .backend import HandleBackend
-from .handle_calls import SERVE_LOGGER, AbortedCalls, yields_failure
+from .handle_calls import AbortedCalls, yields_failure
 from .live_config import LiveConfig
 from .model_gate import wait_for_model
+from .replica import begin_replica
 
 NOTICEABLE_S = 1.0
 """A wait for the model that is as long was for its start."""
@@ -59,8 +58,7 @@ class Ingress:
         model: DeploymentHandle,
         prompt_key: str | None = None,
     ) -> None:
-        _log_with_serve()
-        tracing.begin()
+        begin_replica()
         self._live = LiveConfig("Ingress", options, self._apply)
         self._model_tier = model
         self._prompt_key = prompt_key
@@ -190,12 +188,3 @@ def _internal_errors_reported(call_id: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise LlavaServeError(reported(error, call_id)["error"]["message"]) from None
-
-
-def _log_with_serve() -> None:
-    """The web app's log records go where Serve's do: to the replica's log, with the request's id."""
-    ours, serves = logging.getLogger("llava_serve"), logging.getLogger(SERVE_LOGGER)
-    ours.setLevel(serves.level)
-    ours.propagate = False
-    for handler in serves.handlers:
-        ours.addHandler(handler)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from llava_serve.engine.metrics import EngineMetrics
+from llava_serve.engine.stats import EngineStats
 from llava_serve.metrics.definitions import Metric
 from llava_serve.metrics.exporter import Series, Several
 
@@ -16,19 +18,19 @@ EXPORT_S = 1.0
 """Ray's processes collect metrics less often."""
 
 
-class Exporting(Protocol):
-    """Has metrics that it brings up to date when it is told to: Ray's are pushed, not asked for."""
+class Measured(Protocol):
+    """Has an engine's statistics."""
 
-    def export_metrics(self) -> None: ...
+    def stats(self) -> EngineStats: ...
 
 
-def export_in_thread(source: Exporting) -> None:
-    """Exports its metrics at intervals while it lives."""
+def export_in_thread(source: Measured, metrics: EngineMetrics) -> None:
+    """Brings metrics up to date at intervals while their source lives: Ray's are pushed, not asked for."""
     found = weakref.ref(source)
 
     def export() -> None:
         while (living := found()) is not None:
-            living.export_metrics()
+            metrics.update(living.stats())
             del living
             time.sleep(EXPORT_S)
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
-from llava_serve import tracing
 from llava_serve.app_options import ENGINE_VARIABLE, Probe, replica_engine
 from llava_serve.config import EngineOptions, ImageOptions, ModelOptions
 from llava_serve.deadline import check_deadline
@@ -20,6 +19,8 @@ from .coalesce import coalesce
 from .handle_calls import AbortedCalls, returns_failure, yields_failure
 from .live_config import LiveConfig
 from .metrics import RayExporter, export_in_thread
+from .replica import begin_replica
+from .router import MOST_REQUESTS, most_requests
 from .work import ModelWork
 
 
@@ -49,15 +50,14 @@ class LlavaModel:
         from llava_serve.async_llm import AsyncLLM
         from llava_serve.probe import check_probes
 
-        tracing.begin()
+        begin_replica()
         self._prompt_key = model.prompt_key
         engine = replica_engine(engine, os.environ.get(ENGINE_VARIABLE))
         self._llm = AsyncLLM(model, engine, image_options=images)
         check_probes(self._llm, probes)
         self._aborted = AbortedCalls()
         self._work = ModelWork()
-        self._metrics = EngineMetrics(RayExporter(model_name or self._llm.model_name))
-        export_in_thread(self)
+        export_in_thread(self._llm, EngineMetrics(RayExporter(model_name or self._llm.model_name)))
         self._live = LiveConfig("LlavaModel", engine, lambda options: self._llm.set_max_waiting(options.max_waiting))
 
     async def reconfigure(self, user_config: Mapping[str, object] | None, rank: object) -> None:
@@ -120,9 +120,9 @@ class LlavaModel:
         if not self._llm.healthy:
             raise EngineDeadError("The model's engine has stopped; its replica is being replaced.")
 
-    def export_metrics(self) -> None:
-        """Brings Ray's metrics up to date."""
-        self._metrics.update(self._llm.stats())
+    async def record_replica_metadata(self) -> dict[str, int]:
+        """Called by Serve once, for the router."""
+        return {MOST_REQUESTS: most_requests(self._live.options)}
 
     async def stats(self) -> Mapping[str, object]:
         """The engine's statistics: the fields of `EngineStats`."""

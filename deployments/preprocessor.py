@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from llava_serve import tracing
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import ImageOptions, ModelOptions
 from llava_serve.processor import Processor
@@ -21,6 +20,7 @@ from .handle_calls import returns_failure
 from .live_config import LiveConfig
 from .metrics import RayExporter
 from .model_gate import wait_for_model
+from .replica import begin_replica
 from .work import ImageWork
 
 
@@ -42,7 +42,7 @@ class ImagePreprocessor:
         max_model_len: int | None = None,
         model_tier: DeploymentHandle | None = None,
     ) -> None:
-        tracing.begin()
+        begin_replica()
         spec = open_checkpoint(model, weights=False)
         self._spec = spec.limited_to(max_model_len)
         self._prompt_key = model.prompt_key

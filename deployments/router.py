@@ -18,7 +18,7 @@ from hashlib import blake2b
 from cachetools import LRUCache
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from llava_serve.config import RoutingOptions
+from llava_serve.config import EngineOptions, RoutingOptions
 from llava_serve.types import PreparedPrompt
 
 LEADING_TOKENS = 128
@@ -27,6 +27,14 @@ gets another key with its next turn, which costs no more than computing these fe
 
 REMEMBERED_KEYS = 4096
 """More images than the caches of many replicas hold."""
+
+MOST_REQUESTS = "most_requests"
+"""What a replica says of itself when it starts: so many requests have a use for it."""
+
+
+def most_requests(engine: EngineOptions) -> int:
+    """A batch of online requests, beside all the batch work that the engine takes."""
+    return engine.max_num_seqs + engine.max_batch_sequences
 
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
@@ -46,7 +54,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
         """Called by Serve with the config's `request_router_kwargs`: the fields of `RoutingOptions`."""
         routing = RoutingOptions(**options)
         self._affinity = Affinity(routing.slack)
-        self._most = sys.maxsize if routing.max_per_replica is None else routing.max_per_replica
+        self._max_per_replica = routing.max_per_replica
         self._in_flight: Counter[ReplicaID] = Counter()
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
@@ -68,6 +76,13 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
         """
         return max(self.replica_queue_len_cache.get(replica_id) or 0, self._in_flight[replica_id])
 
+    def most(self, replica: RunningReplica) -> int:
+        """Requests that a replica gets: as the config says, or as the replica itself does. Its engine may have other
+        limits than the config's `args`, and one of another release says nothing."""
+        if self._max_per_replica is not None:
+            return self._max_per_replica
+        return int(replica.replica_metadata.get(MOST_REQUESTS, sys.maxsize))
+
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
@@ -80,7 +95,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray is not typed
         pending_request.routing_context.should_backoff = True  # if all are at capacity: Serve does not wait by itself
         loads = {name: self.load(each.replica_id) for name, each in replicas.items()}
         if prompt_of(pending_request) is not None:  # other calls cost nothing
-            loads = {name: load for name, load in loads.items() if load < self._most}
+            loads = {name: load for name, load in loads.items() if load < self.most(replicas[name])}
             if not loads:
                 await self._probe_queue_lens(list(replicas.values()), 0)  # other processes' requests may have ended
                 return []

@@ -126,6 +126,11 @@ class EngineOptions(Options):
     compile: Literal["auto", True, False] = "auto"
     num_threads: int | None = Field(default=None, ge=1)
 
+    @property
+    def max_batch_sequences(self) -> int:
+        """Sequences of batch work, running and waiting."""
+        return max(self.max_num_seqs, int((self.max_num_seqs + self.max_waiting) * BATCH_SHARE))
+
 
 class LinkHost(Options):
     """A host that links in requests may name.
@@ -217,7 +222,8 @@ class RoutingOptions(Options):
     Attributes:
         slack: how many requests more than the least loaded replica one may have, and still get what it has cached.
         max_per_replica: requests that a replica gets, running and waiting; more wait in their callers, from where a new
-            replica takes them. None leaves it to Serve's `max_ongoing_requests`.
+            replica takes them. None is each replica's own: a batch of online requests, beside all the batch work that
+            it takes (`max_num_seqs`, and half of `max_num_seqs` + `max_waiting`).
     """
 
     slack: int = Field(default=8, ge=0)

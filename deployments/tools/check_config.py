@@ -25,13 +25,14 @@ from llava_serve.cli.serve_config import (
     unknown_keys,
     wrong_values,
 )
-from llava_serve.config import RoutingOptions
+from llava_serve.config import EngineOptions, RoutingOptions
 from llava_serve.errors import RequestError
 from llava_serve.ray_application import NAMES
 
 from ..app import DEPLOYMENTS, AppArgs
 from ..autoscaling import WorkPolicy
 from ..model import LlavaModel
+from ..router import most_requests
 from .config import IMPORT_PATHS
 
 ROUTERS = tuple(f"{name}.router:AffinityRouter" for name in NAMES)
@@ -126,13 +127,33 @@ def check_user_config(deployment: Mapping[str, Any], arguments: AppArgs, path: s
 def check_engine(deployment: Mapping[str, Any], arguments: AppArgs, path: str) -> Iterator[str]:
     """Checks the engine options in the environment of replicas."""
     said = engine_variable(deployment)
-    path += "ray_actor_options.runtime_env.env_vars."
+    variables = f"{path}ray_actor_options.runtime_env.env_vars."
     if said is not None and deployment["name"] != LlavaModel.__name__:
-        yield f"{path}{ENGINE_VARIABLE}: only {LlavaModel.__name__} has an engine"
+        yield f"{variables}{ENGINE_VARIABLE}: only {LlavaModel.__name__} has an engine"
     try:
-        replica_engine(arguments.engine, said)
+        yield from check_room(deployment, replica_engine(arguments.engine, said), path)
     except RequestError as error:
-        yield f"{path}{error}"
+        yield f"{variables}{error}"
+
+
+def check_room(deployment: Mapping[str, Any], engine: EngineOptions, path: str) -> Iterator[str]:
+    """Checks that a replica gets enough requests for its batch, and has room for other calls beside them."""
+    routing = deployment.get("request_router_config") or {}
+    if routing.get("request_router_class") not in ROUTERS:
+        return
+    given = (routing.get("request_router_kwargs") or {}).get("max_per_replica")
+    most = given if isinstance(given, int) else most_requests(engine)
+    if most < engine.max_num_seqs:
+        yield (
+            f"{path}request_router_config.request_router_kwargs.max_per_replica: {most}; a replica's batch has "
+            f"{engine.max_num_seqs}: leave it out, and each replica says what it takes"
+        )
+    allowed = deployment.get("max_ongoing_requests")
+    if allowed is not None and allowed <= most:
+        yield (
+            f"{path}max_ongoing_requests: {allowed}; a replica gets {most} requests, and beside them health checks and "
+            "aborts would wait: set more"
+        )
 
 
 def check_routing(deployment: Mapping[str, Any], path: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from .serve_env import EXTRA_PORTS, own_places
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 """Of an application that has not started: there is nothing to drain."""
+STANDARD_OUTPUT = Path("-")
+"""As the log: the output of Ray and the replicas goes where this process's own goes."""
 _RAY_TIMED_OUT = "The current node timed out during startup"
 """How Ray says that its processes did not start in time, which is fixed."""
 
@@ -45,7 +47,7 @@ class LocalCluster:
         url: of its HTTP endpoint, without a path.
         metrics_url: of the metrics of all tiers, which need no key.
         ray_address: for other Ray jobs on this machine that have the token.
-        log: the output of Ray and the replicas.
+        log: the output of Ray and the replicas; `STANDARD_OUTPUT` if that is its place.
         ports: what the ports that the config and the profile choose are for.
         devices: of the model's replicas.
         warning: what is odd about them.
@@ -63,7 +65,7 @@ class LocalCluster:
     def wait(self) -> None:
         """Never returns: raises `LocalClusterError` when the application has ended by itself."""
         self.process.wait()
-        raise LocalClusterError(f"The application has ended by itself.\nLog: {self.log}")
+        raise LocalClusterError(f"The application has ended by itself.\n{log_place(self.log)}")
 
 
 @contextmanager
@@ -87,7 +89,8 @@ def local_cluster(
         profile: variables that choose Serve's proxy and transport (`read_serve_env`); None takes Serve's own defaults.
         tell: called with each stage of the start.
         dashboard_port: of Ray's dashboard, to which `serve status` and `serve deploy` talk; None starts none.
-        log: file that the output of Ray and the replicas is added to; None takes one that a normal end removes.
+        log: file that the output of Ray and the replicas is added to, or `STANDARD_OUTPUT`; None takes a file that a
+            normal end removes.
 
     Raises:
         LocalClusterError: the application cannot start.
@@ -105,7 +108,7 @@ def local_cluster(
     ports = {port: "HTTP"} | {int(settings[name]): purpose for name, purpose in EXTRA_PORTS.items() if settings}
     if dashboard_port is not None:
         ports[dashboard_port] = "Ray's dashboard (token)"
-    with log.open("ab") as output:
+    with nullcontext(None) if log == STANDARD_OUTPUT else log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -159,6 +162,8 @@ def environment(token: str) -> dict[str, str]:
         # Ray's daemons then listen on 127.0.0.1 alone. Ray has it for other systems; on Linux it is off unless set.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Else lines of different replicas that differ in numbers alone are left out, such as those of requests.
+        "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -180,7 +185,7 @@ def wait_for_ready(
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
                 return reported
         elif ended:
-            raise cannot_start(log.read_text(encoding="utf-8", errors="replace"), log)
+            raise cannot_start("" if log == STANDARD_OUTPUT else log.read_text(encoding="utf-8", errors="replace"), log)
         elif tell and stage and stage != last:
             tell(f"  {stage}")
             last = stage
@@ -194,7 +199,12 @@ def cannot_start(text: str, log: Path) -> LocalClusterError:
     cause = lines[-1] if lines else "no reason given"
     if _RAY_TIMED_OUT in cause:
         cause = "Ray did not start within its 30 s, since the machine is busy; try again."
-    return LocalClusterError(f"The application cannot start: {cause}\nLog: {log}")
+    return LocalClusterError(f"The application cannot start: {cause}\n{log_place(log)}")
+
+
+def log_place(log: Path) -> str:
+    """The last line of a message: where to read on."""
+    return "The output above says more." if log == STANDARD_OUTPUT else f"Log: {log}"
 
 
 def end(process: subprocess.Popen[bytes], *, timeout_s: float | None) -> None:

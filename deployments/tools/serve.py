@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .config import CONFIG, ConfigError, check_address, check_strictly, packaged, parse_config
 from .listening import listening
-from .local_cluster import LocalClusterError, free_port, local_cluster
+from .local_cluster import STANDARD_OUTPUT, LocalClusterError, free_port, local_cluster
 from .serve_env import ServeEnvError, read_serve_env
 
 _IN_CLONE = " with PYTHONPATH=." if __package__.startswith("deployments.") else ""
@@ -49,7 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="PORT",
         help="start Ray's dashboard on this machine, for serve status and serve deploy, too; port 8265 by default",
     )
-    parser.add_argument("--log", type=Path, metavar="FILE", help="add the output of Ray and the replicas to a file")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="add the output of Ray and the replicas to a file, or with - to standard output",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the packaged config, and end")
     options = parser.parse_args(argv)
     if options.print_config:
@@ -82,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"The model is on {', '.join(running.devices)}.", flush=True)
                 if running.warning:
                     print(f"WARNING: {running.warning}", file=sys.stderr, flush=True)
-                print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {running.log})", flush=True)
+                log = "above and below" if running.log == STANDARD_OUTPUT else running.log
+                print(f"Serving on {running.url}  (Ctrl-C drains and ends; log: {log})", flush=True)
                 if options.dashboard is not None:
                     address = f"http://127.0.0.1:{options.dashboard}"
                     print(f"Ray's dashboard: {address}; `serve status -a {address}` works{_IN_CLONE}", flush=True)

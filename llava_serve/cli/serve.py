@@ -78,7 +78,12 @@ def add_to(commands: flags.Commands) -> None:
     parser.add_argument(
         "--dashboard", type=int, nargs="?", const=8265, metavar="PORT", help="start Ray's dashboard, too"
     )
-    parser.add_argument("--log", type=Path, metavar="FILE", help="add the output of Ray and the replicas to a file")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="add the output of Ray and the replicas to a file, or with - to standard output",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the packaged config, to start your own")
     parser.set_defaults(run=run)
 

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from llava_serve.checkpoints.spec import CheckpointSpec
-from llava_serve.config import BATCH_SHARE, EngineOptions
+from llava_serve.config import EngineOptions
 from llava_serve.engine.grammar import GrammarCompiler
 from llava_serve.engine.sequence import EngineRequest
 from llava_serve.errors import LlavaServeError, PromptTooLongError, RequestError, UnsupportedParameterError, shown
@@ -38,9 +38,8 @@ class RequestValidator:
 
     def set_max_waiting(self, max_waiting: int) -> None:
         """Sets how many sequences may wait."""
-        most = self._options.max_num_seqs
-        self.max_sequences = most + max_waiting
-        self.max_batch_sequences = max(most, int(self.max_sequences * BATCH_SHARE))
+        self.max_sequences = self._options.max_num_seqs + max_waiting
+        self.max_batch_sequences = self._options.model_copy(update={"max_waiting": max_waiting}).max_batch_sequences
 
     def accept(
         self,

@@ -27,6 +27,7 @@ from support.bursts import at_rest, remaining
 from support.faults import Asker, Load, Outcome, fault_under_load, holdings, kill, large_picture, processes_of
 from support.paths import ROOT
 from testbed.counted import counted_config
+from testbed.health_checks import unanswered_checks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -87,11 +88,14 @@ def test_a_lost_process_is_replaced_and_every_request_has_an_end(
     rest = asyncio.run(at_rest(cluster.url))
     before = holdings(cluster)
     victims = processes_of(cluster, title=TITLES.get(lost, PROXIES[profile]))
+    unanswered = unanswered_checks(cluster)
 
     load = asyncio.run(fault_under_load(cluster.url, cause(lost, victims, cluster.url), BACK_S))
     log.info("%s, %s: %s", profile, lost, load)
     check(load, *(EXPECTED[lost].get(profile) or EXPECTED[lost][""]))
 
+    if lost.startswith("stopped"):
+        assert unanswered_checks(cluster) - unanswered >= 3
     assert psutil.wait_procs(victims, timeout=60)[1] == []
     wait_until(lambda: remaining(cluster.url) == rest)
     deadline = time.monotonic() + 90

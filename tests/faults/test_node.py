@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from deployments.tools.local_cluster import LocalCluster, environment, local_cluster
+from deployments.tools.serve_env import read_serve_env
 from support.bursts import remaining
 from support.faults import fault_under_load, processes_of
 from support.paths import ROOT
@@ -33,12 +34,12 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def node(running: LocalCluster) -> Iterator[psutil.Process]:
-    """A worker node of two CPUs; its parent process."""
+def node(running: LocalCluster, profile: Mapping[str, str]) -> Iterator[psutil.Process]:
+    """A worker node of two CPUs, with the settings of the profile; its parent process."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "2"]
     command += ["--address", running.ray_address, "--node-ip-address", "127.0.0.1", "--include-log-monitor", "false"]
     # The application's own node is set up to be alone, and a node with that setting joins none.
-    env = environment(os.environ["RAY_AUTH_TOKEN"]) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    env = environment(os.environ["RAY_AUTH_TOKEN"]) | profile | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
     with (running.log.parent / "nodes.log").open("ab") as output:
         started = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
     parent = psutil.Process(started.pid)
@@ -59,11 +60,11 @@ def lose(parent: psutil.Process) -> None:
         psutil.wait_procs(lost, timeout=20)
 
 
-def run_on(running: LocalCluster, *command: str) -> str:
-    """Runs a Python command as a job of the cluster; gives its output."""
+def run_on(running: LocalCluster, profile: Mapping[str, str], *command: str) -> str:
+    """Runs a Python command as a job of the cluster, with the settings of the profile; gives its output."""
     done = subprocess.run(
         [sys.executable, *command],
-        env=environment(os.environ["RAY_AUTH_TOKEN"]),
+        env=environment(os.environ["RAY_AUTH_TOKEN"]) | profile,
         cwd=ROOT,
         check=False,
         timeout=SCALE_S,
@@ -84,10 +85,10 @@ while serve.status().applications["llava"].deployments["LlavaModel"].replica_sta
 """
 
 
-def three_replicas(running: LocalCluster) -> float:
+def three_replicas(running: LocalCluster, profile: Mapping[str, str]) -> float:
     """Seconds until three model replicas run."""
     start = time.monotonic()
-    run_on(running, "-c", WAIT, running.ray_address)
+    run_on(running, profile, "-c", WAIT, running.ray_address)
     return time.monotonic() - start
 
 
@@ -100,25 +101,32 @@ def config_of(count: int) -> dict[str, Any]:
     return config
 
 
-def test_a_lost_node_costs_only_the_streams_of_its_replica(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["default", "production"])
+def test_a_lost_node_costs_only_the_streams_of_its_replica(name: str, tmp_path: Path) -> None:
+    profile = read_serve_env(ROOT / "production.env") if name == "production" else {}
     config = config_of(1)
-    with local_cluster(config, num_cpus=2) as running, node(running) as first, node(running):
+    with (
+        local_cluster(config, num_cpus=2, profile=profile) as running,
+        node(running, profile) as first,
+        node(running, profile),
+    ):
         [model] = [each for each in config["applications"][0]["deployments"] if each["name"] == "LlavaModel"]
         model["num_replicas"] = 3
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        run_on(running, "-m", "ray.serve.scripts", "run", "--non-blocking", "--address", running.ray_address, str(file))
-        log.info("Three replicas after %.1f s", three_replicas(running))
+        deploy = ("-m", "ray.serve.scripts", "run", "--non-blocking", "--address", running.ray_address, str(file))
+        run_on(running, profile, *deploy)
+        log.info("Three replicas after %.1f s", three_replicas(running, profile))
         files = {each: each.num_fds() for each in processes_of(running, title="ServeReplica:llava:Ingress")}
 
         load = asyncio.run(fault_under_load(running.url, lambda: lose(first), BACK_S))
-        log.info("default, node: %s", load)
+        log.info("%s, node: %s", name, load)
         ends = Counter(each.kind for each in load.streams)
         assert ends.keys() == {"error event", "answer"}  # those on the node, and those on the two others
         assert {each.kind for each in (*load.others, *load.later)} <= {"answer", "refused"}
 
-        with node(running):
-            log.info("Three replicas again %.1f s after a new node's start", three_replicas(running))
+        with node(running, profile):
+            log.info("Three replicas again %.1f s after a new node's start", three_replicas(running, profile))
             for _ in range(10):  # of one replica or another
                 rest = remaining(running.url)
                 assert (rest["sequences"], rest["blocks"]) == (0, 0)

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from ray.serve import Application
 
 from deployments.app import DEPLOYMENTS, AppArgs, build_app
+from deployments.router import most_requests
 from deployments.tools.check_config import check
+from llava_serve.app_options import ENGINE_VARIABLE
 from llava_serve.config import BATCH_SHARE
 from support.paths import CONFIG
 
@@ -62,8 +64,7 @@ def test_the_bounds_let_the_application_refuse_itself(config: Config) -> None:
     assert engine["max_ongoing_requests"] > queue * (1 + BATCH_SHARE)
     # A replica gets few batches in advance, and one of online requests beside all the batch work that it takes.
     batch = args.engine.max_num_seqs
-    most = engine["request_router_config"]["request_router_kwargs"]["max_per_replica"]
-    assert batch + int(queue * BATCH_SHARE) <= most < 4 * batch
+    assert batch + int(queue * BATCH_SHARE) == most_requests(args.engine) < 4 * batch
     assert config["http_options"]["request_timeout_s"] > args.api.max_timeout_s
     for name in ("Ingress", "LlavaModel"):
         assert deployment(config, name)["graceful_shutdown_timeout_s"] > args.api.max_timeout_s
@@ -142,6 +143,38 @@ def test_a_wrong_value_is_refused_where_serve_takes_any_dict(config: Config) -> 
     first, second = check(config, cpus=2)
     assert first.startswith("applications[0].deployments[1].autoscaling_config.max_replicas: ")
     assert second.startswith("applications[0].deployments[2].request_router_config.max_backoff_s: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "routing", "sentence"),
+    [
+        (
+            {},
+            {"max_per_replica": 31},
+            "request_router_config.request_router_kwargs.max_per_replica: 31; a replica's batch has 32: leave it out, "
+            "and each replica says what it takes",
+        ),
+        (
+            {"max_ongoing_requests": 112},
+            {},
+            "max_ongoing_requests: 112; a replica gets 112 requests, and beside them health checks and aborts would "
+            "wait: set more",
+        ),
+        (
+            {"ray_actor_options": {"runtime_env": {"env_vars": {ENGINE_VARIABLE: '{"max_num_seqs": 200}'}}}},
+            {},
+            "max_ongoing_requests: 256; a replica gets 400 requests, and beside them health checks and aborts would "
+            "wait: set more",
+        ),
+    ],
+)
+def test_a_replica_gets_requests_for_its_batch_and_has_room_for_other_calls(
+    config: Config, changes: Config, routing: Config, sentence: str
+) -> None:
+    model = deployment(config, "LlavaModel")
+    model.update(changes)
+    model["request_router_config"]["request_router_kwargs"].update(routing)
+    assert check(config) == [f"applications[0].deployments[2].{sentence}"]
 
 
 @pytest.mark.parametrize("seconds", [0, -1, "fast", None])

@@ -18,11 +18,13 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from deployments.router import most_requests
 from deployments.tools import config
 from deployments.tools.check_config import check
 from deployments.tools.kubernetes import CHANGES, FOLDERS, PATCH, WHEEL, changed, main
 from deployments.tools.serve_env import read_serve_env
 from llava_serve import __version__
+from llava_serve.config import EngineOptions
 from support.kubernetes import COMPONENTS, K8S, WHOLE, Object, overlay, pod_templates, ray_groups, ray_service, rendered
 from support.kubernetes import serve_config as serve_config_of
 from support.paths import CONFIG, ROOT
@@ -226,14 +228,12 @@ def test_a_gateway_moves_no_more_requests_than_there_is_capacity() -> None:
 def test_the_tiers_grow_by_their_work_and_no_replica_gets_many_batches() -> None:
     for each in (yaml.safe_load(CONFIG.read_text()), serve_config_of("overlays/gpu")):
         [application] = each["applications"]
-        batch = application["args"]["engine"]["max_num_seqs"]
         tiers = {each["name"]: each for each in application["deployments"]}
         for name in ("ImagePreprocessor", "LlavaModel"):
             function = tiers[name]["autoscaling_config"]["policy"]["policy_function"]
             assert function == application["import_path"].replace("app:build_app", "autoscaling:WorkPolicy")
-        routing = tiers["LlavaModel"]["request_router_config"]["request_router_kwargs"]
-        queue = batch + application["args"]["engine"]["max_waiting"]
-        assert routing["max_per_replica"] == batch + queue / 2
+        engine = EngineOptions(**application["args"]["engine"])
+        assert most_requests(engine) < min(4 * engine.max_num_seqs, tiers["LlavaModel"]["max_ongoing_requests"])
 
 
 def validate(each: Object) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
-from ray.serve.request_router import PendingRequest, ReplicaID
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata, RunningReplicaInfo
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from deployments import router
-from deployments.router import Affinity, AffinityRouter
+from deployments.router import MOST_REQUESTS, Affinity, AffinityRouter, most_requests
+from llava_serve.config import EngineOptions
 from llava_serve.types import PreparedPrompt
 
 SLACK = 4
@@ -138,3 +140,29 @@ async def test_a_burst_counts_before_the_replicas_reply() -> None:
     for left in (2, 1, 0, 0):
         router.on_request_completed(replica, "any")
         assert router.load(replica) == left
+
+
+def with_metadata(**metadata: int) -> RunningReplica:
+    """A replica of which nothing but its metadata is known."""
+    replica = RunningReplica.__new__(RunningReplica)
+    replica._replica_info = RunningReplicaInfo(
+        ReplicaID("one", DeploymentID("LlavaModel", "llava")), None, None, None, "one", 256, replica_metadata=metadata
+    )
+    return replica
+
+
+@pytest.mark.parametrize(
+    ("engine", "most"),
+    [
+        (EngineOptions(max_num_seqs=32, max_waiting=128), 32 + 80),
+        (EngineOptions(max_num_seqs=64, max_waiting=128), 64 + 96),
+        (EngineOptions(max_num_seqs=64, max_waiting=0), 64 + 64),
+    ],
+)
+async def test_a_replica_gets_what_its_own_engine_has_a_use_for(engine: EngineOptions, most: int) -> None:
+    router = AffinityRouter(DeploymentID("LlavaModel", "llava"), DeploymentHandleSource.REPLICA)
+    router.initialize_state(slack=SLACK)
+    assert router.most(with_metadata(**{MOST_REQUESTS: most_requests(engine)})) == most
+    assert router.most(with_metadata()) == sys.maxsize  # of another release
+    router.initialize_state(slack=SLACK, max_per_replica=7)
+    assert router.most(with_metadata(**{MOST_REQUESTS: most_requests(engine)})) == 7

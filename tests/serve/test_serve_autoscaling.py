@@ -10,6 +10,7 @@ import io
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from deployments.tools.local_cluster import LocalCluster, free_port, local_clust
 from support.cluster import replicas
 from support.demo import data_url
 from support.paths import CONFIG
+from support.rollout import deploy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -122,3 +124,22 @@ async def test_replicas_follow_the_load_up_and_down_and_no_request_fails() -> No
             await clients.stop()
             down = await wait_for(1, running, clients.light_load)
             log.info("Two replicas after %s s, one after %s s; %d answers.", up, down, clients.answers)
+
+
+async def test_the_tiers_follow_the_capacity_that_an_upgrade_gives_them(tmp_path: Path) -> None:
+    """KubeRay moves a service from one cluster to another by Serve's `target_capacity`, in percent."""
+    config = read_config(CONFIG, port=free_port())
+    for deployment in config["applications"][0]["deployments"]:
+        deployment["ray_actor_options"]["num_cpus"] = 0.25
+        deployment["graceful_shutdown_timeout_s"] = 5
+        if "autoscaling_config" in deployment:
+            deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
+        else:
+            deployment["num_replicas"] = 2
+    with local_cluster(config | {"target_capacity": 50}, num_cpus=2) as running:
+        assert [len(replicas(name, running)) for name in ("Ingress", *TIERS)] == [1, 1, 1]
+        for percent, wanted in ((100, 2), (0, 0), (50, 1)):
+            deploy(config | {"target_capacity": percent}, running.ray_address, tmp_path / "config.yaml")
+            await wait_for(wanted, running, lambda: asyncio.sleep(0.5))
+        async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=8, timeout=600) as client:
+            await Clients(client).ask("What is this?", photo=True)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -131,7 +132,7 @@ def serve(*flags: object, env: dict[str, str] | None = None) -> subprocess.Popen
         if line.startswith("Serving on"):
             break
     stages = [line.strip() for line in printed if line.startswith("  ")]
-    assert stages[0] == "Ray runs; Serve starts"
+    assert "Ray runs; Serve starts" in stages
     assert any(line.startswith("starting: ") for line in stages)
     assert any(line.startswith("The model is on ") for line in printed)
     [metrics] = [re.findall(r"http://\S+", line) for line in printed if line.startswith("Metrics: ")]
@@ -142,26 +143,49 @@ def serve(*flags: object, env: dict[str, str] | None = None) -> subprocess.Popen
     return process
 
 
-def test_serve_ends_normally_at_an_interrupt() -> None:
-    process = serve()
+def test_serve_ends_normally_at_an_interrupt_and_may_log_to_its_own_output() -> None:
+    process = serve("--log", "-")
     below = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in child.name() for child in below)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
+    assert "Draining: new requests are refused, and requests in flight are finished." in printed  # by Ray's process
     _, alive = psutil.wait_procs(below, timeout=20)
     assert not alive
 
 
-def test_rays_own_commands_work_beside_the_dashboard_and_the_log_is_kept(tmp_path: Path) -> None:
+def test_rays_own_commands_work_with_what_is_printed_and_the_log_is_kept(
+    tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "PYTHONPATH": str(ROOT)}
-    port, log = free_port(), tmp_path / "serve.log"
-    process = serve("--dashboard", port, "--log", log, env=env)
-    status = [sys.executable, "-m", "ray.serve.scripts", "status", "-a", f"http://127.0.0.1:{port}"]
-    done = subprocess.run(status, env=env, capture_output=True, text=True, check=False, timeout=120)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert yaml.safe_load(done.stdout)["applications"]["llava"]["status"] == "RUNNING", done.stderr
+    port, changed, log = free_port(), tmp_path / "changed.yaml", tmp_path / "serve.log"
+    config = read_config(CONFIG, port=port)
+    config["applications"][0]["deployments"][0]["user_config"] = {"aliases": ["another"]}
+    changed.write_text(yaml.safe_dump(config))
+
+    def run(module: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    process = serve("--port", port, "--dashboard", free_port(), "--log", log, env=env)
+    try:
+        assert process.stdout is not None
+        printed = ""
+        while "RAY_ADDRESS=" not in printed:
+            printed += process.stdout.readline()
+        [dashboard] = re.findall("Ray's dashboard: ([^;]+);", printed)
+        env["RAY_ADDRESS"] = printed.split("RAY_ADDRESS=")[1].split()[0]
+        assert "1.75/" in run("ray.scripts.scripts", "status")  # CPUs that the replicas have
+        run("ray.serve.scripts", "deploy", "-a", dashboard, str(changed))
+        wait_until(lambda: "another" in httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).text)
+        status = yaml.safe_load(run("ray.serve.scripts", "status", "-a", dashboard))
+        assert status["applications"]["llava"]["status"] == "RUNNING"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
     assert process.returncode == 0
     assert "LlavaModel" in log.read_text("utf-8")
 

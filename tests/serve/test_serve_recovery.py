@@ -70,7 +70,7 @@ def test_a_model_replica_that_hangs_is_killed_in_the_production_profile() -> Non
     with local_cluster(read_config(CONFIG, port=free_port()), num_cpus=2, profile=profile) as running:
         [hung] = replicas("LlavaModel", running)
         hung.suspend()
-        assert psutil.wait_procs([hung], timeout=60)[1] == []  # three health checks of ten seconds
+        assert psutil.wait_procs([hung], timeout=60)[1] == []  # three health checks
         answer = httpx.post(
             f"{running.url}/v1/chat/completions",
             json={"model": "builtin", "messages": question("Hello"), "max_tokens": 2},

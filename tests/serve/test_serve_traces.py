@@ -29,6 +29,8 @@ CALLS = {
     "first_chunk": ("LlavaModel", ("engine_queue", "vision", "prefill", "engine_decode")),
 }
 TIERS = ("Ingress", "ImagePreprocessor", "LlavaModel")
+OWN_LINES = {"ImagePreprocessor": "builtin: template", "LlavaModel": "builtin is on cpu in float32."}
+"""Which the library itself logs while a replica starts."""
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,9 @@ def test_the_logs_of_all_tiers_are_json_with_the_requests_id_and_nothing_of_what
     [refused] = [line for line in lines("Ingress", "bad-one") if "outcome" in line]
     assert (refused["outcome"], refused["reason"], refused["levelname"]) == ("refused", "invalid_image", "INFO")
     assert any("400 invalid_image" in line["message"] for line in lines("ImagePreprocessor", "bad-one"))
+    for tier, own in OWN_LINES.items():
+        messages = [json.loads(line)["message"] for line in replica_logs(traced, tier).splitlines()]
+        assert sum(own in message for message in messages) == 1
     said = good.json()["choices"][0]["message"]["content"]
     time.sleep(1)  # for what might be written late
     logs = "".join(replica_logs(traced, tier) for tier in TIERS) + traced.log.read_text("utf-8")

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,11 @@ class NoTier:
         return self
 
 
-@pytest.fixture
-def ingress() -> Iterator[Callable[..., Any]]:
-    """Makes one. It changes where the library logs, as in a replica."""
-    logger = logging.getLogger("llava_serve")
-    handlers, level = logger.handlers[:], logger.level
-    yield lambda **options: Ingress("builtin", ApiOptions(**options), NoTier(), NoTier())
-    logger.handlers[:], logger.propagate = handlers, True
-    logger.setLevel(level)
+def ingress(**options: Any) -> Ingress:
+    return Ingress("builtin", ApiOptions(**options), NoTier(), NoTier())
 
 
-async def test_the_ingress_changes_its_keys_limits_and_names(ingress: Callable[..., Any], tmp_path: Path) -> None:
+async def test_the_ingress_changes_its_keys_limits_and_names(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("web:sesame\n")
     subject = ingress(aliases=["old"], max_in_flight=1)
@@ -116,7 +109,7 @@ async def test_the_model_tier_changes_its_queue() -> None:
     assert model._llm._loop.engine.validator.max_sequences == 12
 
 
-async def test_a_replica_does_not_start_with_other_options_than_the_config_says(ingress: Callable[..., Any]) -> None:
+async def test_a_replica_does_not_start_with_other_options_than_the_config_says() -> None:
     with pytest.raises(RequestError, match="max_in_flite cannot change while the application runs; these can: alias"):
         await ingress().reconfigure({"max_in_flite": 3}, RANK)
 

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import httpx
 import numpy as np
 import psutil
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.tools.local_cluster import LocalCluster
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 
 HUNG_S = 240.0
 """Longer than anything may take on a busy machine: a request without an end by then is a fault."""
-LONG = 800
+LONG = 1500
 """Tokens of a stream that a fault meets in its middle."""
 SHM = "/dev/shm"
 
@@ -138,14 +140,15 @@ class Load:
 
 async def fault_under_load(url: str, fault: Any, bound_s: float) -> Load:
     """Runs 8 streams and 6 other requests, causes the fault in their middle, and asks until an answer is right."""
+    pictures = [large_picture(number) for number in range(3)] + [DEMO_IMAGE.read_bytes()] * 3
     async with Asker(url) as asker:
         begun = [asyncio.Event() for _ in range(8)]
         streams = [asyncio.create_task(asker.stream(each)) for each in begun]
         async with asyncio.timeout(HUNG_S):
             await asyncio.gather(*(each.wait() for each in begun))
-        pictures = [large_picture(number) for number in range(3)] + [DEMO_IMAGE.read_bytes()] * 3
         others = [asyncio.create_task(asker.ask(each, max_tokens=60)) for each in pictures]
         await asyncio.sleep(0.3)
+        assert not any(each.done() for each in streams), "the streams ended before the fault"
         start = time.monotonic()
         await asyncio.to_thread(fault)
         later: list[Outcome] = []
@@ -185,14 +188,17 @@ class Holdings:
         processes: how many of each kind.
         files: descriptors by process.
         shared_memory: names in /dev/shm that no living process has mapped.
+        objects: in Ray's object store, as its agent last said; it says so every ten seconds.
     """
 
     processes: Counter[str]
     files: dict[int, int]
     shared_memory: set[str]
+    objects: int
 
     def left_by(self, after: Holdings) -> str:
-        """What there is more of afterwards; empty if there is nothing. A few descriptors are connections in use."""
+        """What there is more of afterwards; empty if there is nothing. A few descriptors are connections in use, and
+        Serve's controller keeps an object for a replica that it has started."""
         more = {
             "processes": after.processes - self.processes,
             "files": {
@@ -201,6 +207,7 @@ class Holdings:
                 if count > self.files.get(pid, count) + 15
             },
             "shared memory": after.shared_memory - self.shared_memory,
+            "objects": after.objects if after.objects > self.objects + 2 else 0,
         }
         return "; ".join(f"{name}: {what}" for name, what in more.items() if what)
 
@@ -217,7 +224,13 @@ def holdings(running: LocalCluster) -> Holdings:
             command = " ".join(each.cmdline())
             kinds.update(kind for kind in KINDS if kind in command)
             files[each.pid] = each.num_fds()
-    return Holdings(kinds, files, _unmapped())
+    return Holdings(kinds, files, _unmapped(), _objects(running))
+
+
+def _objects(running: LocalCluster) -> int:
+    families = text_string_to_metric_families(httpx.get(running.metrics_url, timeout=60).text)
+    samples = [sample for family in families for sample in family.samples]
+    return int(sum(each.value for each in samples if each.name == "ray_object_store_num_local_objects"))
 
 
 def _unmapped() -> set[str]:
