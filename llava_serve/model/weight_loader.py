@@ -182,6 +182,8 @@ def check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: se
         advice = "The weights are quantized already, by AWQ or GPTQ: take the original ones, and --load-4bit."
     elif missing and (step := training_step(spec.base or spec.path)):
         advice = f"DeepSpeed's {step} holds all of them in parts: make the weights with its zero_to_fp32.py."
+    elif missing == ["language_model.lm_head.weight"] and not surplus:
+        advice = "If its head is its embeddings, as in small models, set tie_word_embeddings in config.json to true."
     elif spec.adapter is not None:
         advice = "Name the base that it was trained on with model_base (--model-base); "
         advice += f"{spec.base} is another, or incomplete."
