@@ -95,7 +95,7 @@ class Llava(nn.Module):
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
         tensors, text_config = fit_vocabulary(spec, tensors)
-        if spec.layout == "transformers":
+        if spec.layout == "transformers" or spec.adapter == "lora":
             untie_other_head(tensors, text_config)
         model = cls._on_meta(spec, text_config)
         if quantization is not None:

@@ -202,8 +202,8 @@ def _report_other_head(stored: dict[str, StoredTensor], tied: set[str]) -> None:
 
 
 def untie_other_head(stored: dict[str, StoredTensor], text_config: Any) -> None:
-    """Unties the head of a language model where the files hold another one than its embeddings, as transformers does,
-    and warns of it."""
+    """Unties the head of a language model where the files hold another one than its embeddings, as transformers and
+    PEFT do, and warns of it."""
     head = stored.get("language_model.lm_head.weight")
     if text_config.tie_word_embeddings and head is not None and _differs_from_embeddings(head, stored):
         _log.warning("%s differs from the embeddings and is used, though config.json ties them.", _described(head))
