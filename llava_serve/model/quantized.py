@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_serve.checkpoints.files import weight_files
 from llava_serve.checkpoints.spec import CheckpointSpec
@@ -26,6 +26,20 @@ _PACKAGES = {
     "gptq": ("optimum", "gptqmodel"),
 }
 """The modules that transformers' quantizers import."""
+_KEPT = {
+    "bitsandbytes": ("llm_int8_skip_modules", ("weight.absmax", "SCB")),
+    "compressed-tensors": ("ignore", ("weight_scale",)),
+}
+"""Where a quantizer's settings list the modules that it leaves as they are, and the tensors that only the others have."""
+_HEAD = "language_model.lm_head"
+_NAMES = (
+    ("language_model.model.", "model.language_model."),
+    (_HEAD, "lm_head"),
+    ("projector.0", "model.multi_modal_projector.linear_1"),
+    ("projector.2", "model.multi_modal_projector.linear_2"),
+    ("vision_tower.", "model.vision_tower."),
+)
+"""How our names of modules begin, and transformers'."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SIZES = {"I64": 8, "I32": 4, "I16": 2}
 """Names of types in safetensors: of floating-point numbers that become the model's, and bytes of others, else one."""
@@ -115,6 +129,7 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
     try:
         whole, report = AutoModelForImageTextToText.from_pretrained(
             spec.path,
+            config=_config(spec, quantization.method),
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -137,6 +152,29 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
     if quantization.method == "compressed-tensors":
         _remove_dispatch(whole)
     return whole
+
+
+def _config(spec: CheckpointSpec, method: str) -> Any:
+    """The config, with the modules that are plain in the files: its own list has the names that they had in the release
+    that wrote it."""
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True)
+    if method in _KEPT:
+        key, marks = _KEPT[method]
+        stored = stored_tensors(spec)
+        layers = {name.removesuffix(".weight") for name, tensor in stored.items() if _is_layer(name, tensor.shape)}
+        plain = {name for name in layers if not any(f"{name}.{mark}" in stored for mark in marks)}
+        plain |= {_HEAD} - layers  # a tied one is in no file
+        config.quantization_config[key] = sorted(map(_transformers_name, plain))
+    return config
+
+
+def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def _transformers_name(ours: str) -> str:
+    start, theirs = next((each for each in _NAMES if ours.startswith(each[0])), ("", ""))
+    return theirs + ours.removeprefix(start)
 
 
 def _needs(modules: Iterable[str], spec: CheckpointSpec) -> CheckpointError:
