@@ -30,7 +30,8 @@ _KEPT = {
     "bitsandbytes": ("llm_int8_skip_modules", ("weight.absmax", "SCB")),
     "compressed-tensors": ("ignore", ("weight_scale",)),
 }
-"""Where a quantizer's settings list the modules that it leaves as they are, and the tensors that only the others have."""
+"""Where a quantizer's settings list the modules that it leaves as they are, and the tensors which only the others
+have."""
 _HEAD = "language_model.lm_head"
 _NAMES = (
     ("language_model.model.", "model.language_model."),
@@ -155,21 +156,25 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
 
 
 def _config(spec: CheckpointSpec, method: str) -> Any:
-    """The config, with the modules that are plain in the files: its own list has the names that they had in the release
+    """The config, with the layers that are plain in the files: its own list has the names that they had in the release
     that wrote it."""
     config = AutoConfig.from_pretrained(spec.path, local_files_only=True)
-    if method in _KEPT:
-        key, marks = _KEPT[method]
-        stored = stored_tensors(spec)
-        layers = {name.removesuffix(".weight") for name, tensor in stored.items() if _is_layer(name, tensor.shape)}
-        plain = {name for name in layers if not any(f"{name}.{mark}" in stored for mark in marks)}
-        plain |= {_HEAD} - layers  # a tied one is in no file
+    if method not in _KEPT:
+        return config
+    key, marks = _KEPT[method]
+    stored = stored_tensors(spec)
+    files: dict[Path, Any] = {file: safe_open(file, "pt") for file in {tensor.file for tensor in stored.values()}}
+    layers = {
+        name.removesuffix(".weight"): files[tensor.file].get_slice(tensor.name).get_dtype() in _FLOATS
+        for name, tensor in stored.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    }
+    quantized = {name for name in layers if any(f"{name}.{mark}" in stored for mark in marks)}
+    plain = {name for name, has_floats in layers.items() if has_floats and name not in quantized}
+    if quantized:
+        plain |= {_HEAD} - layers.keys()  # a tied one is in no file
         config.quantization_config[key] = sorted(map(_transformers_name, plain))
     return config
-
-
-def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
-    return name.endswith(".weight") and len(shape) == 2
 
 
 def _transformers_name(ours: str) -> str:
