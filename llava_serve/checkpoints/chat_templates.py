@@ -8,15 +8,13 @@ from typing import Any
 
 from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import control_tokens
+from llava_serve.checkpoints.tokenizer_files import control_tokens, named_tokens
 from llava_serve.errors import CheckpointError
 from llava_serve.prompts.chat_probe import Judgement, judge
 from llava_serve.prompts.chat_template import ChatTemplate
 from llava_serve.prompts.templates import TEMPLATES
 
 _DEFAULT = "default"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The tokens that transformers gives a template by name."""
 
 
 def read_chat_template(folder: Path, tokenizer: TokenizerSpec, conv_mode: str | None) -> Judgement | None:
@@ -41,7 +39,7 @@ def _judged(text: str, tokenizer: TokenizerSpec) -> Judgement | None:
         text,
         controls=control_tokens(tokenizer),
         image_token=tokenizer.image_token or "<image>",
-        special_tokens=_special_tokens(tokenizer.folder),
+        special_tokens=named_tokens(tokenizer.folder),
     )
     return judge(template)
 
@@ -67,7 +65,7 @@ def none_is_default(templates: Mapping[str, str]) -> str | None:
 
 def writes_chat_tokens(template: str, tokenizer: TokenizerSpec) -> bool:
     """Whether a template writes tokens that are in the vocabulary for it: not only those that begin or end a text."""
-    tokens = {*control_tokens(tokenizer)} - {*_special_tokens(tokenizer.folder).values()}
+    tokens = {*control_tokens(tokenizer)} - {*named_tokens(tokenizer.folder).values()}
     return any(token in template for token in tokens)
 
 
@@ -84,12 +82,3 @@ def _by_name(written: Any) -> dict[str, str]:
     if not isinstance(written, dict):
         written = {} if written is None else {_DEFAULT: written}
     return {str(name): str(template) for name, template in written.items()}
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    config = read_json(folder, "special_tokens_map.json", optional=True)
-    config |= read_json(folder, "tokenizer_config.json", optional=True)
-    values = ((name, config.get(name)) for name in _SPECIAL)
-    return {
-        name: value["content"] if isinstance(value, dict) else str(value) for name, value in values if value is not None
-    }

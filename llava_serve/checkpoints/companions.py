@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_serve.checkpoints.families import is_llava_next
 from llava_serve.checkpoints.files import weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.spec import Adapter
@@ -29,7 +30,7 @@ def find_tower(
         weights: as `open_checkpoint` has it.
 
     Returns:
-        The folder with its description; whether its weights are those in the checkpoint; and what is not used.
+        The folder with its description; whether its weights are those in the checkpoint; and notes on the choice.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -39,19 +40,25 @@ def find_tower(
     count = sum(name.startswith("vision_tower.") for name in ours)
     held = count if count or (names and base is None) else None  # None is unknown: an adapter may hold one, too
     trained, chosen = _was_trained(config), options.vision_tower_weights
+    belongs = trained or is_llava_next(config)  # which saves its tower, and loads what is there
     if held == 0 and chosen == "checkpoint":
         raise CheckpointError(
             f"{folder} holds no vision tower; leave vision_tower_weights (--vision-tower-weights) out."
         )
-    inside = held != 0 and (trained if chosen is None else chosen == "checkpoint")
+    inside = held != 0 and (belongs if chosen is None else chosen == "checkpoint")
     needs_weights = weights and not (inside and held)
     tower = _folder(folder, config, options.vision_tower, weights=needs_weights, may_be_known=inside)
     notes: tuple[str, ...] = ()
     if held and not inside:
-        why = "vision_tower_weights is folder" if trained else "config.json does not say that it was trained"
+        why = "vision_tower_weights is folder" if chosen else "config.json does not say that it was trained"
         notes = (
             f"The checkpoint holds a vision tower ({held} tensors), which is not used: {why}. The weights are those in "
             f"{tower}; --vision-tower-weights checkpoint takes the checkpoint's.",
+        )
+    elif held and not trained and chosen is None:
+        notes = (
+            f"The vision tower is the checkpoint's ({held} tensors), as LLaVA-NeXT has it, though config.json does not "
+            f"say that it was trained; --vision-tower-weights folder takes the weights in {tower}.",
         )
     elif held == 0 and trained and chosen is None:
         notes = (f"config.json says that the vision tower was trained, but the checkpoint holds none: it is {tower}.",)

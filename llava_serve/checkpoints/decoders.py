@@ -14,17 +14,18 @@ class Defaults(NamedTuple):
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
+    tied: bool = False
 
 
 DECODERS = {
     "apertus": Defaults(131_072, 65_536, (2,)),
     "arcee": Defaults(32_000, 4_096, (128001,)),
     "bitnet": Defaults(128_256, 2_048, (128001,)),
-    "cohere": Defaults(256_000, 8_192, (255001,)),
-    "cohere2": Defaults(256_000, 8_192, (255001,)),
+    "cohere": Defaults(256_000, 8_192, (255001,), tied=True),
+    "cohere2": Defaults(256_000, 8_192, (255001,), tied=True),
     "exaone4": Defaults(102_400, 2_048, (2,)),
-    "gemma": Defaults(256_000, 8_192, (1,)),
-    "gemma3_text": Defaults(262_208, 131_072, (1,)),
+    "gemma": Defaults(256_000, 8_192, (1,), tied=True),
+    "gemma3_text": Defaults(262_208, 131_072, (1,), tied=True),
     "glm": Defaults(151_552, 131_072, (151329, 151336, 151338)),
     "glm4": Defaults(151_552, 131_072, (151329, 151336, 151338)),
     "granite": Defaults(32_000, 2_048, (2,)),
@@ -34,7 +35,7 @@ DECODERS = {
     "ministral3": Defaults(131_072, 262_144, (2,)),
     "mistral": Defaults(32_000, 131_072, (2,)),
     "mixtral": Defaults(32_000, 131_072, (2,)),
-    "mpt": Defaults(50_368, 2_048, ()),
+    "mpt": Defaults(50_368, 2_048, (), tied=True),
     "olmo2": Defaults(50_304, 2_048, (50279,)),
     "olmo3": Defaults(50_304, 2_048, (50279,)),
     "phi": Defaults(51_200, 2_048, (2,)),
@@ -44,8 +45,8 @@ DECODERS = {
     "qwen3": Defaults(151_936, 32_768, ()),
     "qwen3_moe": Defaults(151_936, 32_768, ()),
     "seed_oss": Defaults(155_136, 524_288, (2,)),
-    "smollm3": Defaults(128_256, 32_768, (128001,)),
-    "starcoder2": Defaults(49_152, 4_096, (50256,)),
+    "smollm3": Defaults(128_256, 32_768, (128001,), tied=True),
+    "starcoder2": Defaults(49_152, 4_096, (50256,), tied=True),
 }
 """`model_type` of the language models whose steps the tests compare with transformers' own forward pass. Another one
 may differ without an error: its attention is bounded or has sinks, or there are states beside the keys and values."""

@@ -45,7 +45,6 @@ class Family:
         canvases: as (height, width); empty makes one tile of an image.
         max_grid_tiles: as `ImageProcessing` has it, if the file has no `vision_aspect_ratio`; None knows no such key.
         one_tile_of_several: each of several images of a request is one padded tile with a newline.
-        inner_tie: the language model's own config may tie the head to the embeddings; else only the outer one does.
         has_projector_norm: a LayerNorm comes before the projector.
     """
 
@@ -58,15 +57,14 @@ class Family:
     canvases: tuple[tuple[int, int], ...] = ()
     max_grid_tiles: int | None = None
     one_tile_of_several: bool = False
-    inner_tie: bool = False
     has_projector_norm: bool = False
 
 
 FAMILIES = {
-    "llava": Family("LLaVA-1.5", inner_tie=True),
+    "llava": Family("LLaVA-1.5"),
     "vipllava": Family("ViP-LLaVA", select_layers=(-2, -5, -8, -11, 6), has_projector_norm=True),
     "llava_next": Family("LLaVA-NeXT", canvases=_NEXT_CANVASES),
-    "llava_next_video": Family("LLaVA-NeXT-Video", canvases=_NEXT_CANVASES, image_token_id=32001, inner_tie=True),
+    "llava_next_video": Family("LLaVA-NeXT-Video", canvases=_NEXT_CANVASES, image_token_id=32001),
     "llava_onevision": Family(
         "LLaVA-OneVision",
         text_type="qwen2",
@@ -77,7 +75,6 @@ FAMILIES = {
         canvases=_ONEVISION_CANVASES,
         max_grid_tiles=9,
         one_tile_of_several=True,
-        inner_tie=True,
     ),
 }
 """By `model_type`."""
@@ -174,6 +171,15 @@ _ORIGINAL_TYPES = {
     "share4v": "llama",
 }
 """What `model_type` means where none of the classes is known."""
+
+
+_NEXT_KEYS = ("mm_tunable_parts", "mm_newline_position", "vision_tower_pretrained")
+
+
+def is_llava_next(config: Mapping[str, Any]) -> bool:
+    """Whether LLaVA-NeXT's code trained a checkpoint in the original's layout: its keys, or a language model that the
+    original's code does not have."""
+    return any(key in config for key in _NEXT_KEYS) or original_decoder(config) not in ("llama", "mistral", "mpt")
 
 
 def original_decoder(config: Mapping[str, Any]) -> str:

@@ -14,11 +14,11 @@ from llava_serve.checkpoints.files import no_weights, read_json, weight_files
 from llava_serve.checkpoints.model_name import name_for_templates
 from llava_serve.checkpoints.original import token_ids
 from llava_serve.checkpoints.spec import GRID_LIMIT, Aspect, CheckpointSpec, ImageProcessing, TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, read_tokenizer
+from llava_serve.checkpoints.tokenizer_files import has_token, load_fast, named_tokens, read_tokenizer
 from llava_serve.checkpoints.towers import TOWERS, image_processing, tower_config
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import CHAT_TEMPLATE, Choice, Content, choose_template
+from llava_serve.prompts.templates import CHAT_TEMPLATE, Choice, Content, choose_template, note_on_guess
 
 
 def read_hf(
@@ -45,6 +45,7 @@ def read_hf(
         has_headers=has_token(tokenizer, "<|start_header_id|>"),
     )
     choice = choose_template(name_for_templates(name), content)
+    guess = None if judged or options.conv_mode else note_on_guess(choice, content)
     if judged is not None:
         choice = Choice(CHAT_TEMPLATE, "the checkpoint has a chat template")
     generation = read_json(folder, "generation_config.json", optional=True)
@@ -78,7 +79,7 @@ def read_hf(
         notes=tuple(
             note
             for note in (
-                choice.contradiction,
+                choice.contradiction or guess,
                 *(judged.notes if judged else ()),
                 unused_adapter(folder, None),
                 unused_shards(folder, weights),
@@ -114,9 +115,12 @@ def _text_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
     if text["model_type"] == "mpt":
         raise CheckpointError(f"config.json: a {family.name} on MPT is supported in the original's layout only.")
     refuse_unsupported_text(text, family.name)
-    inner = family.inner_tie and bool(text.get("tie_word_embeddings"))
-    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) or inner
-    text["vocab_size"] = text.get("vocab_size") or DECODERS[text["model_type"]].vocab_size
+    defaults = DECODERS[text["model_type"]]
+    # Which of the two configs decides depends on transformers' class and release. A file has no head where it was tied;
+    # another head in it counts (`untie_other_head`).
+    inner = text.get("tie_word_embeddings", defaults.tied)
+    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or inner)
+    text["vocab_size"] = text.get("vocab_size") or defaults.vocab_size
     return {key: value for key, value in text.items() if key not in UNUSED_KEYS}
 
 
@@ -200,8 +204,8 @@ def _max_grid_tiles(config: dict[str, Any], family: Family) -> int | None:
 
 def _tokenizer(folder: Path, config: dict[str, Any], family: Family) -> TokenizerSpec:
     processor = read_json(folder, "processor_config.json", optional=True)
-    settings = read_json(folder, "tokenizer_config.json", optional=True)
-    image_token = str(processor.get("image_token") or settings.get("image_token") or "<image>")
+    # transformers asks the tokenizer first.
+    image_token = str(named_tokens(folder).get("image_token") or processor.get("image_token") or "<image>")
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"tokenizer.json is missing in {folder}; save it there with transformers' AutoTokenizer.")
     found = load_fast(folder).token_to_id(image_token)

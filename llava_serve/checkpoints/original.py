@@ -16,7 +16,7 @@ from llava_serve.checkpoints.chat_templates import (
 )
 from llava_serve.checkpoints.companions import find_tower, unused_adapter, unused_shards
 from llava_serve.checkpoints.decoders import DECODERS, UNUSED_KEYS, refuse_unsupported_text
-from llava_serve.checkpoints.families import ORIGINAL_CLASSES, original_decoder
+from llava_serve.checkpoints.families import ORIGINAL_CLASSES, is_llava_next, original_decoder
 from llava_serve.checkpoints.files import first_file, no_weights, read_json, weight_files
 from llava_serve.checkpoints.folders import find_folder
 from llava_serve.checkpoints.model_name import name_for_templates
@@ -33,7 +33,7 @@ from llava_serve.checkpoints.tokenizer_files import has_token, read_tokenizer
 from llava_serve.checkpoints.towers import TOWERS, image_processing, read_vision_config
 from llava_serve.config import ModelOptions
 from llava_serve.errors import CheckpointError
-from llava_serve.prompts.templates import CHAT_TEMPLATE, Content, choose_template
+from llava_serve.prompts.templates import CHAT_TEMPLATE, Content, choose_template, note_on_guess
 
 _SUPPORTED = {
     "mm_projector_type": (r"linear|identity|mlp[1-9]\d?x_gelu", "linear, identity and mlpNx_gelu"),
@@ -104,10 +104,8 @@ def read_original(
     )
     choice = choose_template(name_for_templates(name), content)
     judged = read_chat_template(tokenizer.folder, tokenizer, options.conv_mode) if choice.key == CHAT_TEMPLATE else None
-    guess = None
-    if judged is not None and options.conv_mode is None:
-        guess = f"The template is a guess: {choice.reason}. --conv-mode chooses another."
-    elif judged is None and (fault := none_is_default(templates)):
+    guess = note_on_guess(choice, content) if options.conv_mode is None else None
+    if judged is None and (fault := none_is_default(templates)):
         guess = f"The tokenizer's chat templates {fault}: none is used."
     return CheckpointSpec(
         name=name,
@@ -232,14 +230,14 @@ def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any
     limit = GRID_LIMIT.fullmatch(written)
     aspect: Aspect = "anyres" if limit else written
     merge: Merge = config.get("mm_patch_merge_type") or "flat"
-    has_class_token = TOWERS[vision["model_type"]].class_token
-    keeps_class_token = has_class_token and config.get("mm_vision_select_feature") == "cls_patch"
+    kind = TOWERS[vision["model_type"]]
+    keeps_class_token = kind.class_token and config.get("mm_vision_select_feature") == "cls_patch"
     if aspect == "anyres" and merge != "flat" and keeps_class_token:
         raise CheckpointError(
             "config.json joins tiles in space (mm_patch_merge_type) and keeps the class token; only one is possible."
         )
-    return image_processing(
-        read_json(tower, "preprocessor_config.json"),
+    image = image_processing(
+        read_json(tower, "preprocessor_config.json") if kind.original_processor is None else kind.original_processor,
         vision,
         layout="original",
         aspect=aspect,
@@ -248,6 +246,10 @@ def _image_processing(config: dict[str, Any], tower: Path, vision: dict[str, Any
         keeps_class_token=keeps_class_token,
         max_grid_tiles=int(limit[1]) if limit else None,
     )
+    # LLaVA-NeXT joins the features of one image at a time, in training too; the original joins those of a batch, and
+    # adds a newline to grids only.
+    single = aspect != "anyres" and merge == "spatial_unpad"
+    return replace(image, newline=single and is_llava_next(config))
 
 
 def _grid_pinpoints(config: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:

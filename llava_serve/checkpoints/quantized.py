@@ -44,6 +44,11 @@ def read_quantization(
         CheckpointError: they are, in a way that is not supported, or beside an option that needs plain weights.
     """
     settings = config.get("quantization_config")
+    if config.get("quantization"):
+        raise CheckpointError(
+            f"config.json in {folder} has `quantization`: the weights are MLX's, which are not supported. Use the "
+            "original ones, and --load-4bit."
+        )
     if not settings:
         if (folder / "quant_config.json").is_file():
             raise CheckpointError(

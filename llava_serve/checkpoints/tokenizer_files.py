@@ -61,16 +61,19 @@ def load_sentencepiece(folder: Path, *, dummy_prefix: bool = True) -> sentencepi
 
 
 def load_fast(folder: Path) -> FastTokenizer:
-    """Loads `tokenizer.json`.
+    """Loads `tokenizer.json`, without what it says of cutting and filling up texts: that was for training.
 
     Raises:
         CheckpointError: damaged, or too large.
     """
     check_size(folder / "tokenizer.json")
     try:
-        return FastTokenizer.from_buffer((folder / "tokenizer.json").read_bytes().removeprefix(BOM_UTF8))
+        tokenizer = FastTokenizer.from_buffer((folder / "tokenizer.json").read_bytes().removeprefix(BOM_UTF8))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json in {folder} is damaged; download it again.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def has_token(spec: TokenizerSpec, token: str) -> bool:
@@ -138,6 +141,20 @@ def _behind_vocabulary(folder: Path) -> dict[str, bool]:
             "use tokenizer files of one checkpoint."
         )
     return {token: token in special for _, token in behind}
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """The tokens that transformers knows by name, and gives a chat template: those of every tokenizer, such as
+    `bos_token`, and a model's own, such as `image_token`."""
+    config = read_json(folder, "tokenizer_config.json", optional=True)
+    if "added_tokens_decoder" not in config:  # beside which transformers does not read the older file
+        config |= read_json(folder, "special_tokens_map.json", optional=True)
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(config.get(key), dict):
+            named |= config[key]
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
 def _special_names(config: dict[str, Any]) -> Iterator[str]:

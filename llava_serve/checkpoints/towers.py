@@ -30,6 +30,7 @@ class Tower:
         crops: its processor crops the centre, where its file does not say; else an image is squashed to a square.
         mean, std: of its processor, where its file does not say.
         original_layer: the hidden state that the original takes, whatever config.json selects; None takes that one.
+        original_processor: settings that are in the original's code; None takes those of the tower's file.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Tower:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     original_layer: int | None
+    original_processor: dict[str, Any] | None
 
 
 TOWERS = {
@@ -52,6 +54,7 @@ TOWERS = {
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
         original_layer=None,
+        original_processor=None,
     ),
     "siglip_vision_model": Tower(
         name="SigLIP",
@@ -62,6 +65,7 @@ TOWERS = {
         mean=_HALF,
         std=_HALF,
         original_layer=-2,
+        original_processor={"resample": 3},
     ),
 }
 """By the `model_type` of the tower's config."""

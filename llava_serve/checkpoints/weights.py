@@ -25,6 +25,8 @@ from llava_serve.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
+_TABLE, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
 
 def stored_tensors(spec: CheckpointSpec) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, its base and its tower, by our names; the adapter's over the base's.
@@ -89,8 +91,11 @@ def _with_adapter(tensors: dict[str, StoredTensor], spec: CheckpointSpec, rules:
     stored = read_file(path)
     shapes = {name: (tensor.shape, tensor.read) for name, tensor in stored.items()}
     adapter = read_adapter(spec.path, path, shapes, rounded=spec.layout == "original")
-    for parameter, name in adapter.saved.items():
-        tensors[our_name(parameter, rules) or ""] = stored[name]
+    saved = {our_name(parameter, rules) or "": stored[name] for parameter, name in adapter.saved.items()}
+    table = tensors.get(_TABLE)
+    if _TABLE in saved and table is not None and spec.text_config.get("tie_word_embeddings"):
+        tensors.setdefault(_HEAD, table)  # PEFT copies the table that it trains: a head tied to it stays as it was
+    tensors |= saved
     for module, (ids, name) in adapter.tokens.items():
         ours, table = _target(tensors, f"{module}.weight", rules, path, spec)
         tensors[ours] = table.replaced_at(ids, stored[name])

@@ -40,7 +40,7 @@ class Llava(nn.Module):
         vision_tower: without the layers after the last selected one.
         projector_norm: of the features before the projector; None in most models.
         projector: from tower features to the language model's hidden size.
-        image_newline: [hidden], follows each line of features in `spatial_unpad`; None elsewhere.
+        image_newline: [hidden], follows each line of features in `spatial_unpad`, or a single tile; None elsewhere.
         language_model: transformers' causal language model.
     """
 
@@ -95,7 +95,7 @@ class Llava(nn.Module):
         tensors = stored_tensors(spec)
         tensors = {name: t for name, t in tensors.items() if not _is_unused(name, spec)}
         tensors, text_config = fit_vocabulary(spec, tensors)
-        if spec.layout == "transformers":
+        if spec.layout == "transformers" or spec.adapter == "lora":
             untie_other_head(tensors, text_config)
         model = cls._on_meta(spec, text_config)
         if quantization is not None:
@@ -266,13 +266,13 @@ def selected_layers(spec: CheckpointSpec) -> tuple[int, ...]:
 
 
 def _uses_newline(spec: CheckpointSpec) -> bool:
-    """Whether a learned newline feature follows each line of an image's features."""
-    return spec.image.aspect == "anyres" and spec.image.merge == "spatial_unpad"
+    """Whether a learned newline feature follows each line of an image's features, or a single tile."""
+    return spec.image.newline or (spec.image.aspect == "anyres" and spec.image.merge == "spatial_unpad")
 
 
 def _is_unused(name: str, spec: CheckpointSpec) -> bool:
     """Tensors that a checkpoint may hold although no answer depends on them: the tower's layers after the last selected
-    one and its pooling head, and the newline feature where images are not tiled."""
+    one and its pooling head, and the newline feature where it follows nothing."""
     if name.startswith("vision_tower.head."):
         return True
     if name == "image_newline":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_serve.checkpoints.files import weight_files
 from llava_serve.checkpoints.spec import CheckpointSpec
@@ -26,6 +26,21 @@ _PACKAGES = {
     "gptq": ("optimum", "gptqmodel"),
 }
 """The modules that transformers' quantizers import."""
+_KEPT = {
+    "bitsandbytes": ("llm_int8_skip_modules", ("weight.absmax", "SCB")),
+    "compressed-tensors": ("ignore", ("weight_scale",)),
+}
+"""Where a quantizer's settings list the modules that it leaves as they are, and the tensors which only the others
+have."""
+_HEAD = "language_model.lm_head"
+_NAMES = (
+    ("language_model.model.", "model.language_model."),
+    (_HEAD, "lm_head"),
+    ("projector.0", "model.multi_modal_projector.linear_1"),
+    ("projector.2", "model.multi_modal_projector.linear_2"),
+    ("vision_tower.", "model.vision_tower."),
+)
+"""How our names of modules begin, and transformers'."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SIZES = {"I64": 8, "I32": 4, "I16": 2}
 """Names of types in safetensors: of floating-point numbers that become the model's, and bytes of others, else one."""
@@ -115,6 +130,7 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
     try:
         whole, report = AutoModelForImageTextToText.from_pretrained(
             spec.path,
+            config=_config(spec, quantization.method),
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -137,6 +153,33 @@ def _from_pretrained(spec: CheckpointSpec, device: torch.device, dtype: torch.dt
     if quantization.method == "compressed-tensors":
         _remove_dispatch(whole)
     return whole
+
+
+def _config(spec: CheckpointSpec, method: str) -> Any:
+    """The config, with the layers that are plain in the files: its own list has the names that they had in the release
+    that wrote it."""
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True)
+    if method not in _KEPT:
+        return config
+    key, marks = _KEPT[method]
+    stored = stored_tensors(spec)
+    files: dict[Path, Any] = {file: safe_open(file, "pt") for file in {tensor.file for tensor in stored.values()}}
+    layers = {
+        name.removesuffix(".weight"): files[tensor.file].get_slice(tensor.name).get_dtype() in _FLOATS
+        for name, tensor in stored.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    }
+    quantized = {name for name in layers if any(f"{name}.{mark}" in stored for mark in marks)}
+    plain = {name for name, has_floats in layers.items() if has_floats and name not in quantized}
+    if quantized:
+        plain |= {_HEAD} - layers.keys()  # a tied one is in no file
+        config.quantization_config[key] = sorted(map(_transformers_name, plain))
+    return config
+
+
+def _transformers_name(ours: str) -> str:
+    start, theirs = next((each for each in _NAMES if ours.startswith(each[0])), ("", ""))
+    return theirs + ours.removeprefix(start)
 
 
 def _needs(modules: Iterable[str], spec: CheckpointSpec) -> CheckpointError:

@@ -182,6 +182,8 @@ def check_names(wanted: Iterable[str], stored: dict[str, StoredTensor], tied: se
         advice = "The weights are quantized already, by AWQ or GPTQ: take the original ones, and --load-4bit."
     elif missing and (step := training_step(spec.base or spec.path)):
         advice = f"DeepSpeed's {step} holds all of them in parts: make the weights with its zero_to_fp32.py."
+    elif missing == ["language_model.lm_head.weight"] and not surplus:
+        advice = "If its head is its embeddings, as in small models, set tie_word_embeddings in config.json to true."
     elif spec.adapter is not None:
         advice = "Name the base that it was trained on with model_base (--model-base); "
         advice += f"{spec.base} is another, or incomplete."
@@ -200,8 +202,8 @@ def _report_other_head(stored: dict[str, StoredTensor], tied: set[str]) -> None:
 
 
 def untie_other_head(stored: dict[str, StoredTensor], text_config: Any) -> None:
-    """Unties the head of a language model where the files hold another one than its embeddings, as transformers does,
-    and warns of it."""
+    """Unties the head of a language model where the files hold another one than its embeddings, as transformers and
+    PEFT do, and warns of it."""
     head = stored.get("language_model.lm_head.weight")
     if text_config.tie_word_embeddings and head is not None and _differs_from_embeddings(head, stored):
         _log.warning("%s differs from the embeddings and is used, though config.json ties them.", _described(head))

@@ -206,7 +206,14 @@ class Content:
             return "llava_llama_2", "the tokenizer's chat template is LLaMA-2's"
         if self.start_end and not self.mlp:
             return "llava_v0", "a linear projector and image start tokens are those of the first release"
+        if self.is_guess:
+            return "llava_v1", f"there is no chat template, and none is known for {self.decoder}"
         return "llava_v1", "the projector and tokens are those of LLaVA 1.x on Vicuna"
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether nothing says what a model with such files was trained with."""
+        return self._needs_its_own() or not self.decoder.startswith(("llama", "mistral", "mpt", "qwen"))
 
     def _needs_its_own(self) -> bool:
         """Whether the tokenizer's chat template is a better guess than the original's. LLaVA-NeXT, with a grid, has a
@@ -229,6 +236,13 @@ class Choice(NamedTuple):
     key: str
     reason: str
     contradiction: str | None = None
+
+
+def note_on_guess(choice: Choice, content: Content) -> str | None:
+    """What is said of a template that is a guess; None of others."""
+    if not content.is_guess or choice.key != content.template()[0]:
+        return None
+    return f"The template is a guess: {choice.reason}. --conv-mode chooses another."
 
 
 def choose_template(name: str, content: Content) -> Choice:

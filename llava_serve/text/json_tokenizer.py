@@ -9,9 +9,8 @@ from itertools import groupby
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from llava_serve.checkpoints.files import read_json
 from llava_serve.checkpoints.spec import TokenizerSpec
-from llava_serve.checkpoints.tokenizer_files import is_word, load_fast
+from llava_serve.checkpoints.tokenizer_files import is_word, load_fast, named_tokens
 from llava_serve.prompts.conversation import Control, ImageSlot, Span, Text
 from llava_serve.text.interface import SHRINKING, Tokenizer
 from llava_serve.text.marks import cut_marks, find_marks, strip_beside
@@ -47,9 +46,7 @@ class JsonTokenizer(Tokenizer):
         )
         self._strip_right = {token.content for token in added.values() if token.rstrip}
         self._strip_left = {token.content for token in added.values() if token.lstrip}
-        config = read_json(spec.folder, "tokenizer_config.json", optional=True)
-        bos = config.get("bos_token")
-        self._bos = bos["content"] if isinstance(bos, dict) else bos
+        self._bos = named_tokens(spec.folder).get("bos_token")
 
     def token_id(self, token: str) -> int | None:
         found = self._tokenizer.token_to_id(token)

@@ -26,10 +26,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "the language model alone": {"target_modules": r".*language_model.*\.(q_proj|up_proj)"},
     "everything, rank-stabilized": {"target_modules": "all-linear", "use_rslora": True},
     "a whole projector": {"target_modules": ATTENTION, "modules_to_save": ["multi_modal_projector"]},
+    "whole embeddings": {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]},
     "whole embeddings and head": {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
     "rows of the embeddings": {"target_modules": ATTENTION, "trainable_token_indices": [5, 7, 300]},
     "rows by module": {"target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [9]}},
 }
+OVER_A_TIED_HEAD = ("whole embeddings", "whole embeddings and head", "rows of the embeddings")
 OLD_NAMES = (
     ("base_model.model.model.language_model.", "base_model.model.language_model.model."),
     ("base_model.model.lm_head.", "base_model.model.language_model.lm_head."),
@@ -76,6 +78,15 @@ def test_merged_as_peft_does(kind: str, names: str, folder_of: Any, tmp_path: Pa
     assert (spec.name, spec.adapter, spec.layout, spec.base) == ("adapter", "lora", "transformers", base)
     assert open_checkpoint(str(folder), model_base=str(base), weights=False).image == spec.image
     assert_merged(Llava.load(spec), expected, folder, base)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*tie_word_embeddings")
+@pytest.mark.parametrize("kind", OVER_A_TIED_HEAD)
+def test_merged_over_a_tied_head_as_peft_does(kind: str, folder_of: Any, tmp_path: Path) -> None:
+    """PEFT trains a copy of the embeddings: the head that they were tied to stays what it was."""
+    base, folder = folder_of("llava-1.5-full-tied"), tmp_path / "adapter"
+    expected = make_adapter(base, folder, **KINDS[kind])
+    assert_merged(Llava.load(open_checkpoint(str(folder), model_base=str(base))), expected, folder, base)
 
 
 OVER_THE_ORIGINAL: dict[str, dict[str, Any]] = {

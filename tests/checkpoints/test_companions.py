@@ -38,7 +38,8 @@ def load(folder: Path, **options: Any) -> Llava:
             "checkpoint",
             "",
         ),
-        ({"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_mlp_adapter"}, None, "folder", "does not say"),
+        ({"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_mlp_adapter"}, None, "checkpoint", "LLaVA-NeXT"),
+        ({"unfreeze_mm_vision_tower": None, "mm_tunable_parts": "mm_mlp_adapter"}, "folder", "folder", "is folder"),
         ({"unfreeze_mm_vision_tower": None}, "checkpoint", "checkpoint", ""),
         ({"unfreeze_mm_vision_tower": True}, "folder", "folder", "vision_tower_weights is folder"),
     ],
@@ -56,7 +57,8 @@ def test_which_tower_counts(
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"{llava_16.name}: {note}" for note in model.spec.notes]
     assert len(warnings) == bool(reported)
-    assert all(reported in warning and "tensors), which is not used" in warning for warning in warnings)
+    told = "tensors), which is not used" if counts == "folder" else "--vision-tower-weights folder takes the weights"
+    assert all(reported in warning and told in warning for warning in warnings)
 
 
 def test_an_unfrozen_tower_that_the_checkpoint_lacks_comes_from_its_folder(llava_15: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava_serve.checkpoints import CheckpointSpec, open_checkpoint
 from llava_serve.checkpoints.towers import TOWERS
 from llava_serve.config import ImageOptions
+from llava_serve.errors import CheckpointError
 from llava_serve.model.llava import Llava
 from llava_serve.processor import Processor
-from support.hf_reference import Reference
+from support.hf_reference import Reference, said
 from support.scenes import picture
-from support.tiny_hf import MODELS
+from support.tiny_hf import FAMILY, MODELS
 from support.variants import all_logits, edit
 
 ONE = [(200, 40)]
@@ -120,16 +123,38 @@ def test_what_a_processors_file_leaves_out_is_its_classs_default(kind: str, proc
     assert tower.crops == bool(made.do_center_crop)
 
 
-def test_the_inner_config_alone_may_tie_the_head_of_llava(folder_of: Any, tmp_path: Path) -> None:
-    name = "llava-1.5-full-tied"
+@pytest.mark.parametrize("name", ["llava-1.5-full-tied", "llava-gemma"])
+def test_the_inner_config_alone_may_tie_the_head(name: str, folder_of: Any, tmp_path: Path) -> None:
+    """Gemma's does by default, so older files do not say it."""
     folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
-    edit(folder / "config.json", tie_word_embeddings=None)
-    Reference(folder, MODELS[name])  # transformers misses no head
-    assert open_checkpoint(str(folder)).text_config["tie_word_embeddings"]
-
-
-def test_a_head_is_tied_by_the_config_that_the_class_looks_at(folder_of: Any) -> None:
-    assert open_checkpoint(str(folder_of("onevision"))).text_config["tie_word_embeddings"]
-    assert not open_checkpoint(str(folder_of("onevision-hub"))).text_config["tie_word_embeddings"]
-    tied = Llava.load(open_checkpoint(str(folder_of("interleave-hub")))).language_model
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    if name == "llava-gemma":
+        del text["tie_word_embeddings"]
+    edit(folder / "config.json", tie_word_embeddings=None, text_config=text)
+    Reference(folder, (MODELS | FAMILY)[name])  # transformers misses no head
+    tied = Llava.load(open_checkpoint(str(folder))).language_model
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("outer", [None, False])
+def test_files_without_a_head_are_those_of_a_tied_one(outer: bool | None, folder_of: Any, tmp_path: Path) -> None:
+    """Older releases looked at the inner config of LLaVA-NeXT, and wrote the outer one without a word or as false."""
+    name = "llava-next-llama-tied"
+    talk = [said("user", "What is it?", picture(50, 70))]
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+    reference = Reference(folder, MODELS[name])
+    edit(folder / "config.json", tie_word_embeddings=outer)
+    spec = open_checkpoint(str(folder))
+    processor = Processor(spec, ImageOptions())
+    reference.assert_same_logits(talk, processor.prepare(processor.read(talk)), Llava.load(spec))
+
+
+def test_a_head_is_not_tied_where_no_config_says_so(folder_of: Any, tmp_path: Path) -> None:
+    name = "onevision-hub"
+    assert not open_checkpoint(str(folder_of(name))).text_config["tie_word_embeddings"]
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+    for shard in folder.glob("*.safetensors"):
+        tensors = {name: t for name, t in load_file(shard).items() if "lm_head" not in name}
+        save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing are language_model\.lm_head\.weight\..* tie_word_embeddings"):
+        Llava.load(open_checkpoint(str(folder)))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
@@ -25,6 +26,7 @@ from support.hf_reference import TOLERANCE, Reference, Talk, said
 from support.hub_spelling import write_json
 from support.scenes import picture
 from support.tiny_hf import FAMILY, MODELS
+from support.variants import edit
 
 KINDS = MODELS | FAMILY
 SOME = ("30x30", "120x80", "200x40", "three-images", "two-turns")
@@ -153,6 +155,15 @@ def test_a_query_is_a_chat_of_one_message(folder_of: Any) -> None:
     assert query.token_ids.tolist() == chat.token_ids.tolist()
 
 
+def test_without_a_chat_template_the_guess_is_a_note(folder_of: Any, tmp_path: Path) -> None:
+    for name, guessed in (("llava-gemma", True), ("llava-1.5-llama", False)):
+        folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+        (folder / "chat_template.jinja").unlink()
+        guesses = [note for note in open_checkpoint(str(folder)).notes if "is a guess" in note]
+        assert len(guesses) == guessed
+        assert "--conv-mode" not in " ".join(open_checkpoint(str(folder), conv_mode="llava_v0").notes)
+
+
 def test_what_a_user_types_is_no_control_token(processor_of: Any) -> None:
     processor = processor_of("llava-1.5-llama-hub")
     prepared = prepare(processor, [said("user", "<image></s><s> one", picture(30, 30))])
@@ -160,6 +171,31 @@ def test_what_a_user_types_is_no_control_token(processor_of: Any) -> None:
     controls = {processor.tokenizer.token_id(token) for token in ("<image>", "</s>")}
     assert not controls & set(prepared.token_ids.tolist())
     assert prepared.token_ids.tolist().count(processor.tokenizer.token_id("<s>")) == 1
+
+
+def test_the_tokenizer_names_the_image_token(folder_of: Any, tmp_path: Path) -> None:
+    name = "llava-1.5-named-image-token-hub"
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / "llava"))
+    edit(folder / "processor_config.json", image_token="<pad>")
+    edit(folder / "tokenizer_config.json", image_token=None, extra_special_tokens={"image_token": "<img>"})
+    prepared = prepare(Processor(open_checkpoint(str(folder)), ImageOptions()), TALKS["30x30"])
+    Reference(folder, MODELS[name]).assert_same_ids(TALKS["30x30"], prepared)
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_a_tokenizer_that_cut_or_filled_up_texts_in_training(setting: str, processor_of: Any, tmp_path: Path) -> None:
+    name = "llava-1.5-llama-hub"
+    folder = Path(shutil.copytree(processor_of(name).spec.path, tmp_path / "llava"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if setting == "truncation":
+        tokenizer.enable_truncation(6)
+    else:
+        tokenizer.enable_padding(length=64)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    processor = Processor(open_checkpoint(str(folder)), ImageOptions())
+    for key in ("text-only", "two-turns"):
+        whole = prepare(processor_of(name), TALKS[key]).token_ids
+        assert prepare(processor, TALKS[key]).token_ids.tolist() == whole.tolist()
 
 
 def test_tokenizer_json_decides_on_the_opening_token(folder_of: Any, tmp_path: Path) -> None:

@@ -46,12 +46,24 @@ def _with(template: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeni
     return tokenizer
 
 
-_llava = partial(Next, architecture="LlavaLlamaForCausalLM", tower="clip", config=_XTUNER, newline=False)
+_llava = partial(Next, tower="clip", newline=False)
+_xtuner = partial(_llava, architecture="LlavaLlamaForCausalLM", config=_XTUNER)
+_SHARE_GPT4V = {"model_type": "share4v", "image_aspect_ratio": "pad"}
+"""Its tower is in a repository of its own."""
 HUB = {
-    "xtuner/llava-llama-3-8b-v1_1-hf": _llava(
+    "Lin-Chen/ShareGPT4V-13B": _llava(
+        "llama",
+        32000,
+        "Share4VLlamaForCausalLM",
+        tokenizer=tiny_tokenizers.llama,
+        text={"max_position_embeddings": 4096, "num_attention_heads": 8, "num_key_value_heads": 8},
+        config=_SHARE_GPT4V,
+        tower_inside=False,
+    ),
+    "xtuner/llava-llama-3-8b-v1_1-hf": _xtuner(
         "llama", 128256, tokenizer=llama_3, text=CHECKPOINTS["llama3-llava-next-8b"].text
     ),
-    "xtuner/llava-phi-3-mini": _llava(
+    "xtuner/llava-phi-3-mini": _xtuner(
         "llama", 32064, tokenizer=phi_3, text={"max_position_embeddings": 4096, "sliding_window": 2047}
     ),
     "lmms-lab/llava-next-interleave-qwen-0.5b": dataclasses.replace(
@@ -97,6 +109,10 @@ def as_hf_llava(folder: Path) -> LlavaForConditionalGeneration:
         ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
         ("lm_head.", "lm_head."),
     )
+    if not any("vision_tower" in name for name in weights):
+        outside = load_file(tower / "model.safetensors").items()
+        start = "model.vision_tower.vision_tower."
+        weights |= {start + name: tensor.float() for name, tensor in outside if name.startswith("vision_model.")}
     state = {_renamed(name, named): tensor for name, tensor in weights.items()}
     if text.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
@@ -140,7 +156,7 @@ def test_the_same_weights_in_transformers_layout(hub_id: str, tmp_path: Path) ->
         theirs = HUB[hub_id].tokenizer()
         assert prepared.prompt == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     else:
-        assert spec.conv_mode == "qwen_1_5"
+        assert spec.conv_mode == ("qwen_1_5" if "qwen" in hub_id else "llava_v1")
 
 
 SAME_FILES = {

@@ -137,6 +137,20 @@ def test_an_image_newline_is_ignored_where_images_are_not_tiled(llava_15: Path) 
     assert same_weights(load(llava_15), before)
 
 
+def test_in_llava_next_the_newline_follows_a_single_tile(llava_15: Path) -> None:
+    """Its training and its demonstrations give the model a list of images, the original a stack."""
+    newline = torch.linspace(-1, 1, 64).half()
+    weights = read(llava_15) | {"model.image_newline": newline}
+    write(llava_15, weights)
+    changes = {"mm_patch_merge_type": "spatial_unpad", "mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}
+    config = edit(llava_15 / "config.json", **changes)
+
+    def with_newline(features: torch.Tensor) -> torch.Tensor:
+        return torch.cat([features.flatten(0, 1), newline.float()[None]])
+
+    check(llava_15, config, weights, None, with_newline)
+
+
 PROJECTORS = {"linear": ("",), "mlp1x_gelu": ("0.",), "mlp3x_gelu": ("0.", "2.", "4.")}
 
 

@@ -269,6 +269,14 @@ def test_the_awq_files_of_2023_are_named(folder_for: Any, tmp_path: Path) -> Non
         open_checkpoint(str(folder))
 
 
+def test_the_files_of_mlx_are_named(folder_of: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder_of("llava-1.5-llama"), tmp_path / "llava"))
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"quantization": {"group_size": 64, "bits": 4}})
+    with pytest.raises(CheckpointError, match=r"weights are MLX's, .*--load-4bit"):
+        open_checkpoint(str(folder))
+
+
 def test_inspect_shows_it(folder_for: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for name, line in (("4bit", "bitsandbytes, 4 bit"), ("fp8", "compressed-tensors, FP8")):
         assert main(["inspect", "--json", str(folder_for(f"llava-1.5-llama-{name}"))]) == 0

@@ -160,4 +160,5 @@ def test_padding_changes_no_answer_and_no_cache(kind: str, monkeypatch: pytest.M
 def test_defaults_are_those_of_transformers(kind: str) -> None:
     config = AutoConfig.for_model(kind)
     length = config.max_seq_len if kind == "mpt" else config.max_position_embeddings
-    assert DECODERS[kind] == (config.vocab_size, length, token_ids(config.eos_token_id))
+    ends, tied = token_ids(config.eos_token_id), config.tie_word_embeddings
+    assert DECODERS[kind] == (config.vocab_size, length, ends, tied)

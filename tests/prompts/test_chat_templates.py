@@ -82,6 +82,7 @@ KINDS: dict[str, tuple[Tiny, str]] = {
     "strings stripped": (tiny(STRIPPED), "string"),
     "own image": (tiny(OWN_IMAGE, *RESERVED, "<|start|>", "<|eot|>", image_token=RESERVED[0]), "own"),
     "named image token": (tiny(parts().replace("<image>", "<img>"), image_token="<img>"), "parts"),
+    "the image token by its name": (tiny(parts().replace("<image>", "{{ image_token }}")), "parts"),
 }
 
 PICTURE = Image.new("RGB", (50, 30), (200, 30, 60))

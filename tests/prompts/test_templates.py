@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_serve.prompts.templates import Content, choose_template
+from llava_serve.prompts.templates import Content, choose_template, note_on_guess
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,14 @@ def test_content_of_other_kinds() -> None:
 
 def test_a_name_that_says_what_the_content_says_is_no_contradiction() -> None:
     assert choose_template("llava-v1.5-gemma", Content("gemma")) == ("llava_v1", "the name contains 'v1'", None)
+
+
+@pytest.mark.parametrize("decoder", ["gemma", "granite", "mixtral"])
+def test_without_any_template_the_guess_is_reported(decoder: str) -> None:
+    content = Content(decoder)
+    note = note_on_guess(choose_template("ckpt", content), content)
+    assert note is not None
+    assert f"a guess: there is no chat template, and none is known for {decoder}" in note
+    for known in ("llama", "mistral", "mpt", "qwen2", "qwen3"):
+        content = Content(known)
+        assert note_on_guess(choose_template("ckpt", content), content) is None
