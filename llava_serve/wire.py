@@ -21,11 +21,13 @@ class Wire(BaseModel):
     Attributes:
         NEUTRAL: by the name of an undeclared field, which of its values ask for nothing; without an entry, `nothing`
             says so. Null always asks for nothing.
+        FIELD_NAMES: what errors call a field of a chat completion, by its name there, where this request has another.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[Mapping[str, Neutral]] = {}
+    FIELD_NAMES: ClassVar[Mapping[str | None, str]] = {}
 
 
 def one_of(*values: object) -> Neutral:

@@ -63,7 +63,13 @@ class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
 
     def as_response_format(self) -> ResponseFormat:
-        """The same as a chat completion has it."""
+        """The same as a chat completion has it.
+
+        Raises:
+            RequestError: the schema does not go with the type, or is missing.
+        """
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise RequestError("text.format has a schema with the type json_schema, and only then.", "text.format")
         schema = {"json_schema": self.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)}
         return ResponseFormat.model_validate({"type": self.type} | (schema if self.json_schema is not None else {}))
 
@@ -102,6 +108,8 @@ class ResponseRequest(Wire):
         "reasoning": one_of({}, {"effort": "none"}),
         "truncation": one_of("disabled"),
     }
+
+    FIELD_NAMES = {"messages": "input", "response_format": "text.format"}  # noqa: RUF012 (a ClassVar of the base)
 
     model: str | None = None
     input: Annotated[

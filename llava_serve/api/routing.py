@@ -72,6 +72,7 @@ def reading_route(
         def get_route_handler(self) -> Callable[[Request], Any]:
             async def handle(request: Request) -> Response:
                 check_media_type(request.headers)
+                request.state.field_names = kind.FIELD_NAMES
                 response: Response = await self.endpoint(request, await read(request, kind))
                 return response
 

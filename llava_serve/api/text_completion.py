@@ -60,6 +60,8 @@ class CompletionRequest(GenerationFields):
         add_special_tokens: a text gets the tokens that the tokenizer begins a prompt with; true by default. vLLM's.
     """
 
+    FIELD_NAMES = {"messages": "prompt"}  # noqa: RUF012 (a ClassVar of the base)
+
     prompt: Annotated[Prompt, BeforeValidator(_only_one, json_schema_input_type=Prompt | list[str])]
     logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
