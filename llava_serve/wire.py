@@ -21,13 +21,15 @@ class Wire(BaseModel):
     Attributes:
         NEUTRAL: by the name of an undeclared field, which of its values ask for nothing; without an entry, `nothing`
             says so. Null always asks for nothing.
-        FIELD_NAMES: what errors call a field of a chat completion, by its name there, where this request has another.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[Mapping[str, Neutral]] = {}
-    FIELD_NAMES: ClassVar[Mapping[str | None, str]] = {}
+
+    def field_name(self, param: str | None) -> str | None:
+        """What this request calls the field that an error names as a chat completion does."""
+        return param
 
 
 def one_of(*values: object) -> Neutral:

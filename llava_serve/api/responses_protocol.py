@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from llava_serve.wire import Wire, anything, one_of
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` asks for."""
+_TURN = re.compile(r"messages\[(?P<number>\d+)\](?P<rest>.*)")
 
 
 class InputItem(WireMessage):
@@ -109,8 +111,6 @@ class ResponseRequest(Wire):
         "truncation": one_of("disabled"),
     }
 
-    FIELD_NAMES = {"messages": "input", "response_format": "text.format"}  # noqa: RUF012 (a ClassVar of the base)
-
     model: str | None = None
     input: Annotated[
         Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)],
@@ -135,6 +135,13 @@ class ResponseRequest(Wire):
     previous_response_id: str | None = None
     conversation: Any = None
     store: bool | None = None
+
+    def field_name(self, param: str | None) -> str | None:
+        """As `Wire` says. The instructions are a chat's first message."""
+        if turn := _TURN.fullmatch(param or ""):
+            number = int(turn["number"]) - bool(self.instructions)
+            return f"input[{number}]{turn['rest']}" if number >= 0 else "instructions"
+        return {"messages": "input", "response_format": "text.format"}.get(param or "", param)
 
     def as_chat(self) -> ChatRequest:
         """The same as a chat completion request: one of `messages` and `max_tokens`.

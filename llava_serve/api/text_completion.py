@@ -60,13 +60,15 @@ class CompletionRequest(GenerationFields):
         add_special_tokens: a text gets the tokens that the tokenizer begins a prompt with; true by default. vLLM's.
     """
 
-    FIELD_NAMES = {"messages": "prompt"}  # noqa: RUF012 (a ClassVar of the base)
-
     prompt: Annotated[Prompt, BeforeValidator(_only_one, json_schema_input_type=Prompt | list[str])]
     logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     max_tokens: LimitFromZero = None
     add_special_tokens: bool | None = None
+
+    def field_name(self, param: str | None) -> str | None:
+        """As `Wire` says."""
+        return "prompt" if param == "messages" else param
 
     @property
     def alternatives(self) -> int | None:
