@@ -136,17 +136,20 @@ class WireMessage(Wire):
     refusal: str | None = None
 
 
-def from_wire(messages: Sequence[WireMessage], field: str = "messages") -> tuple[tuple[Message, ...], tuple[str, ...]]:
+def from_wire(
+    messages: Sequence[WireMessage], field: str = "messages", first: int = 0
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """The conversation of a request, and notes on what stands elsewhere than it was sent. Sources of pictures are
     passed on unread.
 
     Args:
         field: of the request, for errors.
+        first: the place in the field that the first message has.
 
     Raises:
         RequestError: a part does not hold what its type says, or a picture stands in a turn that can have none.
     """
-    return _normalized([(f"{field}[{number}]", message) for number, message in enumerate(messages)], _passed_on)
+    return _normalized([(f"{field}[{number}]", message) for number, message in enumerate(messages, first)], _passed_on)
 
 
 def read_messages(messages: Sequence[ChatMessage], read_source: ReadSource) -> tuple[Message, ...]:

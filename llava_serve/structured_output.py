@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llava_serve.errors import RequestError
@@ -30,6 +30,7 @@ class StructuredOutput:
         choice: the answers to choose from.
         grammar: a context-free grammar, as Lark or as GBNF.
         json_object: any JSON object.
+        param: the caller's name for the form, in errors; it is none of the fields above.
 
     Raises:
         RequestError: none or several are given, or one is malformed, too long or too deep.
@@ -40,14 +41,15 @@ class StructuredOutput:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     json_object: bool = False
+    param: str = field(default="structured", compare=False)
 
     def __post_init__(self) -> None:
-        given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
+        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise RequestError(
                 "Structured output is exactly one of json, regex, choice, grammar and json_object; "
                 f"got {' and '.join(given) or 'none'}.",
-                "structured",
+                self.param,
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))

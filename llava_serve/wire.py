@@ -27,6 +27,10 @@ class Wire(BaseModel):
 
     NEUTRAL: ClassVar[Mapping[str, Neutral]] = {}
 
+    def field_name(self, param: str | None) -> str | None:
+        """What this request calls the field that an error names as a chat completion does."""
+        return param
+
 
 def one_of(*values: object) -> Neutral:
     """These values ask for nothing; a number does so as an integer and as a float."""

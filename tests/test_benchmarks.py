@@ -31,6 +31,7 @@ COMMANDS = [
     "engine_costs memory",
     "engine_costs steps",
     "gpu_round",
+    "grammars",
     "hostile",
     "linear",
     "load_ramp",

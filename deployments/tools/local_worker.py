@@ -16,8 +16,9 @@ from pathlib import Path
 import ray
 import yaml
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, LoggingConfig
 from ray.serve.scripts import run as serve_run
 
 from ..model import LlavaModel
@@ -63,6 +64,8 @@ def main() -> int:
     options.config.write_text(yaml.safe_dump(config), encoding="utf-8")
     try:
         serve_run.main(["--non-blocking", str(options.config)], standalone_mode=False)
+        if logging_config := config.get("logging_config"):  # which `serve run` does not pass to the proxies
+            _get_global_client().update_global_logging_config(LoggingConfig(**logging_config))
         failure = _wait_for_running(stop, options.report)
         devices = _devices() if failure is None else []
         _report(

@@ -86,7 +86,7 @@ class GeneratedAnswer(Response):
             if not sender.started:
                 raise
             self._request.record.failed(error)
-            await sender.write(self._form.failure(reported(error, self._log_id)))
+            await sender.write(self._form.failure(reported(error, self._log_id, scope["state"]["field_name"])))
         if sender.started:
             await sender.end()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,14 @@ class WireError:
         return logging.WARNING if self.status >= 500 else logging.INFO
 
 
+FieldName = Callable[[str | None], str | None]
+
+
+def same(param: str | None) -> str | None:
+    """The name itself."""
+    return param
+
+
 INTERNAL = WireError(500, "server_error", "internal_error")
 
 WIRE_ERRORS: dict[type[BaseException], WireError] = {
@@ -77,11 +86,16 @@ def wire_error(error: BaseException) -> WireError:
     return next((WIRE_ERRORS[cls] for cls in type(error).__mro__ if cls in WIRE_ERRORS), INTERNAL)
 
 
-def error_body(error: BaseException, request_id: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object. An internal error reports the request's id and no more."""
+def error_body(error: BaseException, request_id: str | None = None, field_name: FieldName = same) -> dict[str, Any]:
+    """OpenAI's error object. An internal error reports the request's id and no more.
+
+    Args:
+        request_id: of the request.
+        field_name: what the request calls a field: `Wire.field_name`.
+    """
     wire = wire_error(error)
     if wire is not INTERNAL and isinstance(error, LlavaServeError):
-        return openai_error(error.message, wire, error.param)
+        return openai_error(error.message, wire, field_name(error.param))
     about = f" The request's id is {request_id}." if request_id else ""
     return openai_error(f"The server failed on this request.{about}", wire)
 
@@ -92,10 +106,10 @@ def log_error(error: BaseException, request_id: str) -> None:
         logger.error("Request %s failed.", request_id, exc_info=error)
 
 
-def reported(error: Exception, request_id: str) -> dict[str, Any]:
-    """Logs an error, and returns the error object for the caller."""
+def reported(error: Exception, request_id: str, field_name: FieldName = same) -> dict[str, Any]:
+    """Logs an error, and returns the error object for the caller, as `error_body` does."""
     log_error(error, request_id)
-    return error_body(error, request_id)
+    return error_body(error, request_id, field_name)
 
 
 def openai_error(message: str, wire: WireError, param: str | None = None) -> dict[str, Any]:
@@ -103,9 +117,9 @@ def openai_error(message: str, wire: WireError, param: str | None = None) -> dic
     return {"error": {"message": message, "type": wire.type, "param": param, "code": wire.code}}
 
 
-def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:
-    """The whole answer to a request that failed before its first byte."""
-    return JSONResponse(error_body(error, request_id), wire_error(error).status, _headers(error))
+def error_response(error: BaseException, request_id: str | None = None, field_name: FieldName = same) -> JSONResponse:
+    """The whole answer to a request that failed before its first byte, with the body of `error_body`."""
+    return JSONResponse(error_body(error, request_id, field_name), wire_error(error).status, _headers(error))
 
 
 def _headers(error: BaseException) -> dict[str, str]:

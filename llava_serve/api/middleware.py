@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_serve.api.errors import error_response, log_error
+from llava_serve.api.errors import error_response, log_error, same
 from llava_serve.api.keys import ApiKeys
 from llava_serve.api.limiter import ConcurrencyLimiter
 from llava_serve.api.notes import HEADER as NOTES
@@ -37,7 +37,7 @@ _ACCEPTABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 class RequestContextMiddleware:
     """Sets `state.request_id` and `state.arrived` (seconds since the epoch), and returns the id in `X-Request-ID`. What
     the app adds to the list `state.notes` goes into the header `x-llava-serve-notes`. `state.record` is the request's
-    record.
+    record, and `state.field_name` says what the request calls a field that an error names.
 
     Args:
         app: an error that it raises before its first byte is answered here.
@@ -59,8 +59,14 @@ class RequestContextMiddleware:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         request_id, notes = record.request_id, list[str]()
-        state = {"request_id": request_id, "arrived": time.time(), "notes": notes, "record": record}
-        scope.setdefault("state", {}).update(state)
+        state = scope.setdefault("state", {})
+        state |= {
+            "request_id": request_id,
+            "arrived": time.time(),
+            "notes": notes,
+            "record": record,
+            "field_name": same,
+        }
         if scope["method"] == "HEAD":  # the answer is that of GET; the HTTP server leaves its body out
             scope = {**scope, "method": "GET"}
         if len(path := _path(scope)) > 1 and path.endswith("/"):  # answered as without: a redirect could lose a body
@@ -93,7 +99,7 @@ class RequestContextMiddleware:
             log_error(error, request_id)
             if started:
                 raise
-            await error_response(error, request_id)(scope, receive, send_with_id)
+            await error_response(error, request_id, state["field_name"])(scope, receive, send_with_id)
         finally:
             record.endpoint = getattr(scope.get("route"), "path", record.endpoint)
 

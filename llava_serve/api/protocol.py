@@ -14,8 +14,8 @@ from llava_serve.openai_messages import MAX_MESSAGES, WireMessage
 from llava_serve.types import FinishReason
 from llava_serve.wire import Wire, one_of
 
-MAX_SALT = 256
-"""Characters; vLLM's documentation asks for 43."""
+MAX_SALT = 1024
+"""Characters; vLLM's bound."""
 
 
 class StreamOptions(Wire):

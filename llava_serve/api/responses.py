@@ -193,7 +193,7 @@ def response_routes(service: Service) -> APIRouter:
     )
     async def responses(request: Request, wire: ResponseRequest) -> Response:
         chat = wire.as_chat()
-        asked = service.conversation(request, chat, "input")
+        asked = service.conversation(request, chat, "input", -bool(wire.instructions))
         work = service.generation_request(request, chat, asked, conv_mode=chat.conv_mode)
         form = ResponseForm(wire, work.sampling, service.model.name)
         return GeneratedAnswer(service.backend, work, form, request.state.request_id)

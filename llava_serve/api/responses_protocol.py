@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from llava_serve.wire import Wire, anything, one_of
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` asks for."""
+_TURN = re.compile(r"messages\[(?P<number>\d+)\](?P<rest>.*)")
 
 
 class InputItem(WireMessage):
@@ -63,7 +65,13 @@ class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
 
     def as_response_format(self) -> ResponseFormat:
-        """The same as a chat completion has it."""
+        """The same as a chat completion has it.
+
+        Raises:
+            RequestError: the schema does not go with the type, or is missing.
+        """
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise RequestError("text.format has a schema with the type json_schema, and only then.", "text.format")
         schema = {"json_schema": self.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)}
         return ResponseFormat.model_validate({"type": self.type} | (schema if self.json_schema is not None else {}))
 
@@ -127,6 +135,13 @@ class ResponseRequest(Wire):
     previous_response_id: str | None = None
     conversation: Any = None
     store: bool | None = None
+
+    def field_name(self, param: str | None) -> str | None:
+        """As `Wire` says. The instructions are a chat's first message."""
+        if turn := _TURN.fullmatch(param or ""):
+            number = int(turn["number"]) - bool(self.instructions)
+            return f"input[{number}]{turn['rest']}" if number >= 0 else "instructions"
+        return {"messages": "input", "response_format": "text.format"}.get(param or "", param)
 
     def as_chat(self) -> ChatRequest:
         """The same as a chat completion request: one of `messages` and `max_tokens`.

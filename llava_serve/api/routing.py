@@ -72,7 +72,9 @@ def reading_route(
         def get_route_handler(self) -> Callable[[Request], Any]:
             async def handle(request: Request) -> Response:
                 check_media_type(request.headers)
-                response: Response = await self.endpoint(request, await read(request, kind))
+                body = await read(request, kind)
+                request.state.field_name = body.field_name
+                response: Response = await self.endpoint(request, body)
                 return response
 
             return handle

@@ -88,13 +88,16 @@ class Service:
         arrived: float = request.state.arrived
         return arrived + seconds
 
-    def conversation(self, request: Request, wire: ChatRequest, field: str = "messages") -> Sequence[Message]:
-        """The conversation of a request, in that field; its notes go into the response's header.
+    def conversation(
+        self, request: Request, wire: ChatRequest, field: str = "messages", first: int = 0
+    ) -> Sequence[Message]:
+        """The conversation of a request; its notes go into the response's header. Arguments are those of
+        `conversation_of`.
 
         Raises:
             RequestError: a message cannot be used.
         """
-        asked, notes = conversation_of(wire, self.options.image_order, field)
+        asked, notes = conversation_of(wire, self.options.image_order, field, first)
         request.state.notes += notes
         return asked
 

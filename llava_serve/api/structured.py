@@ -81,7 +81,7 @@ def structured_output(
     for path, kind, value in asked:
         try:
             form: dict[str, Any] = {kind: tuple(value) if isinstance(value, list) else value}
-            return StructuredOutput(**form)
+            return StructuredOutput(**form, param=path)
         except RequestError as error:
             raise RequestError(error.message, path) from None
     return None

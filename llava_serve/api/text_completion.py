@@ -66,6 +66,10 @@ class CompletionRequest(GenerationFields):
     max_tokens: LimitFromZero = None
     add_special_tokens: bool | None = None
 
+    def field_name(self, param: str | None) -> str | None:
+        """As `Wire` says."""
+        return "prompt" if param == "messages" else param
+
     @property
     def alternatives(self) -> int | None:
         """As `GenerationFields` says."""

@@ -164,17 +164,17 @@ def _bias(given: Mapping[str, float]) -> dict[int, float]:
 
 
 def conversation_of(
-    request: ChatRequest, image_order: ImageOrder, field: str = "messages"
+    request: ChatRequest, image_order: ImageOrder, field: str = "messages", first: int = 0
 ) -> tuple[Sequence[Message], tuple[str, ...]]:
     """The conversation of a request, and notes on what stands elsewhere than it was sent.
 
     Args:
-        field: where it stands in the request, for errors.
+        field, first: where it stands in the request, for errors, and the place of its first message there.
 
     Raises:
         RequestError: a message cannot be used.
     """
-    messages, notes = from_wire(request.messages, field)
+    messages, notes = from_wire(request.messages, field, first)
     conversation = Conversation(messages, request.continue_final_message, request.add_generation_prompt, image_order)
     # One with the defaults goes as plain messages, which picture replicas of older releases take, too.
     return messages if conversation == Conversation(messages) else conversation, notes

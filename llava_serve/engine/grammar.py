@@ -41,17 +41,24 @@ _FAULTS: tuple[tuple[str, str], ...] = (
 _UNSUPPORTED_KEYS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
-def too_complex() -> RequestError:
+def too_complex(param: str | None = None) -> RequestError:
     """Of a form whose compiled grammar passes a limit, or fails, while it is followed."""
-    return RequestError("The form that the answer must have is too complex to be followed.")
+    return RequestError("The form that the answer must have is too complex to be followed.", param)
 
 
 class Grammar:
-    """A compiled grammar. Each sequence follows it with a matcher of its own."""
+    """A compiled grammar. Each sequence follows it with a matcher of its own.
 
-    def __init__(self, start: LLMatcher, end_bit: int) -> None:
+    Args:
+        start: a matcher at the start, which is shared.
+        end_bit: of the library's own end token.
+        param: the caller's name for the form, in errors.
+    """
+
+    def __init__(self, start: LLMatcher, end_bit: int, param: str) -> None:
         self._start = start
         self._end_bit = end_bit
+        self._param = param
 
     def matcher(self, end_tokens: frozenset[int]) -> Matcher:
         """A matcher at the grammar's start.
@@ -59,16 +66,17 @@ class Grammar:
         Args:
             end_tokens: ids that end an answer; allowed where the grammar is complete, and only there.
         """
-        return Matcher(self._start.deep_copy(), self._end_bit, end_tokens)
+        return Matcher(self._start.deep_copy(), self._end_bit, end_tokens, self._param)
 
 
 class Matcher:
     """How far one sequence has come in its grammar. Preemption leaves it as it is, since the tokens stay."""
 
-    def __init__(self, matcher: LLMatcher, end_bit: int, end_tokens: frozenset[int]) -> None:
+    def __init__(self, matcher: LLMatcher, end_bit: int, end_tokens: frozenset[int], param: str) -> None:
         self._matcher = matcher
         self._end_bit = end_bit
         self._end_tokens = end_tokens
+        self._param = param
 
     @property
     def exhausted(self) -> bool:
@@ -83,7 +91,7 @@ class Matcher:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy()
         if self._matcher.is_error():
-            raise too_complex()
+            raise too_complex(self._param)
         accepting = self._matcher.is_accepting()
         for token in (self._end_bit, *self._end_tokens):
             at, bit = token // 8, 1 << token % 8
@@ -92,7 +100,9 @@ class Matcher:
             else:
                 bits[at] &= ~bit & 0xFF
         if not bits.any():
-            raise RequestError("The form that the answer must have needs a text that the model has no tokens for.")
+            raise RequestError(
+                "The form that the answer must have needs a text that the model has no tokens for.", self._param
+            )
         return bits
 
     def advance(self, token: int) -> bool:
@@ -105,7 +115,7 @@ class Matcher:
             return self._matcher.is_accepting()
         taken = self._matcher.try_consume_tokens([token]) == 1
         if self._matcher.is_error():
-            raise too_complex()
+            raise too_complex(self._param)
         return taken
 
 
@@ -125,7 +135,7 @@ class GrammarCompiler:
         self._description = tokenizer
         self._vocabulary = vocabulary
         self._tokenizer: LLTokenizer | None = None
-        self._cache: LRUCache[tuple[str, str, bool], Grammar] = LRUCache(_CACHED)
+        self._cache: LRUCache[tuple[str, str, bool], LLMatcher] = LRUCache(_CACHED)
         self._lock = threading.Lock()
 
     def compile(self, asked: StructuredOutput, *, continues: bool = False) -> Grammar:
@@ -140,16 +150,19 @@ class GrammarCompiler:
         """
         key = (asked.kind, asked.text, continues)
         with self._lock:
-            if (found := self._cache.get(key)) is not None:
-                return found
+            start = self._cache.get(key)
+        if start is None:
+            start = self._compiled(asked, continues)
+            with self._lock:
+                self._cache[key] = start
+        return Grammar(start, self._vocabulary, asked.param)
+
+    def _compiled(self, asked: StructuredOutput, continues: bool) -> LLMatcher:
         self.check(asked, continues)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(load_tokenizer(self._description), self._vocabulary)
-        grammar = Grammar(_compile(asked, self._tokenizer, continues), self._vocabulary)
-        with self._lock:
-            self._cache[key] = grammar
-        return grammar
+        return _compile(asked, self._tokenizer, continues)
 
 
 def _compile(asked: StructuredOutput, tokenizer: LLTokenizer, continues: bool) -> LLMatcher:
@@ -202,12 +215,12 @@ def _fault(asked: StructuredOutput, message: str) -> RequestError:
     name = _NAMES.get(asked.kind, "grammar")
     if keys := _UNSUPPORTED_KEYS.search(message):
         named = [key for key in re.findall(r'"([$\w]+)"', keys[1]) if f'"{key}"' in asked.text]
-        return RequestError(f"The {name} has keywords that are not supported: {', '.join(named)}.")
+        return RequestError(f"The {name} has keywords that are not supported: {', '.join(named)}.", asked.param)
     lowered = message.lower()
     reason = next(
         (reported for mark, reported in _FAULTS if mark in lowered), "it is malformed, or has what is not supported"
     )
-    return RequestError(f"The {name} cannot be followed: {reason}.")
+    return RequestError(f"The {name} cannot be followed: {reason}.", asked.param)
 
 
 def _tokenizer(tokenizer: Tokenizer, vocabulary: int) -> LLTokenizer:

@@ -63,7 +63,7 @@ class GrammarTrial:
                 self.close()
                 raise too_complex_to_compile(asked) from None
         if fault is not None:
-            raise RequestError(fault)
+            raise RequestError(fault, asked.param)
 
     def close(self) -> None:
         """Ends the process, whatever it does."""

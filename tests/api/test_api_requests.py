@@ -60,6 +60,13 @@ NEUTRAL: list[dict[str, Any]] = [
     {"logit_bias": [], "repeat_last_n": 64, "id_slot": -1, "t_max_predict_ms": 0, "top_n_sigma": -1},
     {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_sequence_breakers": ["\n"]},
     {"dynatemp_range": 0, "dynatemp_exponent": 1, "xtc_probability": 0, "xtc_threshold": 0.1, "mirostat_tau": 5},
+    {"use_beam_search": False, "length_penalty": 1.0, "bad_words": [], "include_reasoning": True, "echo": False},
+    {
+        "return_weight_versions": False,
+        "routed_experts_prompt_start": 0,
+        "mm_payload": "tensors",
+        "add_special_tokens": False,
+    },
     {"separate_reasoning": True, "stream_reasoning": True, "reasoning_format": "auto", "thinking_token_budget": 0},
     {"prediction": {"type": "content", "content": "A red circle."}, "thinking": {"type": "disabled"}},
     {"messages": [{**QUESTION, "id": "m1", "cache_control": {"type": "ephemeral"}}]},

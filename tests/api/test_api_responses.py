@@ -16,6 +16,7 @@ from support.demo import DEMO_IMAGE, data_url
 
 URL = data_url(DEMO_IMAGE.read_bytes())
 PICTURE = {"type": "input_image", "image_url": URL, "detail": "auto"}
+BROKEN = {"type": "input_image", "image_url": "data:image/png;base64,%%%"}
 RED, BLUE = "The circle is red.", "The square is blue."
 
 
@@ -156,7 +157,13 @@ FUNCTION = {"type": "function", "name": "f", "parameters": {}}
         ({"tools": [FUNCTION]}, "tools", "calls no tools"),
         ({"tool_choice": "required"}, "tool_choice", "calls no tools"),
         ({"background": True}, "background", "leave it out"),
-        ({"text": {"format": {"type": "json_schema", "name": "c"}}}, "response_format.json_schema", "needs the schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "c"}}}, "text.format", "has a schema"),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format", "has a schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "c", "schema": 3}}}, "text.format", "must be an object"),
+        ({"input": "word " * 9000}, "input", "maximum context length"),
+        ({"input": [ASKED, turn("user", "What?", BROKEN)]}, "input[1].content[1]", "base64"),
+        ({"input": [turn("user", BROKEN)], "instructions": "Be brief."}, "input[0].content[0]", "base64"),
+        ({"input": [turn("assistant", PICTURE)], "instructions": "Be brief."}, "input[0]", "stand in input[0],"),
         ({"include": ["file_search_call.results"]}, "include", "leave it out"),
         ({"top_logprobs": 2}, "top_logprobs", "message.output_text.logprobs"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "item_reference"),

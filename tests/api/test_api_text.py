@@ -82,6 +82,7 @@ def test_logprobs_in_the_legacy_form(client: OpenAI, stream: bool) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": [-200]}, "prompt"),
+        ({"prompt": "word " * 9000}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),

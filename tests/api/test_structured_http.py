@@ -148,17 +148,33 @@ def test_what_is_refused(web: httpx.Client, fields: dict[str, Any], param: str, 
     assert sentence in error["message"]
 
 
+NOT: dict[str, Any] = {"not": {}}
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("guided_json", {"guided_json": NOT}),
+    ("guided_regex", {"guided_regex": "(?=a)"}),
+    ("guided_grammar", {"guided_grammar": "start: ("}),
+    ("structured_outputs.json", {"structured_outputs": {"json": NOT}}),
+    ("structured_outputs.regex", {"structured_outputs": {"regex": "("}}),
+    ("structured_outputs.grammar", {"structured_outputs": {"grammar": "start: ("}}),
+    ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": NOT}}}),
+    ("response_format", {"response_format": {"type": "json_object", "schema": NOT}}),
+]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_compiler_refuses_is_a_400(web: httpx.Client, stream: bool) -> None:
-    wrong: list[dict[str, Any]] = [
-        {"guided_json": {"not": {}}},
-        {"guided_regex": "(?=a)"},
-        {"guided_grammar": "start: ("},
-    ]
-    for fields in wrong:
+def test_what_the_compiler_refuses_is_a_400_that_names_the_field(web: httpx.Client, stream: bool) -> None:
+    for param, fields in BAD:
         response = ask(web, stream=stream, **fields)
         assert response.status_code == 400
-        assert error_of(response)["message"].startswith("The ")
+        error = error_of(response)
+        assert error["message"].startswith("The ")
+        assert (error["param"], error["code"]) == (param, "invalid_value")
+    completion = web.post("/v1/completions", json={"prompt": "Hi", "guided_json": NOT, "stream": stream})
+    assert error_of(completion)["param"] == "guided_json"
+    text = {"format": {"type": "json_schema", "name": "a", "schema": NOT}}
+    response = web.post("/v1/responses", json={"input": "Hi", "text": text, "stream": stream})
+    assert error_of(response)["param"] == "text.format"
+    assert "not supported: not" in error_of(response)["message"]
 
 
 def test_ignored_fields_are_no_forms(llm: AsyncLLM) -> None:

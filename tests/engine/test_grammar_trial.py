@@ -55,8 +55,9 @@ def test_a_fault_is_reported_as_the_compiler_does_and_the_process_is_used_again(
     trial.check(CHOICE, False)
     first = process_of(trial)
     for form, sentence in (("(", "malformed"), ("(?=a)b", "look-around"), (r"(a)\1", "back-references")):
-        with pytest.raises(RequestError, match=sentence):
-            trial.check(StructuredOutput(regex=form), True)
+        with pytest.raises(RequestError, match=sentence) as refused:
+            trial.check(StructuredOutput(regex=form, param="guided_regex"), True)
+        assert refused.value.param == "guided_regex"
     assert process_of(trial) == first
 
 

@@ -57,6 +57,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_a_form_that_cannot_be_followed_is_refused_by_name(builtin: LLM, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RequestError, match=sentence) as refused:
         builtin.generate("Who?", sampling=SamplingParams(structured=StructuredOutput(**fields)))
+    assert refused.value.param in ("structured", *fields)
     assert len(refused.value.message) < 200
     assert "\n" not in refused.value.message
 
@@ -72,5 +73,16 @@ def test_a_form_that_the_vocabulary_cannot_write_is_refused() -> None:
         open_checkpoint(str(CHECKPOINTS / "llava-v1.5-tiny")).tokenizer, 3 + 0x60
     )  # the bytes below "a"
     assert compiler.compile(StructuredOutput(choice=("ABC",))).matcher(frozenset()).allowed().any()
-    with pytest.raises(RequestError, match=r"nothing that ends|no tokens for"):
+    with pytest.raises(RequestError, match=r"nothing that ends|no tokens for") as refused:
         compiler.compile(StructuredOutput(choice=("abc",)), continues=True).matcher(frozenset()).allowed()
+    assert refused.value.param == "structured"
+
+
+def test_an_error_has_the_name_of_its_own_request_also_for_a_form_that_is_kept() -> None:
+    compiler = GrammarCompiler(open_checkpoint("builtin").tokenizer, 640)
+    for name in ("guided_regex", "structured_outputs.regex"):
+        matcher = compiler.compile(StructuredOutput(regex="a{3}", param=name)).matcher(frozenset())
+        matcher._matcher.consume_tokens([0])  # not allowed: the library fails from now on
+        with pytest.raises(RequestError, match="too complex to be followed") as failed:
+            matcher.allowed()
+        assert failed.value.param == name

@@ -12,7 +12,6 @@ import pytest
 from llava_serve.errors import RequestError
 from llava_serve.evaluation.consensus import consensus, textvqa_accuracy, vqav2_accuracy
 from llava_serve.evaluation.files import Answer, Question
-from llava_serve.evaluation.mme import read_answer
 from llava_serve.evaluation.pope import says_yes
 from llava_serve.evaluation.scores import Scores, as_text
 from llava_serve.evaluation.tasks import TASKS, read_annotations, score
@@ -239,42 +238,6 @@ def test_pope_refuses_other_questions(tmp_path: Path) -> None:
         read_annotations(TASKS["pope"], tmp_path, [*questions, questions[4]])
     with pytest.raises(RequestError, match="No question has a category"):
         read_annotations(TASKS["pope"], tmp_path, [Question(1, "What?")])
-
-
-@pytest.mark.parametrize(
-    ("text", "read"),
-    [("Yes", "yes"), ("no.", "no"), (" Yes, it is", "yes"), ("Not sure", "no"), ("maybe", "other"), ("It is", "other")],
-)
-def test_mme_reads_the_first_four_letters(text: str, read: str) -> None:
-    assert read_answer(text) == read
-
-
-def test_mme_adds_answers_and_pairs(tmp_path: Path) -> None:
-    ask = " Please answer yes or no."
-    beside, apart = tmp_path / "existence", tmp_path / "artwork" / "questions_answers_YN"
-    code = tmp_path / "code_reasoning"
-    for folder in (beside, apart, code):
-        folder.mkdir(parents=True)
-    (beside / "1.txt").write_text(f"Is there a bus?{ask}\tYes\nIs there a car?{ask}\tNo\n")
-    (beside / "2.txt").write_text(f"Is there a bus?{ask}\tYes\nIs there a car?{ask}\tNo\n")
-    (apart / "3.txt").write_text(f"Is it  old?{ask}\tYes\nIs it new?{ask}\tNo")
-    (code / "4.txt").write_text(f"Is it 1?{ask}\tYes\nIs it 2?{ask}\tNo\n")
-    answers = [
-        ("existence/1.jpg", f"Is there a bus?{ask}{SHORT}", "Yes"),
-        ("existence/1.jpg", f"Is there a car?{ask}{SHORT}", "No"),
-        ("existence/2.jpg", f"Is there a bus?{ask}{SHORT}", "Yes"),
-        ("existence/2.jpg", f"Is there a car?{ask}{SHORT}", "Yes"),
-        ("artwork/3.jpg", f"Is it old?{ask}{SHORT}", "yes it is"),  # its second question has no answer
-        ("code_reasoning/4.png", f"Is it 1?{ask}", "unclear"),
-        ("code_reasoning/4.png", f"Is it 2?{ask}", "No"),
-    ]
-    scores = scored("mme", tmp_path, answers)
-    assert scores.unanswered == 1
-    assert scores.table["existence"] == {"questions": 4, "accuracy": 75, "accuracy+": 50, "points": 125}
-    assert scores.table["artwork"] == {"questions": 1, "accuracy": 100, "accuracy+": 0, "points": 100}
-    assert scores.table["code_reasoning"]["points"] == 50
-    assert scores.table["perception"] == {"points": 225}
-    assert scores.table["cognition"] == {"points": 50}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -33,10 +34,14 @@ def limited_ingress(served: Any, name: str, **options: Any) -> Iterator[str]:
         serve.delete(name)
 
 
+def serve_logs(served: Any, pattern: str = "*.log") -> list[Path]:
+    """The log files of Serve's processes."""
+    return list((served.log.parent / "ray" / "session_latest" / "logs" / "serve").glob(pattern))
+
+
 def replica_logs(served: Any, name: str) -> str:
     """What the replicas of a deployment have logged."""
-    files = (served.log.parent / "ray" / "session_latest" / "logs" / "serve").glob(f"replica_llava_{name}_*.log")
-    return "".join(each.read_text() for each in files)
+    return "".join(each.read_text() for each in serve_logs(served, f"replica_llava_{name}_*.log"))
 
 
 def replicas(name: str, served: Any) -> list[psutil.Process]:
