@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from llava_serve.engine.executor.attention import PackedSequence
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.kernels.selection import DecodeKernel
-from llava_serve.engine.executor.kv_pool import KVPool, KVWrite
+from llava_serve.engine.executor.kv_pool import KVPool, KVWrite, PackedSequence
+from llava_serve.engine.executor.paged_attention import PagedAttention
 from llava_serve.engine.executor.varlen import VarlenAttention
 
 _logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class _StaticStep:
     Args:
         max_keys: the most that a sequence can have.
         page_size: extents begin at multiples of it.
-        kernel: for attention; None is that of `VarlenAttention`.
+        kernel: for attention; None is that of `VarlenAttention`, which reads no 8-bit floats.
     """
 
     def __init__(
@@ -86,15 +86,13 @@ class _StaticStep:
         self.positions = positions
         self.slots = bases + positions
         self._writes = [KVWrite(0, batch_size, targets=self.slots)]
-        self._used = (positions + 1).int()
-        self._kernel, self._page_size = kernel, page_size
-        if kernel is not None:  # an extent is pages in a row
-            pages = torch.arange(-(-max_keys // page_size), device=positions.device)
-            self._table = (bases[:, None] // page_size + pages).int()
+        self._paged: PagedAttention | None = None
+        if kernel is not None:
+            self._paged = PagedAttention(bases, positions, max_keys, page_size, kernel)
         else:
             bounds = torch.arange(batch_size + 1, dtype=torch.int32, device=positions.device)
             begins = torch.cat([bases, bases[-1:]]).int()
-            self._varlen = VarlenAttention(bounds, begins, self._used, 1, max_keys)
+            self._varlen = VarlenAttention(bounds, begins, (positions + 1).int(), 1, max_keys)
 
     def attend(
         self,
@@ -119,11 +117,9 @@ class _StaticStep:
         slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `PackedStep.attend_stored`."""
-        memory = self.memory.layers[layer]
-        if self._kernel is None:
-            return self._varlen.attend(query, *memory, scaling, window, slopes)
-        packed = query[0].transpose(0, 1)
-        return self._kernel(packed, *memory, self._table, self._used, self._page_size, scaling, window, slopes)[None]
+        if self._paged is not None:
+            return self._paged.attend(query, self.memory, layer, scaling, window, slopes)
+        return self._varlen.attend(query, *self.memory.layers[layer], scaling, window, slopes)
 
 
 class DecodeGraphs:

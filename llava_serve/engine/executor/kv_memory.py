@@ -43,7 +43,7 @@ def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
         CheckpointError: there is no memory for one block.
     """
     layers, kv_heads, head_dim = kv_shape(model)
-    kv = layers * 2 * kv_heads * head_dim * model.dtype.itemsize
+    kv = layers * 2 * kv_heads * head_dim * (1 if options.kv_cache_dtype == "fp8" else model.dtype.itemsize)
     if options.kv_cache_bytes is None and model.device.type == "cuda":
         positions = _cuda_positions(model, options, kv)
         where = "the model takes all of it"
