@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor import decoder, llama_decoder, sampler, varlen
+from llava_serve.engine.executor.graph_sampling import SamplingKind, next_tokens
 from llava_serve.engine.executor.kernels import twins
 from llava_serve.engine.executor.model_runner import ModelRunner
 from llava_serve.engine.executor.sampling_step import PendingStep
@@ -237,6 +238,15 @@ def test_a_grammar_costs_a_wait_only_where_it_refuses_a_token(
         sampled = PendingStep(result, [sequence], {}, torch.bfloat16).read()
     assert (len(sampled.tokens), allows, sampled.failures.requests) == (1, [], {})
     assert (waits.to_host, waits.to_device) == (waited, 0)
+
+
+@pytest.mark.parametrize("kind", SamplingKind)
+def test_what_is_captured_waits_for_nothing(kind: SamplingKind) -> None:
+    logits, numbers = torch.empty(4, 500, device=META), torch.empty(5, 4, dtype=torch.float64, device=META)
+    with counted() as waits:
+        tokens = next_tokens(logits, numbers, kind, twins.sample_top_p)
+    assert (tokens.shape, tokens.dtype) == ((4,), torch.int64)
+    assert (waits.to_host, waits.to_device) == (0, 0)
 
 
 def test_prompt_logprobs_wait_once_more(engine: Engine) -> None:

@@ -83,6 +83,7 @@ class ModelRunner:
             positions,
             self._block_size,
             self._kernel,
+            top_p_kernel(torch.float32, self._model.device),
         )
         return graphs if graphs.capture() else None
 
@@ -147,18 +148,24 @@ class ModelRunner:
         vision_s = time.perf_counter() - began
         self._memory.copy(schedule.copies)
         scored: list[ScoredPrompt] = []
-        logits = self._forward(schedule, sampled, scored, failures) if schedule.segments else torch.empty(0, 0)
-        sequences, flags = self._check_finite(schedule.segments, logits)
+        logits, ids = torch.empty(0, 0), None
+        if self._graphs is not None and schedule.segments and all(map(_decodes, schedule.segments)):
+            sequences = [segment.sequence for segment in schedule.segments]
+            logits, ids = self._graphs.run(sequences, self._pack(schedule.segments), sampled)
+        elif schedule.segments:
+            logits = self._forward(schedule, sampled, scored, failures)
+        checked, flags = self._check_finite(schedule.segments, logits)
         flags += [*(flag for each in scored for flag in each.finite), *finite]
         if not flags and self._model.device.type == "cuda":  # nothing else waits, and the engine times this step
             torch.cuda.current_stream(self._model.device).synchronize()
         return StepResult(
             logits,
-            [*sequences, *(each.sequence for each in scored for _ in each.finite), *digests],
+            [*checked, *(each.sequence for each in scored for _ in each.finite), *digests],
             torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool),
             [(each.sequence, each.logprobs) for each in scored],
             failures,
             vision_s,
+            ids,
         )
 
     def _forward(
@@ -167,8 +174,6 @@ class ModelRunner:
         """One packed forward pass. Returns logits [sampled, vocabulary]; adds to `scored` and the failures."""
         segments = schedule.segments
         sequences = self._pack(segments)
-        if self._graphs is not None and all(_decodes(segment) for segment in segments):
-            return self._graphs.run([segment.sequence.token_ids[-1] for segment in segments], sequences, sampled)
         device, num_tokens = self._model.device, schedule.num_tokens
         padding = max(self._decoder.min_tokens, self._padded(num_tokens)) - num_tokens
         prefixes = self._shared_prefixes(segments)

@@ -13,6 +13,10 @@ from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.executor.varlen import VarlenAttention
 
 
+_PAGES = 16
+"""A table has a multiple of this number: Triton compiles a kernel anew for a width of another kind."""
+
+
 class PagedAttention:
     """Attention of sequences with one token each. An extent is pages in a row.
 
@@ -26,7 +30,8 @@ class PagedAttention:
     def __init__(
         self, bases: torch.Tensor, positions: torch.Tensor, max_keys: int, page_size: int, kernel: DecodeKernel
     ) -> None:
-        pages = torch.arange(-(-max_keys // page_size), device=bases.device)
+        count = -(-max_keys // (_PAGES * page_size)) * _PAGES
+        pages = torch.arange(count, device=bases.device)
         self._table = (bases[:, None] // page_size + pages).int()
         self._used = (positions + 1).int()
         self._page_size, self._kernel = page_size, kernel

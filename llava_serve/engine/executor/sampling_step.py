@@ -68,7 +68,11 @@ class PendingStep:
                 single.append(index)
         self._sequences = [sequences[index] for index in single]
         self._logits = _chosen(step.logits, single) if self._beams else step.logits
-        self._tokens = attempt(partial(sample, self._logits, self._sequences, step.finite))
+        self._tokens: PendingTokens | Exception
+        if step.ids is not None:
+            self._tokens = PendingTokens.sampled(step.ids, step.finite)
+        else:
+            self._tokens = attempt(partial(sample, self._logits, self._sequences, step.finite))
 
     @property
     def ids(self) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ class StepResult:
         prompt_logprobs: of sequences whose request asks for them, those that the step's prefill gives.
         failures: of what the step has tried.
         vision_s: seconds in the vision tower, as this thread sees them: a GPU may go on with it meanwhile.
+        ids: int64 [sampled], the next tokens, where the step has sampled them. The next step overwrites them.
     """
 
     logits: torch.Tensor
@@ -30,3 +31,4 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, PromptLogprobs]]
     failures: StepFailures
     vision_s: float
+    ids: torch.Tensor | None = None
