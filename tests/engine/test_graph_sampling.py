@@ -144,14 +144,14 @@ def test_an_engine_answers_as_one_without_graphs(
     graphs = UncapturedGraphs(subject)
     assert run(subject, *requests) == expected
     assert graphs.sampled == len(graphs.replayed) > 10
-    assert {*graphs.replayed} == {*SamplingKind}
+    assert {*graphs.replayed} >= {SAMPLED, TOP_K}
 
 
 @pytest.mark.parametrize("sampling", [chosen for chosen, kind in KINDS if kind is None], ids=str)
 def test_the_others_are_sampled_behind_it(sampling: dict[str, Any]) -> None:
     model = TinyModel()
     requests = [(PROMPTS[0], SamplingParams(**{"seed": 3, "max_new_tokens": 5, **sampling}))]
-    requests.append((PROMPTS[2], SamplingParams(seed=1, top_p=0.8, max_new_tokens=9)))
+    requests.append((PROMPTS[2], SamplingParams(seed=1, top_p=0.8, max_new_tokens=9, ignore_eos=True)))
     expected = run(engine(model), *requests)
     subject = engine(model)
     graphs = UncapturedGraphs(subject)

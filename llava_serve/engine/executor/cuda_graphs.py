@@ -27,7 +27,7 @@ from llava_serve.engine.executor.graph_sampling import (
 from llava_serve.engine.executor.kernels.selection import DecodeKernel, current_device
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite, PackedSequence
 from llava_serve.engine.executor.paged_attention import PagedAttention
-from llava_serve.engine.executor.transfer import to_device
+from llava_serve.engine.executor.transfer import fill
 from llava_serve.engine.executor.varlen import VarlenAttention
 from llava_serve.engine.sequence import Sequence as EngineSequence
 
@@ -212,10 +212,9 @@ class DecodeGraphs:
             kind = None
         size = self._buckets[bisect_left(self._buckets, count)]
         tokens = [sequence.token_ids[-1] for sequence in sequences]
-        # this thread waits for none of these copies
-        self._inputs[size].copy_(to_device(decode_input(tokens, packed, size, self._padding_position), self._device))
+        fill(self._inputs[size], decode_input(tokens, packed, size, self._padding_position))
         if kind not in (None, SamplingKind.GREEDY):
-            self._numbers[size].copy_(to_device(sampling_numbers(sequences, size), self._device))
+            fill(self._numbers[size], sampling_numbers(sequences, size))
         if sampled is not None:
             self._inputs[size][0, :count].copy_(sampled)
         with current_device(self._device):

@@ -19,6 +19,9 @@ SampleKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 """Top-p sampling: see `twins.sample_top_p`."""
 
 
+_ZEROS = (0.0,) * 5
+
+
 class SamplingKind(IntEnum):
     """How a batch is sampled; each does what those before it do, too."""
 
@@ -45,13 +48,15 @@ def _kind(sequence: Sequence) -> SamplingKind | None:
 
 def sampling_numbers(sequences: SequenceOf[Sequence], batch_size: int) -> torch.Tensor:
     """float64 [5, batch_size]: temperature, top_p, top_k, min_p and noise; of greedy sequences and padding zeros."""
-    table = torch.zeros(5, batch_size, dtype=torch.float64)
-    for index, sequence in enumerate(sequences):
-        sampling = sequence.request.sampling
-        if not sampling.greedy:
-            own = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, noise(sequence))
-            table[:, index] = torch.tensor(own, dtype=torch.float64)
-    return table
+    rows = [_numbers(sequence) for sequence in sequences] + [_ZEROS] * (batch_size - len(sequences))
+    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
+
+
+def _numbers(sequence: Sequence) -> tuple[float, ...]:
+    sampling = sequence.request.sampling
+    if sampling.greedy:
+        return _ZEROS
+    return sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, noise(sequence)
 
 
 def next_tokens(

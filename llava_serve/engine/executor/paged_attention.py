@@ -12,7 +12,6 @@ from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.executor.varlen import VarlenAttention
 
-
 _PAGES = 16
 """A table has a multiple of this number: Triton compiles a kernel anew for a width of another kind."""
 

@@ -150,9 +150,8 @@ def _stored(shape: LayerShape, pool: torch.Tensor) -> tuple[torch.Tensor, torch.
     if not shape.float8:
         return pool, None
     scales = torch.exp2(torch.arange(-2.0, 2 * shape.kv_heads - 2, device=shape.device) % 5).view(2, -1)
-    return torch.stack([bits(to_float8(half, scale)) for half, scale in zip(pool, scales, strict=True)]).view(
-        FLOAT8
-    ), scales
+    halves = [bits(to_float8(half, scale)) for half, scale in zip(pool, scales, strict=True)]
+    return torch.stack(halves).view(FLOAT8), scales
 
 
 def norm_trials(shape: LayerShape) -> Iterator[Arguments]:
