@@ -57,7 +57,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
         block = triton.next_power_of_2(head_dim)
         sizes = {"heads": heads, "group": heads // kv_heads, "head_dim": head_dim, "page_size": 16, "window": window}
         sizes |= {"has_slopes": alibi, "has_scales": float8, "block_heads": 16, "block_dim": block}
-        sizes["block_keys"] = decode_attention.tile_keys(block, 2)
+        sizes["block_keys"] = decode_attention.tile_keys(block, 2, float8=float8)
         types = attend | in_float8 if float8 else attend
         yield f"{name}{' fp8' * float8}", decode_attention.attend_kernel, types, sizes, 4
     merge = {"partial": FLOAT, "lse": FLOAT, "out": HALF}

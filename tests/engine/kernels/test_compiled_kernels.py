@@ -49,4 +49,4 @@ def test_memory_is_read_16_bytes_at_a_time(compiled: dict[str, dict[str, int]]) 
         assert compiled[name]["wide_loads"] == compiled[name]["loads"] > 0, (name, compiled[name])
     for name, found in compiled.items():
         if name.startswith("attend"):
-            assert found["wide_loads"] >= 16, (name, found)
+            assert found["wide_loads"] >= (4 if name.endswith("fp8") else 16), (name, found)

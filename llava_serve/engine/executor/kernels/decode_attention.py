@@ -114,8 +114,9 @@ def splits_of(kv_heads: int) -> int:
     return max(_LEAST_SPLITS, min(_MOST_SPLITS, wanted))
 
 
-def tile_keys(block_dim: int, itemsize: int) -> int:
-    """Keys of a tile."""
+def tile_keys(block_dim: int, itemsize: int, *, float8: bool = False) -> int:
+    """Keys of a tile, by the bytes of a query's number: half as many 8-bit floats, which are converted in registers."""
+    itemsize *= 1 + float8
     return max(_LEAST_DOT, min(_MOST_TILE_KEYS, _TILE_BYTES // (block_dim * itemsize)))
 
 
@@ -147,7 +148,8 @@ def decode_attention(
         heads=heads, group=group, head_dim=head_dim, page_size=page_size, window=window or 0,
         has_slopes=slopes is not None, has_scales=scales is not None,
         block_heads=max(_LEAST_DOT, triton.next_power_of_2(group)),
-        block_keys=tile_keys(block_dim, query.dtype.itemsize), block_dim=block_dim, num_warps=4, num_stages=3,
+        block_keys=tile_keys(block_dim, query.dtype.itemsize, float8=scales is not None),
+        block_dim=block_dim, num_warps=4, num_stages=3,
     )  # fmt: skip
     merge_kernel[(sequences, heads)](
         partial, lse, out, heads=heads, head_dim=head_dim, splits=splits, block_dim=block_dim, num_warps=1

@@ -73,9 +73,9 @@ def rotate_and_write_kernel(
         first = ((x * c).to(dtype).to(tl.float32) - (y * s).to(dtype).to(tl.float32)).to(dtype)
         second = ((y * c).to(dtype).to(tl.float32) + (x * s).to(dtype).to(tl.float32)).to(dtype)
     if head < heads:
-        target = query + (token * heads + head) * head_dim
-        tl.store(target + at, first, mask=inside)
-        tl.store(target + half + at, second, mask=inside)
+        rotated = query + (token * heads + head) * head_dim
+        tl.store(rotated + at, first, mask=inside)
+        tl.store(rotated + half + at, second, mask=inside)
     else:
         kv_head = (head - heads) % kv_heads
         target = values
