@@ -116,7 +116,7 @@ def test_logits_over_keys_and_values_in_8_bit_floats(folder: Path, dtype: torch.
         found.append(torch.cat(parts).float())
     assert len(found[0]) == count > 32
     similarity = functional.cosine_similarity(found[1], found[0], dim=-1)
-    assert 0.99 < float(similarity.min()) < 1 - 1e-6
+    assert 0.997 < float(similarity.min()) < 1 - 1e-6
     expected = decoder.reference_logits(embeddings).float()
     assert float(functional.cosine_similarity(found[0], expected, dim=-1).min()) > 0.999
 

@@ -48,8 +48,8 @@ def _kind(sequence: Sequence) -> SamplingKind | None:
 
 def sampling_numbers(sequences: SequenceOf[Sequence], batch_size: int) -> torch.Tensor:
     """float64 [5, batch_size]: temperature, top_p, top_k, min_p and noise; of greedy sequences and padding zeros."""
-    rows = [_numbers(sequence) for sequence in sequences] + [_ZEROS] * (batch_size - len(sequences))
-    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
+    table = [_numbers(sequence) for sequence in sequences] + [_ZEROS] * (batch_size - len(sequences))
+    return torch.tensor(table, dtype=torch.float64).T.contiguous()
 
 
 def _numbers(sequence: Sequence) -> tuple[float, ...]:

@@ -197,14 +197,14 @@ def _random_sample(
                 kept, _ = _truncate(own, chosen, sort_all=True)
             sufficient = sufficient[:0]
         logits.index_copy_(0, where, kept)
-    drawn = [noise(sequence, again=again) for sequence in sequences]
+    fractions = [noise(sequence, again=again) for sequence in sequences]
     if kernel is not None:
         top_p = [1.0 if sort else one.top_p for one, sort in zip(samplings, sorts, strict=True)]
         with current_device(logits.device):
-            return kernel(logits, _on(logits, top_p, torch.float32), _on(logits, drawn, torch.float64)), sufficient
+            return kernel(logits, _on(logits, top_p, torch.float32), _on(logits, fractions, torch.float64)), sufficient
     # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target = _column(drawn, mass) * mass[:, -1:]
+    target = _column(fractions, mass) * mass[:, -1:]
     tokens = torch.searchsorted(mass, target, right=True)[:, 0]
     # rounding may put the target at the very end: then the last token with any mass is taken
     last = (mass < mass[:, -1:]).sum(dim=-1)
