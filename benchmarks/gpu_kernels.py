@@ -92,7 +92,7 @@ def each_kernel(shape: LayerShape, vocabulary: int, count: int, bandwidth: float
     """Each kernel with a token of each of `count` sequences: its time and its twin's, the largest difference between
     them, and the bytes that it moves in its time as a share of the bandwidth. Where it does not run, the twin alone."""
     chosen = layer_kernels(shape)
-    kernels = {
+    kernels: dict[str, Callable[..., torch.Tensor] | None] = {
         "add_rmsnorm": chosen.add_rmsnorm,
         "rotate_and_write": chosen.rotate_and_write,
         "silu_mul": chosen.silu_mul,
@@ -108,13 +108,16 @@ def each_kernel(shape: LayerShape, vocabulary: int, count: int, bandwidth: float
         kernel = kernels[name]
         if kernel is not None and kernel is not twin:
             spent = _call_us(kernel, arguments, shape.device)
-            found, expected = (
-                function(*(part.clone() if isinstance(part, torch.Tensor) else part for part in arguments)).double()
-                for function in (kernel, twin)
-            )
+            found, expected = (_result(function, arguments) for function in (kernel, twin))
             figures |= {"us": round(spent, 1), "share": round(moved / (bandwidth * 1e6) / spent, 3)}
             figures["difference"] = float((found - expected).abs().max())
         yield figures
+
+
+def _result(function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> torch.Tensor:
+    """Of copies of the arguments: some kernels write to them."""
+    own = [part.clone() if isinstance(part, torch.Tensor) else part for part in arguments]
+    return function(*own).double()
 
 
 def _work(shape: LayerShape, vocabulary: int, count: int) -> dict[str, tuple[tuple[Any, ...], int]]:

@@ -203,7 +203,7 @@ def test_keys_beyond_what_can_be_stored_fail_their_request_by_name(monkeypatch: 
     failed, other = outcomes(subject, (prompt([1, 9, 6]), GREEDY), (prompt([1, 5, 6]), GREEDY))
     assert isinstance(failed, NumericalError)
     assert "float32 on this request; with kv_cache_dtype auto they may be" in str(failed)
-    assert not isinstance(other, NumericalError)
+    assert isinstance(other, list)
     assert len(other[0]) == len(expected[0][0])
 
 

@@ -46,4 +46,4 @@ def load(memory: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, 
     """Numbers [kv_heads, *slots, head_dim] at positions of `memory`, see `store`, in a precision."""
     found = bits(memory).index_select(1, slots.flatten()).view(memory.dtype)
     wide = found.to(dtype) if scale is None else from_float8(found, scale, dtype)
-    return wide.unflatten(1, slots.shape)
+    return wide.view(len(memory), *slots.shape, -1)

@@ -83,7 +83,7 @@ def test_rotary_embeddings_and_the_write_to_the_kv_pool(
 def test_rotary_embeddings_are_rounded_where_torch_rounds(dtype: torch.dtype) -> None:
     for arguments in selection.rotary_trials(dataclasses.replace(SHAPE, dtype=dtype)):
         own = [part.clone() for part in arguments[:-1]]
-        expected = [twins.rotate_and_write(*own, None), *own]
+        expected = [twins.rotate_and_write(*(*own, None)), *own]
         found = guarded(layers.rotate_and_write, arguments)
         assert all(map(torch.equal, found, expected))
 
@@ -103,7 +103,7 @@ def test_decode_attention(dtype: torch.dtype, heads: int, kv_heads: int, head_di
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (7, 1, 128), (3, 3, 80)])
 def test_keys_and_values_in_8_bit_floats(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
     """What is written has the twin's bits."""
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
     shape = dataclasses.replace(SHAPE, float8=True, **sizes)
     assert compare(layers.rotate_and_write, twins.rotate_and_write, selection.rotary_trials(shape)) == 2
     trials = selection.decode_trials(shape, 16, alibi=heads == kv_heads)
@@ -235,7 +235,7 @@ def test_trials_find_a_wrong_kernel() -> None:
         return layers.add_rmsnorm(None, *rest)
 
     def with_other_scales(*arguments: Any) -> torch.Tensor:
-        return decode_attention.decode_attention(*arguments[:9], arguments[9].flip(0))
+        return decode_attention.decode_attention(*(*arguments[:9], arguments[9].flip(0)))
 
     in_8_bits = selection.decode_trials(dataclasses.replace(SHAPE, float8=True), 16, alibi=False)
     assert disagreement(with_other_scales, twins.decode_attention, in_8_bits) == "it gives wrong results here (trial 1)"
