@@ -17,6 +17,7 @@ from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.prefill_budget import StepBudget
+from llava_serve.model.float8 import Float8Linear, replace_linears
 from llava_serve.model.llava import Llava
 from llava_serve.model.vocabulary import fit_vocabulary
 from llava_serve.sampling_params import SamplingParams
@@ -47,9 +48,17 @@ def on_device(make: Any, device: str) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def make_engine(model: Llava, sequences: int) -> Engine:
+def quantize(model: Llava) -> None:
+    """Puts the linear layers of the language model, without its head, into 8-bit floats."""
+    replace_linears(model.language_model, model.device)
+    for module in model.language_model.modules():
+        if isinstance(module, Float8Linear):
+            module.set_weight(module.weight.detach(), model.device)
+
+
+def make_engine(model: Llava, sequences: int, **options: Any) -> Engine:
     """An engine of at most so many sequences. Without a prefix cache: each prompt is computed."""
-    return Engine(model, EngineOptions(max_num_seqs=sequences, max_waiting=1024, prefix_caching=False))
+    return Engine(model, EngineOptions(max_num_seqs=sequences, max_waiting=1024, prefix_caching=False, **options))
 
 
 def text_prompt(length: int, seed: int) -> PreparedPrompt:

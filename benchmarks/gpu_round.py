@@ -1,6 +1,6 @@
 """One round on a GPU: decode steps against the bandwidth of the card, attention, sampling, pictures, and transformers.
 
-    python -m benchmarks.gpu_round --bandwidth 3.0 env attention decode sampled vision stream profile transformers
+    python -m benchmarks.gpu_round --bandwidth 3.0 env attention kernels decode float8 sampled vision
     python -m benchmarks.gpu_round --smoke            # tiny, on a CPU: shows that it runs
 
 Weights are random and made on the device: no Ray, no network, no checkpoint. Each part prints one or more lines of
@@ -8,17 +8,18 @@ JSON, and adds them to `--output`. A part that fails prints its error as such a 
 status is then 1.
 
 `env`: the card, its bandwidth, products, and the parameters of torch's FlashAttention. `attention`: that kernel alone,
-with ALiBi too. `decode`: steps of 1 to 128 sequences against the time in which weights and keys can be read, the
-graph without the host, and steps that are not launched ahead. `sampled`: what kinds of sampling add. `vision`: the
-tower by tiles, first tokens, bursts, and pictures that come while others decode, with the sizes of their pieces.
-`stream`: streams in one event loop. `profile`: the kernels of a step by time. `transformers`: its own `generate` over
-the same sizes.
+with ALiBi too. `kernels`: each of ours alone, against its twin, and the bytes that it moves in its time; with keys and
+values in 8-bit floats, too. `decode`: steps of 1 to 128 sequences against the time in which weights and keys can be
+read, the graph without the host, and steps that are not launched ahead. `float8`: the same with weights, keys and
+values, and both in 8-bit floats. `sampled`: what kinds of sampling add. `vision`: the tower by tiles, first tokens,
+bursts, and pictures that come while others decode, with the sizes of their pieces. `stream`: streams in one event loop.
+`profile`: the kernels of a step by time. `transformers`: its own `generate` over the same sizes.
 
 A bare machine needs: Python 3.11 or later with torch 2.11 or later for CUDA, transformers 5.17 or later, numpy, Pillow,
 tokenizers, safetensors, accelerate, jinja2, psutil, tqdm, httpx2, llguidance and pydantic; this repository on
 PYTHONPATH; no installation of the project. `--bandwidth` takes the TB/s that `env` reads. 7B in bfloat16 with 128
-sequences takes about 70 GiB: fewer `--batches` fit smaller cards. Three runs of at most ten minutes each are enough:
-`env attention`, `decode sampled profile`, `vision stream transformers`.
+sequences takes about 70 GiB: fewer `--batches` fit smaller cards. Four runs of at most ten minutes each are enough:
+`env attention kernels`, `decode sampled profile`, `float8`, `vision stream transformers`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -41,13 +43,15 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from benchmarks.gpu_kernels import decode_attention, environment, timed
-from benchmarks.gpu_model import empty, fill, make_engine, on_device, random_llava, step_times, text_prompt
+from benchmarks.gpu_decode import decode_figures
+from benchmarks.gpu_kernels import decode_attention, each_kernel, environment, timed
+from benchmarks.gpu_model import empty, fill, make_engine, on_device, quantize, random_llava, step_times, text_prompt
 from benchmarks.make_checkpoint import SIZES, make_checkpoint
 from benchmarks.options import make_parser, parse
 from llava_serve import async_llm
 from llava_serve.config import ImageOptions
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.executor.llama_decoder import layer_shape
 from llava_serve.processor import Processor
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
@@ -67,44 +71,32 @@ def attention(args: argparse.Namespace) -> Figures:
     yield from decode_attention(args.batches, args.bandwidth)
 
 
+def kernels(args: argparse.Namespace) -> Figures:
+    language = random_llava(args.size, args.device).language_model
+    config = language.config
+    for float8 in (False, True):
+        shape = layer_shape(language, config.num_key_value_heads, config.head_dim, float8=float8)
+        for count in args.batches:
+            yield from each_kernel(shape, config.vocab_size, count, args.bandwidth)
+
+
 def decode(args: argparse.Namespace) -> Figures:
     model = random_llava(args.size, args.device)
-    language = model.language_model
-    table = language.get_input_embeddings().weight.nbytes
-    weights = sum(one.nbytes for one in language.parameters()) - table
     for count in args.batches:
-        engine = make_engine(model, count)
-        seconds = fill(engine, count, args.prompt, 200)
-        times = step_times(engine, args.steps)
-        keys = sum(len(group.sequences[0].token_ids) for group in engine._scheduler.running)
-        config = language.config
-        key = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-        least = (weights + keys * key) / (args.bandwidth * 1e9)
-        engine._pipeline.ahead = False
-        synchronous = step_times(engine, args.steps)
-        yield {
-            "sequences": count,
-            "step_ms": round(median(times), 3),
-            "worst_ms": round(max(times), 3),
-            "synchronous_ms": round(median(synchronous), 3),
-            "graph_ms": _graph_ms(engine, count),
-            "roofline_ms": round(least, 3),
-            "share_of_roofline": round(least / median(times), 3),
-            "tokens_s": round(1e3 * count / median(times)),
-            "prefill_tokens_s": round(count * args.prompt / seconds),
-            "positions": engine._kv.num_blocks * engine._kv.block_size,
-        }
-        del engine
+        yield decode_figures(model, count, args)
         free(args)
 
 
-def _graph_ms(engine: Engine, count: int) -> float | None:
-    """Milliseconds of a decode step's graph without the host; None where there is none."""
-    graphs = engine._runner._graphs
-    if graphs is None:
-        return None
-    size = min(each for each in graphs._buckets if each >= count)
-    return round(timed(graphs._graphs[size].replay, "cuda"), 3)
+def float8(args: argparse.Namespace) -> Figures:
+    model = random_llava(args.size, args.device)
+    few = sorted({args.batches[0], args.batches[len(args.batches) // 2], args.batches[-1]})
+    for weights in ("plain", "fp8"):
+        if weights == "fp8":
+            quantize(model)
+        for cache, count in itertools.product(("auto", "fp8"), few):
+            figures = decode_figures(model, count, args, kv_cache_dtype=cache)
+            yield {"weights": weights, "kv_cache_dtype": cache, **figures}
+            free(args)
 
 
 def sampled(args: argparse.Namespace) -> Figures:
@@ -245,7 +237,8 @@ def _generate_ms(model: Any, count: int, tokens: int, device: str) -> float:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    each.__name__: each for each in (env, attention, decode, sampled, vision, stream, profile, transformers)
+    each.__name__: each
+    for each in (env, attention, kernels, decode, float8, sampled, vision, stream, profile, transformers)
 }
 
 

@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 Quantization = Literal["8bit", "4bit", "fp8"]
+CacheDtype = Literal["auto", "fp8"]
 Transparency = Literal["white", "drop"]
 CacheScope = Literal["shared", "key"]
 
@@ -100,6 +101,9 @@ class EngineOptions(Options):
         max_batch_tokens: positions computed per step, prefill and decode together.
         max_batch_tiles: tiles through the vision tower per step.
         kv_cache_bytes: memory of the KV cache; None is 1 GiB on a CPU, and on CUDA what the largest step leaves.
+        kv_cache_dtype: how keys and values are stored: with `auto` as the model computes them, with `fp8` as 8-bit
+            floats (e4m3), so that the same memory holds twice the positions of a half precision. Answers change a
+            little. For GPUs that have such numbers; a CPU computes the same, slowly.
         gpu_memory_fraction: of what the largest step leaves, for the KV cache on CUDA; `kv_cache_bytes` overrides it.
         feature_cache_bytes: memory of the image-feature cache.
         block_size: positions per block.
@@ -118,6 +122,7 @@ class EngineOptions(Options):
     max_batch_tokens: int = Field(default=2048, ge=16)
     max_batch_tiles: int = Field(default=8, ge=1)
     kv_cache_bytes: int | None = Field(default=None, ge=1)
+    kv_cache_dtype: CacheDtype = "auto"
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
     feature_cache_bytes: int = Field(default=256 << 20, ge=0)
     block_size: int = Field(default=16, ge=1)

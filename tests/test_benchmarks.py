@@ -46,6 +46,7 @@ COMMANDS = [
 PARTS = {
     "__init__",
     "docs_plots",
+    "gpu_decode",
     "gpu_kernels",
     "gpu_model",
     "machine",

@@ -45,7 +45,7 @@ class Engine:
             num_blocks(model, options),
             options.block_size,
             prefix_caching=options.prefix_caching,
-            salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}".encode(),
+            salt=f"{spec.path}|{spec.base}|{spec.adapter}|{model.dtype}|{options.kv_cache_dtype}".encode(),
         )
         per_tile = spec.image.features_per_tile * spec.feature_width * model.dtype.itemsize
         self._encoder_cache = EncoderCacheManager(options.feature_cache_bytes // per_tile)
@@ -58,7 +58,7 @@ class Engine:
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
         self._searches: dict[str, BeamSearch] = {}
         ahead = model.device.type == "cuda" if ahead is None else ahead
-        self._pipeline = StepPipeline(self._runner, self._scheduler, self._kv, self._searches, model.dtype, ahead=ahead)
+        self._pipeline = StepPipeline(self._runner, self._scheduler, self._kv, self._searches, ahead=ahead)
         vocabulary = model.language_model.get_input_embeddings().num_embeddings
         self.validator = RequestValidator(spec, options, vocabulary, self._kv.num_blocks)
         self._groups: dict[str, list[SequenceGroup]] = {}

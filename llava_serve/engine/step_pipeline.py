@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from llava_serve.engine.beam import BeamSearch
-from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
+from llava_serve.engine.executor.model_runner import ModelRunner
 from llava_serve.engine.executor.sampling_step import PendingStep
+from llava_serve.engine.executor.step_result import StepResult
 from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.kv_cache import KVCache
 from llava_serve.engine.scheduler import Schedule, Scheduler
@@ -41,12 +42,11 @@ class StepPipeline:
         scheduler: Scheduler,
         kv: KVCache,
         searches: Mapping[str, BeamSearch],
-        dtype: torch.dtype,
         *,
         ahead: bool,
     ) -> None:
         self._runner, self._scheduler, self._kv = runner, scheduler, kv
-        self._searches, self._dtype = searches, dtype
+        self._searches = searches
         self.ahead = ahead
         self._next: LaunchedStep | None = None
 
@@ -68,4 +68,5 @@ class StepPipeline:
     def _launch(self, schedule: Schedule, began: float, sampled: torch.Tensor | None = None) -> LaunchedStep:
         result = self._runner.run(schedule, sampled)
         sequences = [segment.sequence for segment in schedule.segments if segment.needs_sampling]
-        return LaunchedStep(schedule, result, PendingStep(result, sequences, self._searches, self._dtype), began)
+        pending = PendingStep(result, sequences, self._searches, self._runner.dtype, float8=self._runner.float8)
+        return LaunchedStep(schedule, result, pending, began)

@@ -18,7 +18,7 @@ _MAX = torch.finfo(_FLOAT8).max
 _MULTIPLE = 16
 """Of both widths of a layer, for the product on a GPU."""
 _CAPABILITY = (8, 9)
-"""The first GPUs that multiply 8-bit floats: Ada and Hopper."""
+"""The first GPUs that have 8-bit floats: Ada and Hopper."""
 
 
 class Float8Weight(nn.Parameter):
@@ -57,6 +57,11 @@ class Float8Linear(nn.Module):
         return output.view(*inputs.shape[:-1], -1)
 
 
+def has_float8(device: torch.device) -> bool:
+    """A GPU has 8-bit floats; a CPU emulates them."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
 def to_float8(values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of numbers as 8-bit floats, and the scales of the rows in float32 [..., 1]. A row with a number that is not
     finite has no finite one."""
@@ -74,7 +79,7 @@ def replace_linears(language_model: Any, device: torch.device) -> None:
     Raises:
         CheckpointError: the GPU cannot multiply 8-bit floats; no layer has such widths.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if not has_float8(device):
         raise CheckpointError(
             f"{torch.cuda.get_device_name(device)} does not multiply 8-bit floats: GPUs of compute capability 8.9 and "
             "above do. Choose 8bit (--load-8bit)."

@@ -24,11 +24,13 @@ def are_finite(values: torch.Tensor, dim: int | tuple[int, ...] = ()) -> torch.T
     return (values.amin(dim) > -_INF) & (values.amax(dim) < _INF)  # reductions propagate NaN, and it compares false
 
 
-def numerical_error(dtype: torch.dtype) -> NumericalError:
-    """The error of a request that got NaN or infinity in a model of this precision."""
+def numerical_error(dtype: torch.dtype, *, float8: bool = False) -> NumericalError:
+    """The error of a request that got NaN or infinity in a model of this precision, `float8` with such a KV cache."""
     advice = {
         torch.float16: "with dtype bfloat16 or float32 they may be",
         torch.bfloat16: "with dtype float32 they may be, unless its weights are damaged",
     }.get(dtype, "its weights may be damaged")
+    if float8:
+        advice = "with kv_cache_dtype auto they may be"
     name = str(dtype).removeprefix("torch.")
     return NumericalError(f"The model's numbers are not finite in {name} on this request; {advice}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import sys
@@ -18,12 +19,17 @@ from torch.nn import functional
 from llava_serve import LLM, SamplingParams
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
+from llava_serve.engine.executor.attention import PackedStep
+from llava_serve.engine.executor.cache_scales import find_scales
+from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
+from llava_serve.engine.executor.model import kv_shape
 from llava_serve.errors import CheckpointError
 from llava_serve.model.float8 import Float8Linear, to_float8
 from llava_serve.model.llava import Llava
 from support.random_llava import write_llava
 from support.tiny_hf import Tiny, write_model
-from support.variants import all_logits, copy, merged_by_peft, prepare, read, write
+from support.variants import all_logits, copy, input_embeddings, merged_by_peft, prepare, read, write
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -89,6 +95,30 @@ def test_layers_memory_and_logits(folder: Path, quantization: Any, dtype: torch.
         all_logits(small, prepared).float(), all_logits(plain, prepared).float(), dim=-1
     )
     assert cosine < float(similarity.min()) < 1 - 1e-6
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_logits_over_keys_and_values_in_8_bit_floats(folder: Path, dtype: torch.dtype) -> None:
+    """Chunks of the prompt, and single tokens at its end, over a cache of each kind."""
+    model = Llava.load(open_checkpoint(str(folder)), dtype=dtype)
+    decoder, embeddings = Decoder(model.language_model), input_embeddings(model, prepare(folder))
+    layers, kv_heads, head_dim = kv_shape(model)
+    count, found = len(embeddings), []
+    ends = [*range(0, count - 8, 16), *range(count - 8, count + 1)]
+    for scales in (None, find_scales(model, decoder)):
+        memory = KVPool(layers, kv_heads, count, head_dim, dtype, model.device, scales)
+        parts = []
+        for start, end in itertools.pairwise(ends):
+            step = PackedStep(memory, [PackedSequence(0, end - start, 0, start)], dtype, model.device)
+            parts.append(decoder.logits(decoder.forward(embeddings[start:end], step)))
+        found.append(torch.cat(parts).float())
+    assert len(found[0]) == count > 32
+    similarity = functional.cosine_similarity(found[1], found[0], dim=-1)
+    assert 0.997 < float(similarity.min()) < 1 - 1e-6
+    expected = decoder.reference_logits(embeddings).float()
+    assert float(functional.cosine_similarity(found[0], expected, dim=-1).min()) > 0.999
 
 
 @pytest.mark.parametrize("quantization", KINDS)

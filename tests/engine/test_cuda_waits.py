@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor import decoder, llama_decoder, sampler, varlen
+from llava_serve.engine.executor.graph_sampling import SamplingKind, next_tokens
 from llava_serve.engine.executor.kernels import twins
-from llava_serve.engine.executor.model_runner import ModelRunner, StepResult
+from llava_serve.engine.executor.model_runner import ModelRunner
 from llava_serve.engine.executor.sampling_step import PendingStep
+from llava_serve.engine.executor.step_result import StepResult
 from llava_serve.engine.executor.transfer import HostCopy, to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.sequence import EngineRequest, Extent, Output, Sequence
@@ -111,7 +113,12 @@ def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> E
     # What compares or measures at the start needs values.
     monkeypatch.setattr(decoder, "output_head", lambda language_model: language_model.get_output_embeddings())
     monkeypatch.setattr(ModelRunner, "warm_up", lambda _: 1.0)
-    subject = tiny_engine.engine(MetaModel(getattr(request, "param", "llama")), cuda_graphs=False)
+    kind, *float8 = getattr(request, "param", "llama").split()
+    cache: dict[str, Any] = {"kv_cache_dtype": "fp8"} if float8 else {}
+    model = MetaModel(kind)
+    with counted():  # the scales of a cache in 8-bit floats come from a step
+        subject = tiny_engine.engine(model, cuda_graphs=False, **cache)
+    subject._runner._kernel = twins.decode_attention
     subject._prefill_budget.observe(0.001, 1, 0, 0)
     subject._prefill_budget.observe(0.001, 0, 4000, 0)
     return subject
@@ -142,7 +149,7 @@ def test_a_step_waits_for_the_device_once_however_many_sequences_there_are(
         assert (waits, len(outputs)) == (1, 5)
 
 
-@pytest.mark.parametrize("engine", ["llama", "mpt", "mistral", "qwen3"], indirect=True)
+@pytest.mark.parametrize("engine", ["llama", "mpt", "mistral", "qwen3", "mistral fp8", "mpt fp8"], indirect=True)
 def test_a_step_of_all_kinds_waits_once(engine: Engine) -> None:
     for at, sampling in enumerate(ALONE):
         add(engine, prompt([5, at + 2]), f"r{at}", **sampling)
@@ -233,6 +240,15 @@ def test_a_grammar_costs_a_wait_only_where_it_refuses_a_token(
         sampled = PendingStep(result, [sequence], {}, torch.bfloat16).read()
     assert (len(sampled.tokens), allows, sampled.failures.requests) == (1, [], {})
     assert (waits.to_host, waits.to_device) == (waited, 0)
+
+
+@pytest.mark.parametrize("kind", SamplingKind)
+def test_what_is_captured_waits_for_nothing(kind: SamplingKind) -> None:
+    logits, numbers = torch.empty(4, 500, device=META), torch.empty(5, 4, dtype=torch.float64, device=META)
+    with counted() as waits:
+        tokens = next_tokens(logits, numbers, kind, twins.sample_top_p)
+    assert (tokens.shape, tokens.dtype) == ((4,), torch.int64)
+    assert (waits.to_host, waits.to_device) == (0, 0)
 
 
 def test_prompt_logprobs_wait_once_more(engine: Engine) -> None:

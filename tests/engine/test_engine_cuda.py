@@ -9,12 +9,12 @@ import torch
 
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import llama_decoder
-from llava_serve.engine.executor.attention import PackedSequence, PackedStep
+from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.cuda_graphs import _StaticStep, buckets, decode_input, extent_of_two
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.kernels import twins
 from llava_serve.engine.executor.kernels.selection import LayerShape, decode_kernel, layer_kernels, top_p_kernel
-from llava_serve.engine.executor.kv_pool import KVPool
+from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.varlen import available
 from llava_serve.errors import NumericalError
 from llava_serve.llm import LLM
@@ -101,10 +101,11 @@ def test_every_batch_has_a_bucket_and_its_padding_touches_no_sequence() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("kv_heads", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_kernel_is_used(dtype: torch.dtype, kv_heads: int) -> None:
-    shape = LayerShape(4096, 11008, 32, kv_heads, 128, dtype, torch.device("cuda"))
+def test_every_kernel_is_used(dtype: torch.dtype, kv_heads: int, float8: bool) -> None:
+    shape = LayerShape(4096, 11008, 32, kv_heads, 128, dtype, torch.device("cuda"), float8)
     kernels = layer_kernels(shape)
     assert kernels.add_rmsnorm is not twins.add_rmsnorm
     assert kernels.rotate_and_write is not twins.rotate_and_write
@@ -115,21 +116,27 @@ def test_every_kernel_is_used(dtype: torch.dtype, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "page_size"), [("llama", 16), ("mistral", 4), ("qwen2", 1), ("mpt", 16), ("qwen3", 4)]
+    ("kind", "page_size", "float8"),
+    [
+        *(("llama", 16, False), ("mistral", 4, False), ("qwen2", 1, False), ("mpt", 16, False), ("qwen3", 4, False)),
+        *(("mistral", 4, True), ("mpt", 16, True), ("qwen3", 4, True)),
+    ],
 )
 def test_a_step_of_graphs_over_pages_is_a_step_over_extents(
-    kind: str, page_size: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, page_size: int, float8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the kernel's twin, which runs on a CPU, and padding."""
     monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
     model = TinyModel(kind)
     config = model.language_model.config
     kv_heads, head_dim = getattr(config, "num_key_value_heads", 4), getattr(config, "head_dim", None) or 8
-    decoder = Decoder(model.language_model)
+    decoder = Decoder(model.language_model, float8=float8)
+    scales = torch.exp2(torch.arange(4.0 * kv_heads) % 3).view(2, 2, kv_heads) if float8 else None
     pools = []
     for _ in range(2):
-        pools.append(KVPool(2, kv_heads, 65, head_dim, torch.float64, torch.device("cpu")))
-        pools[-1]._memory.normal_(generator=torch.Generator().manual_seed(0))
+        pools.append(KVPool(2, kv_heads, 65, head_dim, torch.float64, torch.device("cpu"), scales))
+        filled = torch.empty(pools[-1]._memory.shape).normal_(generator=torch.Generator().manual_seed(0))
+        pools[-1]._memory.copy_(filled)
     sequences = [PackedSequence(0, 1, 32, 17), PackedSequence(1, 1, 0, 30), PackedSequence(2, 1, 16, 0)]
     tokens = [7, 9, 11]
     padded, positions, bases = decode_input(tokens, sequences, 4, 64)
@@ -140,7 +147,8 @@ def test_a_step_of_graphs_over_pages_is_a_step_over_extents(
     with torch.inference_mode():
         packed, static = (decoder.forward(model.embed(torch.tensor(ids)), step) for ids, step in steps)
     torch.testing.assert_close(static[:3], packed, rtol=0, atol=1e-9)
-    torch.testing.assert_close(pools[1]._memory[..., :64, :], pools[0]._memory[..., :64, :], rtol=0, atol=1e-9)
+    stored = [pool._memory[..., :64, :].double() for pool in pools]
+    torch.testing.assert_close(stored[1], stored[0], rtol=0, atol=1e-9)
 
 
 def test_an_extent_of_two_positions_is_whole_pages() -> None:
@@ -148,11 +156,12 @@ def test_an_extent_of_two_positions_is_whole_pages() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_cuda_graphs_answer_as_their_kernels_do(batch_size: int) -> None:
+def test_cuda_graphs_answer_as_their_kernels_do(batch_size: int, kv_cache_dtype: Any) -> None:
     texts = []
     for cuda_graphs in (False, True):
-        options = EngineOptions(max_num_seqs=8, cuda_graphs=cuda_graphs)
+        options = EngineOptions(max_num_seqs=8, cuda_graphs=cuda_graphs, kv_cache_dtype=kv_cache_dtype)
         llm = LLM("builtin", device="cuda", dtype="bfloat16", engine=options)
         assert (llm.engine._runner._graphs is not None) == cuda_graphs
         # of different lengths, so that sequences leave the batch one after the other

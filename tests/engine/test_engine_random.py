@@ -25,7 +25,7 @@ from llava_serve.sampling_params import SamplingParams
 from llava_serve.structured_output import StructuredOutput
 from llava_serve.types import PreparedPrompt
 from support.paths import GOLDEN
-from support.tiny_engine import TinyModel, check_blocks, engine, image, outcomes, prompt, scores
+from support.tiny_engine import Request, TinyModel, check_blocks, engine, image, outcomes, prompt, scores
 
 QUICK, MANY = 6, 100
 KINDS = ["llama", "mistral", "qwen2", "mpt"]
@@ -103,12 +103,12 @@ def make_plain_sampling(rng: random.Random, *, free: bool = False) -> SamplingPa
             return SamplingParams(temperature=0, max_new_tokens=count)
 
 
-def check_tiny(kind: str, seed: int, poison: int | None = None, *, ahead: bool = False) -> None:
+def check_tiny(kind: str, seed: int, poison: int | None = None, *, ahead: bool = False, **options: Any) -> None:
     """With `ahead` in three of four cases without what turns it off."""
     rng = random.Random(f"{kind}{seed}")
     free = ahead and seed % 4 > 0
     requests = [(make_prompt(rng), make_sampling(rng, free=free)) for _ in range(rng.randrange(3, 9))]
-    check_schedule(model(kind, poison), requests, rng, ahead=ahead)
+    check_schedule(model(kind, poison), requests, rng, ahead=ahead, **options)
 
 
 def check_golden(name: str, seed: int, *, ahead: bool = False) -> None:
@@ -137,18 +137,15 @@ def check_structured(name: str, seed: int) -> None:
 
 
 def check_schedule(
-    subject_model: VisionLanguageModel,
-    requests: list[tuple[PreparedPrompt, SamplingParams]],
-    rng: random.Random,
-    *,
-    ahead: bool = False,
+    subject_model: VisionLanguageModel, requests: list[Request], rng: random.Random, ahead: bool = False, **options: Any
 ) -> None:
-    """Every request in an engine of its own; then all of them through one, at random."""
+    """Every request in an engine of its own; then all of them through one, at random. `options`: of all engines."""
     windowed = getattr(subject_model.language_model.config, "sliding_window", None) is not None
-    expected = [outcomes(engine(subject_model, blocks=300, prefix_caching=False), request)[0] for request in requests]
+    alone = functools.partial(engine, subject_model, blocks=300, **options)
+    expected = [outcomes(alone(prefix_caching=False), request)[0] for request in requests]
 
     tables = [
-        None if isinstance(whole, LlavaServeError) else scores(engine(subject_model, blocks=300), request)[0]
+        None if isinstance(whole, LlavaServeError) else scores(alone(), request)[0]
         for request, whole in zip(requests, expected, strict=True)
     ]
     block_size = rng.choice((1, 4, 8, 16))
@@ -165,6 +162,7 @@ def check_schedule(
         feature_cache_bytes=rng.choice((0, 1 << 20)),
         prefix_caching=rng.random() < 0.8,
         ahead=ahead,
+        **options,
     )
     priorities = rng.choice(((0,), (0, 0, 1))) if ahead else (0, 0, 1)
     coming = {f"r{at}": request for at, request in enumerate(requests)}
@@ -251,6 +249,14 @@ def test_batched_equals_single_one_step_ahead(kind: str, poison: int | None, see
 def test_batched_equals_single_with_the_decoder_for_cuda(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
     check_tiny(kind, seed, poison=20 if seed % 3 == 0 else None)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(at, marks=pytest.mark.slow) for at in range(3, MANY))])
+def test_batched_equals_single_with_an_fp8_cache(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_decoder, "DEVICES", {("cuda", "cpu")[seed % 2]})
+    check_tiny(kind, seed, 20 if seed % 3 == 0 else None, ahead=seed in (1, 2), kv_cache_dtype="fp8")
 
 
 @pytest.mark.parametrize("seed", range(QUICK))

@@ -101,7 +101,7 @@ def test_twins_round_as_transformers_does(dtype: torch.dtype) -> None:
     keys, values = torch.zeros(2, 12, 16, dtype=dtype), torch.zeros(2, 12, 16, dtype=dtype)
     slots = torch.tensor([3, 11, 0, 7, 8])
     qkv = torch.cat([part[0].transpose(0, 1).flatten(1) for part in (query, key, value)], dim=1)
-    found = twins.rotate_and_write(qkv, cos, sin, slots, keys, values)
+    found = twins.rotate_and_write(qkv, cos, sin, slots, keys, values, None)
     expected_query, expected_key = apply_rotary_pos_emb(query, key, cos[None], sin[None])
     assert torch.equal(found, expected_query[0].transpose(0, 1))
     assert torch.equal(keys[:, slots], expected_key[0])
@@ -113,8 +113,8 @@ def test_twins_round_as_transformers_does(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("alibi", [False, True])
 def test_attention_over_pages_is_that_of_torch(alibi: bool) -> None:
     shape = LayerShape(96, 48, 6, 2, 16, torch.float64, CPU)
-    for query, keys, values, table, used, size, _, window, slopes in selection.decode_trials(shape, 16, alibi=alibi):
-        found = twins.decode_attention(query, keys, values, table, used, size, None, window, slopes)
+    for query, keys, values, table, used, size, _, window, slopes, _ in selection.decode_trials(shape, 16, alibi=alibi):
+        found = twins.decode_attention(query, keys, values, table, used, size, None, window, slopes, None)
         for at, count in enumerate(used.tolist()):
             pages = table[at, : -(-count // size)].tolist()
             slots = [page * size + offset for page in pages for offset in range(size)][:count][-(window or count) :]
@@ -132,12 +132,12 @@ def test_trials_find_a_wrong_twin() -> None:
         assert "wrong results" in disagreement(wrong, twin, trials())
 
     every_way(
-        lambda *given: twins.decode_attention(*(*given[:7], None, None)),
+        lambda *given: twins.decode_attention(*(*given[:7], None, None, None)),
         twins.decode_attention,
         lambda: selection.decode_trials(SHAPE, 4, alibi=True),
     )
     every_way(
-        lambda qkv, cos, sin, slots, keys, values: twins.rotate_and_write(qkv, cos, sin, slots, keys, keys),
+        lambda qkv, cos, sin, slots, keys, _, scales: twins.rotate_and_write(qkv, cos, sin, slots, keys, keys, scales),
         twins.rotate_and_write,
         lambda: selection.rotary_trials(SHAPE),
     )

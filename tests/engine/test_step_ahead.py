@@ -243,7 +243,7 @@ def test_where_too_few_tokens_may_be_sorted_they_are_read_first(
     """As on a GPU without the kernel for top-p."""
     request = (ASKED, SamplingParams(temperature=1.5, seed=2, max_new_tokens=30, ignore_eos=True, **sampling))
     expected = run(subject(ahead=False), request)
-    monkeypatch.setattr(sampler, "_PARTIAL_SORT", 8)
+    monkeypatch.setattr(sampler, "MAX_PARTIAL_SORT", 8)
     monkeypatch.setattr(sampler, "_answers_at_once", lambda _: False)
     one = subject()
     add(one, "r", *request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_serve.engine.executor.model_runner import StepResult
+from llava_serve.engine.executor.step_result import StepResult
 from llava_serve.engine.scheduler import Schedule
 from llava_serve.engine.sequence import Sequence
 from llava_serve.sampling_params import SamplingParams

@@ -19,8 +19,8 @@ from llava_serve.async_llm import AsyncLLM
 from llava_serve.config import EngineOptions
 from llava_serve.engine import grammar
 from llava_serve.engine.executor import sampler
-from llava_serve.engine.executor.model_runner import StepResult
 from llava_serve.engine.executor.sampling_step import PendingStep
+from llava_serve.engine.executor.step_result import StepResult
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.grammar import GrammarCompiler, Matcher
 from llava_serve.engine.scheduler import Scheduler

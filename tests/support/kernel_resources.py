@@ -5,6 +5,7 @@ Run as a program of its own: kernels that the interpreter runs cannot be compile
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -22,7 +23,7 @@ from llava_serve.engine.executor.kernels import decode_attention, layers, top_p
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "i32", "i64"
+HALF, FLOAT, FLOAT8, INT, LONG = "*bf16", "*fp32", "*fp8e4nv", "i32", "i64"
 
 
 def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
@@ -31,27 +32,34 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     norm = {"delta": HALF, "residual": HALF, "weight": HALF, "out": HALF, "width": INT, "eps": "fp32"}
     yield "add_rmsnorm", layers.add_rmsnorm_kernel, norm, {"has_delta": True, "block": 4096}, 8
     rotary = {**dict.fromkeys(("qkv", "cos", "sin"), HALF), "slots": "*i64"}
-    rotary |= dict.fromkeys(("query", "keys", "values"), HALF)
+    rotary |= {**dict.fromkeys(("query", "keys", "values"), HALF), "scales": FLOAT}
     rotary |= dict.fromkeys(("qkv_stride", "cos_stride", "kv_head_stride", "kv_stride"), LONG)
-    constants = {"heads": 32, "kv_heads": 32, "head_dim": 128, "block": 64}
+    constants: dict[str, Any] = {"heads": 32, "kv_heads": 32, "head_dim": 128, "has_scales": False, "block": 64}
     yield "rotate_and_write", layers.rotate_and_write_kernel, rotary, constants, 1
+    in_float8 = dict.fromkeys(("keys", "values"), FLOAT8)
+    constants = constants | {"has_scales": True}
+    yield "rotate_and_write fp8", layers.rotate_and_write_kernel, rotary | in_float8, constants, 1
     yield "silu_mul", layers.silu_mul_kernel, {"gate_up": HALF, "out": HALF, "width": INT}, {"block": 1024}, 4
     attend = {**dict.fromkeys(("query", "keys", "values"), HALF), "table": "*i32", "used": "*i32", "slopes": FLOAT}
-    attend |= {"partial": FLOAT, "lse": FLOAT, "scaling": "fp32"}
+    attend |= {"scales": FLOAT, "partial": FLOAT, "lse": FLOAT, "scaling": "fp32"}
     attend |= dict.fromkeys(("query_stride", "query_head_stride", "kv_head_stride", "kv_stride", "table_stride"), LONG)
-    for name, heads, kv_heads, head_dim, window, alibi in (
-        ("attend llama", 32, 32, 128, 0, False),
-        ("attend mistral", 32, 8, 128, 4096, False),
-        ("attend yi", 56, 8, 128, 0, False),
-        ("attend mpt", 32, 32, 128, 0, True),
-        ("attend 64", 14, 2, 64, 0, False),
-        ("attend 256", 8, 1, 256, 0, False),
+    for (name, heads, kv_heads, head_dim, window, alibi), float8 in itertools.product(
+        (
+            ("attend llama", 32, 32, 128, 0, False),
+            ("attend mistral", 32, 8, 128, 4096, False),
+            ("attend yi", 56, 8, 128, 0, False),
+            ("attend mpt", 32, 32, 128, 0, True),
+            ("attend 64", 14, 2, 64, 0, False),
+            ("attend 256", 8, 1, 256, 0, False),
+        ),
+        (False, True),
     ):
         block = triton.next_power_of_2(head_dim)
         sizes = {"heads": heads, "group": heads // kv_heads, "head_dim": head_dim, "page_size": 16, "window": window}
-        sizes |= {"has_slopes": alibi, "block_heads": 16, "block_dim": block}
-        sizes["block_keys"] = decode_attention.tile_keys(block, 2)
-        yield name, decode_attention.attend_kernel, attend, sizes, 4
+        sizes |= {"has_slopes": alibi, "has_scales": float8, "block_heads": 16, "block_dim": block}
+        sizes["block_keys"] = decode_attention.tile_keys(block, 2, float8=float8)
+        types = attend | in_float8 if float8 else attend
+        yield f"{name}{' fp8' * float8}", decode_attention.attend_kernel, types, sizes, 4
     merge = {"partial": FLOAT, "lse": FLOAT, "out": HALF}
     sizes = {"heads": 32, "head_dim": 128, "splits": decode_attention.splits_of(32), "block_dim": 128}
     yield "merge", decode_attention.merge_kernel, merge, sizes, 1

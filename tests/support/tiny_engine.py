@@ -223,7 +223,8 @@ def check_blocks(subject: Engine) -> None:
     assert kv.ref_counts == [held[block] for block in range(kv.num_blocks)]
     assert kv.num_free == sum(count == 0 for count in kv.ref_counts)
     for half in itertools.chain(*subject._runner._memory.layers):
-        finite = half[:, : kv.num_blocks * kv.block_size].isfinite().all(dim=2).all(dim=0).view(-1, kv.block_size)
+        positions = half[:, : kv.num_blocks * kv.block_size].float()
+        finite = positions.isfinite().all(dim=2).all(dim=0).view(-1, kv.block_size)
         assert bool(finite[list(kv.cached_blocks)].all())
 
 
@@ -234,7 +235,8 @@ def engine(
     config = model.language_model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = config.hidden_size // config.num_attention_heads
-    per_position = config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize
+    itemsize = 1 if options.get("kv_cache_dtype") == "fp8" else model.dtype.itemsize
+    per_position = config.num_hidden_layers * 2 * kv_heads * head_dim * itemsize
     cache = blocks * block_size * per_position
     return Engine(model, EngineOptions(kv_cache_bytes=cache, block_size=block_size, **options), ahead=ahead)
 

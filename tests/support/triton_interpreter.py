@@ -1,7 +1,7 @@
 """Triton's interpreter, which runs kernels on a CPU one program after another, and memory that shows a wrong access.
 
-The interpreter keeps bfloat16 as its bits: there it multiplies matrices of bits, cuts numbers off where a GPU rounds to
-the nearest, and computes sums and products of bits without a word. The first two are put right here; the third is
+The interpreter keeps bfloat16 and 8-bit floats as their bits: there it multiplies matrices of bits, rounds otherwise
+than a GPU, and computes sums and products of bits without a word. The first two are put right here; the third is
 refused: kernels compute in float32.
 """
 
@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from llava_serve.engine.executor.float8_cache import bits
+
 GUARD = 64
 """Elements around each tensor."""
 
@@ -27,15 +29,19 @@ def require_interpreter() -> None:
         pytest.skip("Triton is not installed: `make test-kernels` installs it", allow_module_level=True)
     if os.environ.get("TRITON_INTERPRET") != "1":  # Triton decides for a kernel when its module is imported
         pytest.skip("TRITON_INTERPRET is not 1: `make test-kernels` sets it", allow_module_level=True)
-    _support_bfloat16()
+    _support_short_floats()
 
 
-def _support_bfloat16() -> None:
+def _support_short_floats() -> None:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_cast: Callable[..., Any] = InterpreterBuilder.cast_impl
+    plain_conversion: Callable[..., Any] = InterpreterBuilder.create_fp_to_fp
     plain_operation: Callable[..., Any] = InterpreterBuilder.binary_op
+    kinds = {tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16}
+    kinds[tl.float8e4nv] = torch.float8_e4m3fn
+    stored = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8}
 
     def numbers(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -48,15 +54,23 @@ def _support_bfloat16() -> None:
         rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
         return TensorHandle(rounded.numpy(), tl.bfloat16)
 
+    def convert(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        one, other = source.dtype.scalar, target.scalar
+        if tl.float8e4nv not in (one, other):
+            return plain_conversion(self, source, target, rounding)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).view(kinds[one]).to(kinds[other])
+        return TensorHandle(values.view(stored.get(other, kinds[other])).numpy().reshape(source.data.shape), other)
+
     def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
         product = np.matmul(numbers(a), numbers(b), dtype=total.data.dtype)
         return TensorHandle(product + total.data, total.dtype.scalar)
 
     def operation(self: Any, left: Any, right: Any, function: Any) -> Any:
-        assert tl.bfloat16 not in (left.dtype.scalar, right.dtype.scalar), "a kernel computes in bfloat16"
+        assert not stored.keys() & {left.dtype.scalar, right.dtype.scalar}, "a kernel computes with few bits"
         return plain_operation(self, left, right, function)
 
     InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.create_fp_to_fp = convert
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.binary_op = operation
 
@@ -91,7 +105,7 @@ class GuardedMemory(TorchFunctionMode):
         for buffer, span in self._buffers:
             expected = torch.full_like(buffer[:GUARD], self._canary(buffer.dtype))
             for guard in (buffer[:GUARD], buffer[GUARD + span :]):
-                torch.testing.assert_close(guard, expected, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(bits(guard), bits(expected), rtol=0, atol=0, equal_nan=True)
 
     @staticmethod
     def _canary(dtype: torch.dtype) -> float:

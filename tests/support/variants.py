@@ -114,13 +114,18 @@ def prepare(folder: Path, query: str = "What is it?", image: Path = PICTURE, **o
     return Processor(open_checkpoint(str(folder), **options), ImageOptions()).prepare_query(query, [image])
 
 
-def all_logits(model: Llava, prepared: PreparedPrompt) -> Tensor:
-    """[positions, vocabulary], by this project's modules."""
+def input_embeddings(model: Llava, prepared: PreparedPrompt) -> Tensor:
+    """[positions, hidden] of a prompt with its images."""
     merged = model.embed(torch.from_numpy(prepared.token_ids.astype(np.int64)).clamp(min=0)).clone()
     for (start, end), tiles, size in zip(prepared.image_spans, prepared.tiles, prepared.image_sizes, strict=True):
         merged[start:end] = model.image_embeddings(model.tower_features(torch.from_numpy(tiles)), size)
+    return merged
+
+
+def all_logits(model: Llava, prepared: PreparedPrompt) -> Tensor:
+    """[positions, vocabulary], by this project's modules."""
     with torch.inference_mode():
-        found: Tensor = model.language_model(inputs_embeds=merged[None]).logits[0]
+        found: Tensor = model.language_model(inputs_embeds=input_embeddings(model, prepared)[None]).logits[0]
     return found
 
 

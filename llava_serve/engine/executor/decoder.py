@@ -31,12 +31,13 @@ class Decoder:
 
     Args:
         language_model: one of transformers' causal LMs; its attention is replaced permanently.
+        float8: the KV pool has 8-bit floats.
     """
 
     compiled: CompiledDecoder | None = None
     """Computes the steps instead, from the moment that it is set. Its `warm_up` has returned."""
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(self, language_model: Any, *, float8: bool = False) -> None:
         self._language_model = language_model
         self._decoder = language_model.base_model
         self._head = output_head(language_model)
@@ -58,7 +59,7 @@ class Decoder:
         else:
             language_model.set_attn_implementation(attention.IMPLEMENTATION)
             if floats and LlamaDecoder.supports(language_model):
-                self._llama = LlamaDecoder(language_model)
+                self._llama = LlamaDecoder(language_model, float8=float8)
         self.capturable = whole
         """Its steps can be captured as CUDA graphs: it has no quantized layers of bitsandbytes' or of a quantizer's,
         whose kernels synchronize."""

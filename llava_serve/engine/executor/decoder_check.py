@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from llava_serve.engine.executor.attention import PackedSequence, PackedStep
+from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.decoder import Decoder
-from llava_serve.engine.executor.kv_pool import KVPool
+from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
 from llava_serve.errors import CheckpointError
 
@@ -22,47 +22,56 @@ _STEPS = (((0, 29), (0, 5)), ((29, 30), (5, 30)), ((30, 31), (30, 31)), ((31, 32
 _TOLERANCE = 1e-2
 """Rotary tables in half precision may be rounded otherwise in a compiled decoder: that alone is 1e-3."""
 _HALF_TOLERANCE = 0.2
-"""Of half precision and of quantized layers."""
+"""Of half precision, and of quantized layers, keys and values."""
 
 _checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """Language models that were found right, with the decoders that they had: engines may share one."""
 
 
-def check_decoder(model: VisionLanguageModel, decoder: Decoder) -> None:
+def check_decoder(model: VisionLanguageModel, decoder: Decoder, scales: torch.Tensor | None = None) -> None:
     """Compares the logits of a few positions through the engine with those of the model's own forward pass.
+
+    Args:
+        scales: of a KV pool in 8-bit floats, see `KVPool`; None is one in the model's precision.
 
     Raises:
         CheckpointError: they differ, or the engine cannot compute them.
     """
-    if decoder.name in _checked.get(model.language_model, ()):
+    name = f"{decoder.name}{' float8' * (scales is not None)}"
+    if name in _checked.get(model.language_model, ()):
         return
     kind, dtype = model.language_model.config.model_type, str(model.dtype).removeprefix("torch.")
     try:
-        difference = disagreement(model, decoder)
+        difference = disagreement(model, decoder, scales)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise CheckpointError(
             f"The language model of {model.spec.name} ({kind}) cannot be computed in {dtype} on {model.device}."
         ) from error
+    if difference and scales is not None:
+        raise CheckpointError(
+            f"With kv_cache_dtype fp8 the language model of {model.spec.name} ({kind}) answers otherwise: "
+            f"{difference}. Choose auto."
+        )
     if difference:
         raise CheckpointError(
             f"The engine does not compute the language model of {model.spec.name} ({kind}) as transformers does: "
             f"{difference}. It would answer wrongly, so it is not loaded."
         )
-    _checked.setdefault(model.language_model, set()).add(decoder.name)
+    _checked.setdefault(model.language_model, set()).add(name)
 
 
 @torch.inference_mode()
-def disagreement(model: VisionLanguageModel, decoder: Decoder) -> str:
+def disagreement(model: VisionLanguageModel, decoder: Decoder, scales: torch.Tensor | None = None) -> str:
     """How the engine computes a few positions otherwise than the model's own forward pass; empty if it does not."""
     vocabulary = model.language_model.get_input_embeddings().num_embeddings
     ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
     sequences = model.embed(ids).view(2, LENGTH, -1)
     expected = torch.stack([decoder.reference_logits(one) for one in sequences])
     windows: set[int | None] = set()
-    deviation = _deviation(_engine_logits(model, decoder, sequences, windows), expected)
-    exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights
+    deviation = _deviation(_engine_logits(model, decoder, sequences, windows, scales), expected)
+    exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights and scales is None
     # Rounded otherwise, a few positions may differ much: a mixture takes another of two experts that are equally good.
     worst = float(deviation.quantile(1.0 if exact else 0.9)) if len(deviation) else 0.0
     if not worst <= (_TOLERANCE if exact else _HALF_TOLERANCE):
@@ -95,10 +104,11 @@ def _engine_logits(
     decoder: Decoder,
     sequences: torch.Tensor,
     windows: set[int | None],
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """[2, LENGTH, vocabulary] in the steps of `_STEPS`. What windows there were is added to `windows`."""
     layers, kv_heads, head_dim = kv_shape(model)
-    memory = KVPool(layers, kv_heads, 2 * LENGTH, head_dim, model.dtype, model.device)
+    memory = KVPool(layers, kv_heads, 2 * LENGTH, head_dim, model.dtype, model.device, scales)
     logits: list[list[torch.Tensor]] = [[], []]
     for parts in _STEPS:
         packed, offset = [], 0

@@ -23,6 +23,10 @@ _LIBRARIES = 256 << 20
 """What CUDA's libraries and the graphs of decode steps hold beside what torch allocates."""
 
 
+_SAMPLING = 6
+"""Tensors of the logits' size that sampling has at once; memory of graphs is not given back."""
+
+
 @dataclass(frozen=True, slots=True)
 class PositionBytes:
     """Memory of one position.
@@ -43,7 +47,7 @@ def num_blocks(model: VisionLanguageModel, options: EngineOptions) -> int:
         CheckpointError: there is no memory for one block.
     """
     layers, kv_heads, head_dim = kv_shape(model)
-    kv = layers * 2 * kv_heads * head_dim * model.dtype.itemsize
+    kv = layers * 2 * kv_heads * head_dim * (1 if options.kv_cache_dtype == "fp8" else model.dtype.itemsize)
     if options.kv_cache_bytes is None and model.device.type == "cuda":
         positions = _cuda_positions(model, options, kv)
         where = "the model takes all of it"
@@ -77,9 +81,9 @@ def _cuda_positions(model: VisionLanguageModel, options: EngineOptions, kv: int)
 
 
 def kept_bytes(model: VisionLanguageModel, options: EngineOptions) -> int:
-    """What is held between steps: features of images, the logits of the graphs, and what libraries hold."""
+    """What is held between steps: features of images, the graphs' logits and sampling, and what libraries hold."""
     logits: int = options.max_num_seqs * model.language_model.config.vocab_size * 4
-    return options.feature_cache_bytes + options.cuda_graphs * logits + _LIBRARIES
+    return options.feature_cache_bytes + options.cuda_graphs * (1 + _SAMPLING) * logits + _LIBRARIES
 
 
 def positions_within(free: int, fraction: float, each: PositionBytes, image_positions: int) -> int:

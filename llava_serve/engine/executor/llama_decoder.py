@@ -52,9 +52,12 @@ class LlamaDecoder:
     """Computes packed steps of a language model that `supports` names.
 
     The weights of merged projections become views of the merged ones, so that the model itself computes as before.
+
+    Args:
+        float8: the KV pool has 8-bit floats.
     """
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(self, language_model: Any, *, float8: bool = False) -> None:
         decoder, config = language_model.base_model, language_model.config
         if language_model not in _layers:
             window = _WINDOWS[type(language_model)]
@@ -64,7 +67,8 @@ class LlamaDecoder:
         self._norm, self._eps = decoder.norm.weight.detach(), config.rms_norm_eps
         attention = decoder.layers[0].self_attn
         self._scaling: float = attention.scaling
-        self._kernels = layer_kernels(layer_shape(language_model, config.num_key_value_heads, attention.head_dim))
+        shape = layer_shape(language_model, config.num_key_value_heads, attention.head_dim, float8=float8)
+        self._kernels = layer_kernels(shape)
 
     @staticmethod
     def supports(language_model: Any) -> bool:
@@ -88,8 +92,8 @@ class LlamaDecoder:
             residual, delta = embeddings.clone(), None
             for index, layer in enumerate(self._layers):
                 normed = kernels.add_rmsnorm(delta, residual, layer.input_norm, eps)
-                keys, values = step.memory.layers[index]
-                query = kernels.rotate_and_write(linear(normed, *layer.qkv), cos, sin, step.slots, keys, values)
+                pool = (*step.memory.layers[index], step.memory.scales[index])
+                query = kernels.rotate_and_write(linear(normed, *layer.qkv), cos, sin, step.slots, *pool)
                 attended = step.attend_stored(index, query.transpose(0, 1)[None], self._scaling, layer.window)
                 delta = linear(attended.flatten(2)[0], *layer.output)
                 normed = kernels.add_rmsnorm(delta, residual, layer.mlp_norm, eps)
@@ -97,8 +101,8 @@ class LlamaDecoder:
             return kernels.add_rmsnorm(delta, residual, self._norm, eps)
 
 
-def layer_shape(language_model: Any, kv_heads: int, head_dim: int) -> LayerShape:
-    """The sizes of a language model's layers."""
+def layer_shape(language_model: Any, kv_heads: int, head_dim: int, *, float8: bool) -> LayerShape:
+    """The sizes of a language model's layers. `float8`: the KV pool has 8-bit floats."""
     config = language_model.config
     return LayerShape(
         config.hidden_size,
@@ -108,6 +112,7 @@ def layer_shape(language_model: Any, kv_heads: int, head_dim: int) -> LayerShape
         head_dim,
         language_model.dtype,
         language_model.device,
+        float8,
     )
 
 

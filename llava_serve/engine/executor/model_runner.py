@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,47 +11,27 @@ import torch
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.attempt import attempt
-from llava_serve.engine.executor.attention import PackedSequence, PackedStep
+from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.background_compile import BackgroundCompile, background_compile
+from llava_serve.engine.executor.cache_scales import find_scales
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs, extent_of_two
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import check_decoder
 from llava_serve.engine.executor.image_encoder import ImageEncoder
 from llava_serve.engine.executor.kernels.selection import DecodeKernel, decode_kernel, top_p_kernel
-from llava_serve.engine.executor.kv_pool import KVPool
+from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.llama_decoder import layer_shape
 from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt, scored_positions
+from llava_serve.engine.executor.step_result import StepResult
 from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.scheduler import Schedule, Segment
-from llava_serve.engine.sequence import PromptLogprobs, Sequence
+from llava_serve.engine.sequence import Sequence
 from llava_serve.model.numerics import are_finite
 from llava_serve.types import IMAGE_TOKEN_ID
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step has computed.
-
-    Attributes:
-        logits: [sampled, vocabulary] of the segments that need sampling, in their order, in float32 or better.
-        checked: what was checked for NaN and infinity: logits or keys and values of a sequence, features of the image
-            with a digest.
-        finite: bool [checked], on the device: there were none.
-        prompt_logprobs: of sequences whose request asks for them, those that the step's prefill gives.
-        failures: of what the step has tried.
-        vision_s: seconds in the vision tower, as this thread sees them: a GPU may go on with it meanwhile.
-    """
-
-    logits: torch.Tensor
-    checked: list[Sequence | str]
-    finite: torch.Tensor
-    prompt_logprobs: list[tuple[Sequence, PromptLogprobs]]
-    failures: StepFailures
-    vision_s: float
 
 
 class ModelRunner:
@@ -69,22 +48,30 @@ class ModelRunner:
         self._embeddings: dict[tuple[Sequence, int], torch.Tensor] = {}
         layers, kv_heads, head_dim = kv_shape(model)
         positions = blocks * block_size
-        self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device)
-        self._decoder = Decoder(model.language_model)
+        self.dtype = model.dtype
+        self.float8 = float8 = options.kv_cache_dtype == "fp8"
+        """Keys and values are stored as 8-bit floats."""
+        self._decoder = Decoder(model.language_model, float8=float8)
+        self._scales = find_scales(model, self._decoder) if float8 else None
+        self._memory = KVPool(layers, kv_heads, positions + 1, head_dim, model.dtype, model.device, self._scales)
         self._compile = options.compile if model.device.type == "cpu" else False
         self._graphs: DecodeGraphs | None = None
-        alibi = self._decoder.has_alibi
-        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim, alibi=alibi)
-        self.slow_attention = model.device.type == "cuda" and not fast
-        """On a GPU, attention runs without its fast kernel."""
+        self._kernel: DecodeKernel | None = None
+        alibi, cuda = self._decoder.has_alibi, model.device.type == "cuda"
         room = positions >= extent_of_two(block_size) * options.max_num_seqs
-        if model.device.type == "cuda" and self._decoder.capturable and options.cuda_graphs and room:
-            shape = layer_shape(model.language_model, kv_heads, head_dim)
-            kernel = decode_kernel(shape, block_size, alibi=alibi)
-            if fast or kernel is not None:
-                self._graphs = self._captured(options.max_num_seqs, positions, kernel)
+        captured = cuda and self._decoder.capturable and options.cuda_graphs and room
+        if captured or (cuda and float8):
+            shape = layer_shape(model.language_model, kv_heads, head_dim, float8=float8)
+            self._kernel = decode_kernel(shape, block_size, alibi=alibi)
+        fast = varlen.available(model.device, model.dtype, kv_heads, head_dim, alibi=alibi)
+        if float8:  # only this kernel reads them as they are
+            fast &= self._kernel is not None
+        self.slow_attention = cuda and not fast
+        """On a GPU, attention runs without its fast kernel."""
+        if captured and (fast or self._kernel is not None):
+            self._graphs = self._captured(options.max_num_seqs, positions)
 
-    def _captured(self, max_batch_size: int, positions: int, kernel: DecodeKernel | None) -> DecodeGraphs | None:
+    def _captured(self, max_batch_size: int, positions: int) -> DecodeGraphs | None:
         """The graphs of decode steps, unless they cannot be captured."""
         keys = min(positions, self._model.spec.context_length)
         graphs = DecodeGraphs(
@@ -95,7 +82,8 @@ class ModelRunner:
             keys,
             positions,
             self._block_size,
-            kernel,
+            self._kernel,
+            top_p_kernel(torch.float32, self._model.device),
         )
         return graphs if graphs.capture() else None
 
@@ -111,6 +99,8 @@ class ModelRunner:
         if self._compile is True:
             self._decoder.compile(self._dummy_step)
         check_decoder(self._model, self._decoder)
+        if self._scales is not None:
+            check_decoder(self._model, self._decoder, self._scales)
         top_p_kernel(torch.float32, self._model.device)  # its trial
         height, width = self._model.spec.image.crop_size
         tile = torch.zeros(1, height, width, 3, dtype=torch.uint8)
@@ -158,18 +148,24 @@ class ModelRunner:
         vision_s = time.perf_counter() - began
         self._memory.copy(schedule.copies)
         scored: list[ScoredPrompt] = []
-        logits = self._forward(schedule, sampled, scored, failures) if schedule.segments else torch.empty(0, 0)
-        sequences, flags = self._check_finite(schedule.segments, logits)
+        logits, ids = torch.empty(0, 0), None
+        if self._graphs is not None and schedule.segments and all(map(_decodes, schedule.segments)):
+            sequences = [segment.sequence for segment in schedule.segments]
+            logits, ids = self._graphs.run(sequences, self._pack(schedule.segments), sampled)
+        elif schedule.segments:
+            logits = self._forward(schedule, sampled, scored, failures)
+        checked, flags = self._check_finite(schedule.segments, logits)
         flags += [*(flag for each in scored for flag in each.finite), *finite]
         if not flags and self._model.device.type == "cuda":  # nothing else waits, and the engine times this step
             torch.cuda.current_stream(self._model.device).synchronize()
         return StepResult(
             logits,
-            [*sequences, *(each.sequence for each in scored for _ in each.finite), *digests],
+            [*checked, *(each.sequence for each in scored for _ in each.finite), *digests],
             torch.cat(flags) if flags else torch.ones(0, dtype=torch.bool),
             [(each.sequence, each.logprobs) for each in scored],
             failures,
             vision_s,
+            ids,
         )
 
     def _forward(
@@ -178,12 +174,11 @@ class ModelRunner:
         """One packed forward pass. Returns logits [sampled, vocabulary]; adds to `scored` and the failures."""
         segments = schedule.segments
         sequences = self._pack(segments)
-        if self._graphs is not None and all(_decodes(segment) for segment in segments):
-            return self._graphs.run([segment.sequence.token_ids[-1] for segment in segments], sequences, sampled)
         device, num_tokens = self._model.device, schedule.num_tokens
         padding = max(self._decoder.min_tokens, self._padded(num_tokens)) - num_tokens
         prefixes = self._shared_prefixes(segments)
-        step = PackedStep(self._memory, sequences, self._model.dtype, device, padding, prefixes)
+        kernel = (self._block_size, self._kernel)
+        step = PackedStep(self._memory, sequences, self._model.dtype, device, padding, prefixes, *kernel)
         hidden = self._decoder.forward(self._embed(segments, sampled, padding, failures), step)
         pairs = [*zip(sequences, segments, strict=True)]
         last = [one.offset + one.length - 1 for one, segment in pairs if segment.needs_sampling]

@@ -26,6 +26,11 @@ class PendingTokens:
             be: they may be sampled again.
     """
 
+    @classmethod
+    def sampled(cls, ids: torch.Tensor, flags: torch.Tensor) -> PendingTokens:
+        """Tokens that the step itself has sampled, without log-probabilities."""
+        return cls(lambda _: (ids, HostCopy([ids, flags[:0], flags])), {})
+
     def __init__(self, queue: Queue, asked: Mapping[int, list[int]]) -> None:
         self.ids, self._copy = queue(False)
         self._queue = queue if self.ids is None else None  # it holds the logits

@@ -16,7 +16,7 @@ from llava_serve.engine.sequence import Sequence
 from llava_serve.sampling_params import SamplingParams
 
 _MASK = (1 << 64) - 1
-_PARTIAL_SORT = 256
+MAX_PARTIAL_SORT = 256
 """Best tokens that are sorted before the whole vocabulary is."""
 
 
@@ -51,7 +51,7 @@ def sample(
         for index, sequence in enumerate(sequences)
         if sequence.matcher is not None and (again or _truncates(sequence.request.sampling))
     ]
-    if masked or any(_adjusts(sequence) for sequence in sequences):
+    if masked or any(adjusts(sequence) for sequence in sequences):
         adjusted = logits.clone()
         adjust(adjusted, sequences)
         mask_tokens(adjusted, sequences, masked)
@@ -96,7 +96,8 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, indices: list[int], co
     return torch.cat([own.double(), best.indices.double(), best.values.double()], dim=1)
 
 
-def _adjusts(sequence: Sequence) -> bool:
+def adjusts(sequence: Sequence) -> bool:
+    """The request changes the logits before a token is sampled."""
     sampling = sequence.request.sampling
     penalized = sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
     return penalized or bool(sampling.logit_bias) or _must_go_on(sequence)
@@ -159,6 +160,19 @@ def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
         logits.index_put_(where, logits[where] - (presence + frequency * count))
 
 
+def noise(sequence: Sequence, *, again: bool = False) -> float:
+    """A sequence's number in [0, 1) for its next token; another one for `again`."""
+    return uniform(sequence.request.seed, sequence.index, sequence.num_output, *[1] * again)
+
+
+def scaled_logits(logits: torch.Tensor, temperature: torch.Tensor, min_p: torch.Tensor | None) -> torch.Tensor:
+    """Logits [sequences, vocabulary] by temperatures [sequences, 1], without tokens whose share of the likeliest one's
+    probability is below `min_p` [sequences, 1]."""
+    # the maximum is subtracted first: a small temperature then makes -inf of the others, and never infinity of two
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return scaled if min_p is None else scaled.masked_fill_(scaled < min_p.log(), float("-inf"))
+
+
 def _random_sample(
     logits: torch.Tensor, sequences: list[Sequence], *, sort_all: bool, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,10 +182,8 @@ def _random_sample(
         As `_sample_tokens`.
     """
     samplings = [sequence.request.sampling for sequence in sequences]
-    # the maximum is subtracted first: a small temperature then makes -inf of the others, and never infinity of two
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column([one.temperature for one in samplings], logits)
-    if any(one.min_p for one in samplings):  # the likeliest token's logit is 0 here
-        logits.masked_fill_(logits < _column([one.min_p for one in samplings], logits).log(), float("-inf"))
+    least = _column([one.min_p for one in samplings], logits) if any(one.min_p for one in samplings) else None
+    logits = scaled_logits(logits, _column([one.temperature for one in samplings], logits), least)
     kernel = top_p_kernel(logits.dtype, logits.device) if logits.dtype == torch.float32 else None
     sorts = [bool(one.top_k) or (one.top_p < 1 and kernel is None) for one in samplings]
     truncated = [index for index, sort in enumerate(sorts) if sort]
@@ -185,15 +197,14 @@ def _random_sample(
                 kept, _ = _truncate(own, chosen, sort_all=True)
             sufficient = sufficient[:0]
         logits.index_copy_(0, where, kept)
-    other = (1,) if again else ()
-    noise = [uniform(sequence.request.seed, sequence.index, sequence.num_output, *other) for sequence in sequences]
+    fractions = [noise(sequence, again=again) for sequence in sequences]
     if kernel is not None:
         top_p = [1.0 if sort else one.top_p for one, sort in zip(samplings, sorts, strict=True)]
         with current_device(logits.device):
-            return kernel(logits, _on(logits, top_p, torch.float32), _on(logits, noise, torch.float64)), sufficient
+            return kernel(logits, _on(logits, top_p, torch.float32), _on(logits, fractions, torch.float64)), sufficient
     # In float64: sums of float32 are rounded so that a token without mass may seem to have some.
     mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target = _column(noise, mass) * mass[:, -1:]
+    target = _column(fractions, mass) * mass[:, -1:]
     tokens = torch.searchsorted(mass, target, right=True)[:, 0]
     # rounding may put the target at the very end: then the last token with any mass is taken
     last = (mass < mass[:, -1:]).sum(dim=-1)
@@ -218,18 +229,27 @@ def _truncate(
     """
     vocabulary = logits.shape[-1]
     top_k = [min(one.top_k, vocabulary) or vocabulary for one in samplings]
-    keep = _on(logits, top_k)[:, None]
-    limit = _column([one.top_p for one in samplings], logits).clamp(
-        min=torch.finfo(logits.dtype).tiny
-    )  # a share that rounds to 0 would keep no token
     limited = [k for k in top_k if k < vocabulary]
-    wanted = vocabulary if sort_all else min(vocabulary, max([_PARTIAL_SORT, *limited]))
+    wanted = vocabulary if sort_all else min(vocabulary, max([MAX_PARTIAL_SORT, *limited]))
+    kept, sufficient = keep_best(
+        logits, _on(logits, top_k)[:, None], _column([one.top_p for one in samplings], logits), wanted
+    )
+    return kept, sufficient[: 0 if max(top_k) <= wanted else None]
+
+
+def keep_best(
+    logits: torch.Tensor, keep: torch.Tensor, top_p: torch.Tensor, wanted: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [sequences, vocabulary] the `keep` best, and of these the fewest that reach `top_p`, both [sequences,
+    1], by the `wanted` best; the others become -inf. And bool [sequences], whether so many suffice."""
+    vocabulary = logits.shape[-1]
+    limit = top_p.clamp(min=torch.finfo(logits.dtype).tiny)  # a share that rounds to 0 would keep no token
     values, order = logits.topk(wanted, dim=-1)
     values = values.masked_fill(torch.arange(wanted, device=logits.device) >= keep, float("-inf"))
     whole = torch.where(keep < vocabulary, values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
     shares = (values - whole).exp()
     preceding = shares.cumsum(dim=-1) - shares
-    sufficient = ((keep <= wanted) | (preceding[:, -1:] >= limit))[: 0 if max(top_k) <= wanted else None, 0]
+    sufficient = ((keep <= wanted) | (preceding[:, -1:] >= limit))[:, 0]
     values = values.masked_fill((preceding >= limit) & (limit < 1), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, values), sufficient
 

@@ -11,9 +11,9 @@ import torch
 
 from llava_serve.engine.beam import BeamSearch, Extension, Hypothesis
 from llava_serve.engine.executor.attempt import attempt
-from llava_serve.engine.executor.model_runner import StepResult
 from llava_serve.engine.executor.pending_tokens import PendingTokens
 from llava_serve.engine.executor.sampler import best_candidates, sample
+from llava_serve.engine.executor.step_result import StepResult
 from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.failures import StepFailures
 from llava_serve.engine.grammar import too_complex
@@ -45,12 +45,19 @@ class PendingStep:
         sequences: those of the step's logits, in their order.
         searches: by request id.
         dtype: of the model.
+        float8: keys and values are stored as 8-bit floats.
     """
 
     def __init__(
-        self, step: StepResult, sequences: list[Sequence], searches: Mapping[str, BeamSearch], dtype: torch.dtype
+        self,
+        step: StepResult,
+        sequences: list[Sequence],
+        searches: Mapping[str, BeamSearch],
+        dtype: torch.dtype,
+        *,
+        float8: bool = False,
     ) -> None:
-        self._step, self._dtype = step, dtype
+        self._step, self._dtype, self._float8 = step, dtype, float8
         self._searches = searches
         self._beams: dict[str, list[int]] = {}
         single: list[int] = []
@@ -61,7 +68,11 @@ class PendingStep:
                 single.append(index)
         self._sequences = [sequences[index] for index in single]
         self._logits = _chosen(step.logits, single) if self._beams else step.logits
-        self._tokens = attempt(partial(sample, self._logits, self._sequences, step.finite))
+        self._tokens: PendingTokens | Exception
+        if step.ids is not None:
+            self._tokens = PendingTokens.sampled(step.ids, step.finite)
+        else:
+            self._tokens = attempt(partial(sample, self._logits, self._sequences, step.finite))
 
     @property
     def ids(self) -> torch.Tensor | None:
@@ -81,7 +92,7 @@ class PendingStep:
             if isinstance(checked, str):
                 failed_images.setdefault(checked, numerical_error(self._dtype))
             elif checked.is_running:
-                failed.setdefault(checked.request.request_id, numerical_error(self._dtype))
+                failed.setdefault(checked.request.request_id, numerical_error(self._dtype, float8=self._float8))
         tokens = [
             failed.get(sequence.request.request_id, token)
             for sequence, token in zip(self._sequences, tokens, strict=True)

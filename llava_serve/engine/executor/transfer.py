@@ -14,6 +14,11 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
+def fill(target: torch.Tensor, host: torch.Tensor) -> None:
+    """Copies a tensor of the CPU into one of the device, as `to_device` does."""
+    target.copy_(host if target.device.type == "cpu" else host.pin_memory(), non_blocking=True)
+
+
 class HostCopy:
     """Copies tensors of one device to the CPU, as one, so that a GPU is waited for once: in `values`, until the copy is
     made. What is queued behind the copy is not waited for.

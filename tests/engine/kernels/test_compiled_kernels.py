@@ -37,7 +37,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
 
 
 def test_nothing_is_spilled(compiled: dict[str, dict[str, int]]) -> None:
-    assert len(compiled) == 11
+    assert len(compiled) == 18
     for name, found in compiled.items():
         assert (found["stack"], found["local"]) == (0, 0), (name, found)
         assert found["registers"] <= MOST_REGISTERS, (name, found)
@@ -49,4 +49,4 @@ def test_memory_is_read_16_bytes_at_a_time(compiled: dict[str, dict[str, int]]) 
         assert compiled[name]["wide_loads"] == compiled[name]["loads"] > 0, (name, compiled[name])
     for name, found in compiled.items():
         if name.startswith("attend"):
-            assert found["wide_loads"] >= 16, (name, found)
+            assert found["wide_loads"] >= (4 if name.endswith("fp8") else 16), (name, found)

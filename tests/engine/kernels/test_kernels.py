@@ -55,8 +55,9 @@ def compare(kernel: Callable[..., torch.Tensor], twin: Callable[..., torch.Tenso
         own = [part.clone() if isinstance(part, torch.Tensor) else part for part in arguments]
         expected = [twin(*own), *(part for part in own if isinstance(part, torch.Tensor))]
         for one, other in zip(guarded(kernel, arguments), expected, strict=True):
-            assert torch.equal(one.isnan(), other.isnan())
-            difference, whole = (part.nan_to_num().double().norm() for part in (one.double() - other, other))
+            found, known = one.double(), other.double()
+            assert torch.equal(found.isnan(), known.isnan())
+            difference, whole = (part.nan_to_num().norm() for part in (found - known, known))
             assert difference <= TOLERANCES.get(other.dtype, 0.0) * whole
     return number
 
@@ -81,8 +82,8 @@ def test_rotary_embeddings_and_the_write_to_the_kv_pool(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rotary_embeddings_are_rounded_where_torch_rounds(dtype: torch.dtype) -> None:
     for arguments in selection.rotary_trials(dataclasses.replace(SHAPE, dtype=dtype)):
-        own = [part.clone() for part in arguments]
-        expected = [twins.rotate_and_write(*own), *own]
+        own = [part.clone() for part in arguments[:-1]]
+        expected = [twins.rotate_and_write(*(*own, None)), *own]
         found = guarded(layers.rotate_and_write, arguments)
         assert all(map(torch.equal, found, expected))
 
@@ -95,6 +96,28 @@ def test_decode_attention(dtype: torch.dtype, heads: int, kv_heads: int, head_di
     alibi = heads == kv_heads
     trials = selection.decode_trials(shape, 16, alibi=alibi)
     assert compare(decode_attention.decode_attention, twins.decode_attention, trials) == 2
+
+
+@pytest.mark.usefixtures("few_shares")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (7, 1, 128), (3, 3, 80)])
+def test_keys_and_values_in_8_bit_floats(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    """What is written has the twin's bits."""
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    shape = dataclasses.replace(SHAPE, float8=True, **sizes)
+    assert compare(layers.rotate_and_write, twins.rotate_and_write, selection.rotary_trials(shape)) == 2
+    trials = selection.decode_trials(shape, 16, alibi=heads == kv_heads)
+    assert compare(decode_attention.decode_attention, twins.decode_attention, trials) == 2
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 449.0, 448.0, -448.0, 1e-9])
+def test_what_8_bit_floats_cannot_hold_is_nan(number: float) -> None:
+    qkv, cos, sin, slots, keys, values, scales = next(selection.rotary_trials(dataclasses.replace(SHAPE, float8=True)))
+    scales[1] = 1.0
+    qkv[0, -64:] = number
+    assert compare(layers.rotate_and_write, twins.rotate_and_write, [(qkv, cos, sin, slots, keys, values, scales)]) == 1
+    layers.rotate_and_write(qkv, cos, sin, slots, keys, values, scales)
+    assert values[-1, 5].float().isnan().all() == (number not in (448.0, -448.0, 1e-9))
 
 
 def test_keys_are_split_into_as_many_shares_as_a_gpu_wants() -> None:
@@ -119,7 +142,7 @@ def test_as_many_keys_as_a_tile_has_and_one_more() -> None:
         query = torch.randn(1, 4, 64, generator=generator)
         keys, values = (torch.randn(2, used, 64, generator=generator) for _ in range(2))
         table = torch.arange(used, dtype=torch.int32)[None]
-        arguments = (query, keys, values, table, torch.tensor([used], dtype=torch.int32), 1, 0.3, None, None)
+        arguments = (query, keys, values, table, torch.tensor([used], dtype=torch.int32), 1, 0.3, None, None, None)
         assert compare(decode_attention.decode_attention, twins.decode_attention, [arguments]) == 1
 
 
@@ -206,11 +229,16 @@ def test_an_engine_computes_and_samples_by_the_kernels(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("few_shares")
 def test_trials_find_a_wrong_kernel() -> None:
     def without_window(*arguments: Any) -> torch.Tensor:
-        return decode_attention.decode_attention(*(*arguments[:7], None, arguments[8]))
+        return decode_attention.decode_attention(*(*arguments[:7], None, *arguments[8:]))
 
     def without_addition(delta: Any, *rest: Any) -> torch.Tensor:
         return layers.add_rmsnorm(None, *rest)
 
+    def with_other_scales(*arguments: Any) -> torch.Tensor:
+        return decode_attention.decode_attention(*(*arguments[:9], arguments[9].flip(0)))
+
+    in_8_bits = selection.decode_trials(dataclasses.replace(SHAPE, float8=True), 16, alibi=False)
+    assert disagreement(with_other_scales, twins.decode_attention, in_8_bits) == "it gives wrong results here (trial 1)"
     for wrong, twin, trials in (
         (without_window, twins.decode_attention, selection.decode_trials(SHAPE, 16, alibi=False)),
         (without_addition, twins.add_rmsnorm, selection.norm_trials(SHAPE)),

@@ -22,10 +22,11 @@ _LEAST_DOT = 16
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, table, used, slopes, partial, lse, scaling,
+    query, keys, values, table, used, slopes, scales, partial, lse, scaling,
     query_stride, query_head_stride, kv_head_stride, kv_stride, table_stride,
     heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, page_size: tl.constexpr, window: tl.constexpr,
-    has_slopes: tl.constexpr, block_heads: tl.constexpr, block_keys: tl.constexpr, block_dim: tl.constexpr,
+    has_slopes: tl.constexpr, has_scales: tl.constexpr,
+    block_heads: tl.constexpr, block_keys: tl.constexpr, block_dim: tl.constexpr,
 ):  # fmt: skip
     """A program per sequence, kv head and share of the keys. Shares are of whole tiles, so the last may be empty."""
     log2e: tl.constexpr = 1.4426950408889634
@@ -53,6 +54,9 @@ def attend_kernel(
         )
         if has_slopes:
             slope = tl.load(slopes + head, mask=grouped, other=0.0)
+        factor = scaling
+        if has_scales:  # float32 [2, kv heads], of keys and values
+            factor = scaling * tl.load(scales + kv_head)
         top = tl.full([block_heads], float("-inf"), tl.float32)
         total = tl.zeros([block_heads], tl.float32)
         result = tl.zeros([block_heads, block_dim], tl.float32)
@@ -63,7 +67,7 @@ def attend_kernel(
             slot = page.to(tl.int64) * page_size + position % page_size
             source = kv_head.to(tl.int64) * kv_head_stride + slot * kv_stride
             tile = tl.load(keys + source[None, :] + dim[:, None], mask=known[None, :] & inside[:, None], other=0.0)
-            score = tl.dot(queries, tile, input_precision="ieee") * scaling
+            score = tl.dot(queries, tile.to(queries.dtype), input_precision="ieee") * factor
             if has_slopes:
                 score += slope[:, None] * (position - count + 1)[None, :].to(tl.float32)
             score = tl.where(known[None, :], score, float("-inf"))
@@ -72,8 +76,11 @@ def attend_kernel(
             faded = tl.exp2((top - new_top) * log2e)
             total = total * faded + tl.sum(weight, 1)
             tile = tl.load(values + source[:, None] + dim[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+            tile = tile.to(queries.dtype)
             result = result * faded[:, None] + tl.dot(weight.to(tile.dtype), tile, input_precision="ieee")
             top = new_top
+        if has_scales:
+            result *= tl.load(scales + tl.num_programs(1) + kv_head)
         tl.store(partial + out[:, None].to(tl.int64) * head_dim + dim[None, :], result / total[:, None], mask=chosen)
         tl.store(lse + out, top + tl.log(total), mask=grouped)
     else:
@@ -107,8 +114,9 @@ def splits_of(kv_heads: int) -> int:
     return max(_LEAST_SPLITS, min(_MOST_SPLITS, wanted))
 
 
-def tile_keys(block_dim: int, itemsize: int) -> int:
-    """Keys of a tile."""
+def tile_keys(block_dim: int, itemsize: int, *, float8: bool = False) -> int:
+    """Keys of a tile, by the bytes of a query's number: half as many 8-bit floats, which are converted in registers."""
+    itemsize *= 1 + float8
     return max(_LEAST_DOT, min(_MOST_TILE_KEYS, _TILE_BYTES // (block_dim * itemsize)))
 
 
@@ -122,6 +130,7 @@ def decode_attention(
     scaling: float | None,
     window: int | None,
     slopes: torch.Tensor | None,
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `twins.decode_attention`."""
     assert keys.stride() == values.stride(), "both are halves of one memory"
@@ -134,11 +143,13 @@ def decode_attention(
     lse = torch.empty(sequences, heads, splits, dtype=torch.float32, device=device)
     out = torch.empty(sequences, heads, head_dim, dtype=query.dtype, device=device)
     attend_kernel[(sequences, kv_heads, splits)](
-        query, keys, values, table, used, slopes, partial, lse, head_dim**-0.5 if scaling is None else scaling,
+        query, keys, values, table, used, slopes, scales, partial, lse, head_dim**-0.5 if scaling is None else scaling,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), table.stride(0),
         heads=heads, group=group, head_dim=head_dim, page_size=page_size, window=window or 0,
-        has_slopes=slopes is not None, block_heads=max(_LEAST_DOT, triton.next_power_of_2(group)),
-        block_keys=tile_keys(block_dim, query.dtype.itemsize), block_dim=block_dim, num_warps=4, num_stages=3,
+        has_slopes=slopes is not None, has_scales=scales is not None,
+        block_heads=max(_LEAST_DOT, triton.next_power_of_2(group)),
+        block_keys=tile_keys(block_dim, query.dtype.itemsize, float8=scales is not None),
+        block_dim=block_dim, num_warps=4, num_stages=3,
     )  # fmt: skip
     merge_kernel[(sequences, heads)](
         partial, lse, out, heads=heads, head_dim=head_dim, splits=splits, block_dim=block_dim, num_warps=1

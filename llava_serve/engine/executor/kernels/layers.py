@@ -45,9 +45,16 @@ def add_rmsnorm(delta: torch.Tensor | None, residual: torch.Tensor, weight: torc
 
 
 @triton.jit
+def scaled_down(values, scale):
+    """See `float8_cache.to_float8`. A GPU cuts off what is too large, so that is made NaN before."""
+    scaled = values.to(tl.float32) / scale
+    return tl.where(tl.abs(scaled) <= 448.0, scaled, float("nan"))
+
+
+@triton.jit
 def rotate_and_write_kernel(
-    qkv, cos, sin, slots, query, keys, values, qkv_stride, cos_stride, kv_head_stride, kv_stride,
-    heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+    qkv, cos, sin, slots, query, keys, values, scales, qkv_stride, cos_stride, kv_head_stride, kv_stride,
+    heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr, has_scales: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A program per token and head: of the queries, then the keys, then the values."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -66,13 +73,22 @@ def rotate_and_write_kernel(
         first = ((x * c).to(dtype).to(tl.float32) - (y * s).to(dtype).to(tl.float32)).to(dtype)
         second = ((y * c).to(dtype).to(tl.float32) + (x * s).to(dtype).to(tl.float32)).to(dtype)
     if head < heads:
-        target = query + (token * heads + head) * head_dim
-    elif head < heads + kv_heads:
-        target = keys + (head - heads).to(tl.int64) * kv_head_stride + slot
+        rotated = query + (token * heads + head) * head_dim
+        tl.store(rotated + at, first, mask=inside)
+        tl.store(rotated + half + at, second, mask=inside)
     else:
-        target = values + (head - heads - kv_heads).to(tl.int64) * kv_head_stride + slot
-    tl.store(target + at, first, mask=inside)
-    tl.store(target + half + at, second, mask=inside)
+        kv_head = (head - heads) % kv_heads
+        target = values
+        if head < heads + kv_heads:
+            target = keys
+        target += kv_head.to(tl.int64) * kv_head_stride + slot
+        if has_scales:  # float32 [2, kv_heads]: keys come first, as in the grid
+            scale = tl.load(scales + head - heads)
+            tl.store(target + at, scaled_down(first, scale).to(keys.dtype.element_ty), mask=inside)
+            tl.store(target + half + at, scaled_down(second, scale).to(keys.dtype.element_ty), mask=inside)
+        else:
+            tl.store(target + at, first, mask=inside)
+            tl.store(target + half + at, second, mask=inside)
 
 
 def rotate_and_write(
@@ -82,6 +98,7 @@ def rotate_and_write(
     slots: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `twins.rotate_and_write`."""
     assert keys.stride() == values.stride(), "both are halves of one memory"
@@ -92,8 +109,10 @@ def rotate_and_write(
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     query = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     rotate_and_write_kernel[(tokens, heads + 2 * kv_heads)](
-        qkv, cos, sin, slots, query, keys, values, qkv.stride(0), cos.stride(0), keys.stride(0), keys.stride(1),
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, block=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        qkv, cos, sin, slots, query, keys, values, scales,
+        qkv.stride(0), cos.stride(0), keys.stride(0), keys.stride(1),
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, has_scales=scales is not None,
+        block=triton.next_power_of_2(head_dim // 2), num_warps=1,
     )  # fmt: skip
     return query
 

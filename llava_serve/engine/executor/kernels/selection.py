@@ -5,7 +5,9 @@ A kernel that fails its trial is not used, and a warning says why.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from llava_serve.engine.executor.float8_cache import FLOAT8, LARGEST, bits, to_float8
 from llava_serve.engine.executor.kernels import twins
 
 _logger = logging.getLogger(__name__)
@@ -25,13 +28,14 @@ DecodeKernel = Callable[..., torch.Tensor]
 Arguments = tuple[Any, ...]
 """Of a kernel, for a trial."""
 
-_TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Largest difference from the twin by precision, as a share of the largest number: two roundings in half precision."""
+_TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, FLOAT8: 0.13}
+"""Largest difference from the twin by precision, as a share of the largest number: two roundings in half precision, and
+one in 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Sizes of a decoder layer, and the precision and device of its weights."""
+    """Sizes of a decoder layer, and the precision and device of its weights. `float8`: the KV pool has 8-bit floats."""
 
     hidden: int
     intermediate: int
@@ -40,6 +44,7 @@ class LayerShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    float8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +68,12 @@ def layer_kernels(shape: LayerShape) -> LayerKernels:
     def kernel_or_twin(module: str, twin: Kernel, trials: Iterable[Arguments]) -> Kernel:
         return _selected(module, twin, trials, shape.dtype, shape.device) or twin
 
+    rotary = rotary_trials(shape)
+    if shape.float8:  # its scales are found without them
+        rotary = itertools.chain(rotary_trials(dataclasses.replace(shape, float8=False)), rotary)
     return LayerKernels(
         kernel_or_twin("layers", twins.add_rmsnorm, norm_trials(shape)),
-        kernel_or_twin("layers", twins.rotate_and_write, rotary_trials(shape)),
+        kernel_or_twin("layers", twins.rotate_and_write, rotary),
         kernel_or_twin("layers", twins.silu_mul, silu_trials(shape)),
     )
 
@@ -121,7 +129,7 @@ def disagreement(kernel: Kernel, twin: Kernel, trials: Iterable[Arguments]) -> s
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if not expected.is_floating_point():
         return torch.equal(found, expected)
-    largest = float(expected.nan_to_num().abs().max())
+    largest = float(expected.double().nan_to_num().abs().max())
     tolerance = _TOLERANCES.get(expected.dtype, 0.0) * largest
     return torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True)
 
@@ -135,6 +143,15 @@ class _Random:
 
     def __call__(self, *size: int) -> torch.Tensor:
         return torch.randn(size, generator=self._generator, **self._options)
+
+
+def _stored(shape: LayerShape, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys and values [2, kv_heads, positions, head_dim] as they are stored, and their scales: powers of two."""
+    if not shape.float8:
+        return pool, None
+    scales = torch.exp2(torch.arange(-2.0, 2 * shape.kv_heads - 2, device=shape.device) % 5).view(2, -1)
+    halves = [bits(to_float8(half, scale)) for half, scale in zip(pool, scales, strict=True)]
+    return torch.stack(halves).view(FLOAT8), scales
 
 
 def norm_trials(shape: LayerShape) -> Iterator[Arguments]:
@@ -151,8 +168,11 @@ def rotary_trials(shape: LayerShape) -> Iterator[Arguments]:
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     for slots in ([5], [9, 0, 3]):
         cos, sin = (random(len(slots), shape.head_dim // 2).repeat(1, 2) for _ in range(2))
-        pool = random(2, shape.kv_heads, 12, shape.head_dim)
-        yield random(len(slots), width), cos, sin, torch.tensor(slots, device=shape.device), pool[0], pool[1]
+        pool, scales = _stored(shape, random(2, shape.kv_heads, 12, shape.head_dim))
+        qkv = random(len(slots), width)
+        if scales is not None:
+            qkv[0, -1] = 2 * LARGEST * scales[1, -1]  # more than a value can be
+        yield qkv, cos, sin, torch.tensor(slots, device=shape.device), pool[0], pool[1], scales
 
 
 def silu_trials(shape: LayerShape) -> Iterator[Arguments]:
@@ -177,11 +197,12 @@ def decode_trials(shape: LayerShape, page_size: int, *, alibi: bool) -> Iterator
             start = (int(own[-1]) + 1) * page_size
             pool[:, :, start - unused : start] = torch.nan
     pool[:, :, -page_size:] = torch.nan
+    pool, scales = _stored(shape, pool)
     query = random(len(used), shape.heads, shape.head_dim)
     slopes = torch.linspace(0.1, 0.8, shape.heads, device=shape.device) if alibi else None
     on_device = (table.to(shape.device), torch.tensor(used, dtype=torch.int32, device=shape.device))
     for window in (None, 9):
-        yield query, pool[0], pool[1], *on_device, page_size, None, window, slopes
+        yield query, pool[0], pool[1], *on_device, page_size, None, window, slopes, scales
 
 
 def top_p_trials(device: torch.device) -> Iterator[Arguments]:

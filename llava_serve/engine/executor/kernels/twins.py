@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+from llava_serve.engine.executor.float8_cache import load, store
+
 
 def add_rmsnorm(delta: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Adds `delta` to the residual stream in place, and normalises the sum by its root mean square.
@@ -36,6 +38,7 @@ def rotate_and_write(
     slots: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Applies rotary embeddings to queries and keys, and writes keys and values into the KV pool.
 
@@ -44,6 +47,7 @@ def rotate_and_write(
         cos, sin: [tokens, head_dim]; both halves are equal.
         slots: int64 [tokens], positions of the KV pool.
         keys, values: a layer of the KV pool, [kv_heads, positions, head_dim].
+        scales: float32 [2, kv_heads], of keys and values in 8-bit floats; None where they have the precision of `qkv`.
 
     Returns:
         The queries [tokens, heads, head_dim].
@@ -52,8 +56,9 @@ def rotate_and_write(
     parts = qkv.view(len(qkv), -1, head_dim)
     query, key, value = torch.split_with_sizes(parts, [parts.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     cos, sin = cos[:, None], sin[:, None]
-    keys.index_copy_(1, slots, _rotated(key, cos, sin).transpose(0, 1))
-    values.index_copy_(1, slots, value.transpose(0, 1))
+    of_keys, of_values = (None, None) if scales is None else scales
+    store(keys, slots, _rotated(key, cos, sin).transpose(0, 1), of_keys)
+    store(values, slots, value.transpose(0, 1), of_values)
     return _rotated(query, cos, sin)
 
 
@@ -78,6 +83,7 @@ def decode_attention(
     scaling: float | None,
     window: int | None,
     slopes: torch.Tensor | None,
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one token of each sequence to the keys and values in its pages.
 
@@ -90,6 +96,7 @@ def decode_attention(
         scaling: of the scores; None is the root of 1 / head_dim.
         window: keys that a sequence attends to, counted from its end; None is all.
         slopes: of ALiBi, float32 [heads]; None adds no bias.
+        scales: as for `rotate_and_write`.
 
     Returns:
         [sequences, heads, head_dim].
@@ -106,7 +113,8 @@ def decode_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     # Hidden ones may hold anything, NaN too.
     found_keys, found_values = (
-        memory[:, slots].to(wide).masked_fill(hidden[None, ..., None], 0) for memory in (keys, values)
+        load(memory, slots, scale, wide).masked_fill(hidden[None, ..., None], 0)
+        for memory, scale in zip((keys, values), (None, None) if scales is None else scales, strict=True)
     )
     grouped = query.to(wide).view(sequences, kv_heads, -1, head_dim)
     scores = torch.einsum("skgd,ksnd->skgn", grouped, found_keys)
