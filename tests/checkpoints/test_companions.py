@@ -57,8 +57,10 @@ def test_which_tower_counts(
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"{llava_16.name}: {note}" for note in model.spec.notes]
     assert len(warnings) == bool(reported)
-    told = "tensors), which is not used" if counts == "folder" else "--vision-tower-weights folder takes the weights"
-    assert all(reported in warning and told in warning for warning in warnings)
+    expected = (
+        "tensors), which is not used" if counts == "folder" else "--vision-tower-weights folder takes the weights"
+    )
+    assert all(reported in warning and expected in warning for warning in warnings)
 
 
 def test_an_unfrozen_tower_that_the_checkpoint_lacks_comes_from_its_folder(llava_15: Path) -> None:
