@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def node(running: LocalCluster, profile: Mapping[str, str]) -> Iterator[psutil.Process]:
+def node(running: LocalCluster, profile: dict[str, str]) -> Iterator[psutil.Process]:
     """A worker node of two CPUs, with the settings of the profile; its parent process."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "2"]
     command += ["--address", running.ray_address, "--node-ip-address", "127.0.0.1", "--include-log-monitor", "false"]
@@ -60,7 +60,7 @@ def lose(parent: psutil.Process) -> None:
         psutil.wait_procs(lost, timeout=20)
 
 
-def run_on(running: LocalCluster, profile: Mapping[str, str], *command: str) -> str:
+def run_on(running: LocalCluster, profile: dict[str, str], *command: str) -> str:
     """Runs a Python command as a job of the cluster, with the settings of the profile; gives its output."""
     done = subprocess.run(
         [sys.executable, *command],
@@ -85,7 +85,7 @@ while serve.status().applications["llava"].deployments["LlavaModel"].replica_sta
 """
 
 
-def three_replicas(running: LocalCluster, profile: Mapping[str, str]) -> float:
+def three_replicas(running: LocalCluster, profile: dict[str, str]) -> float:
     """Seconds until three model replicas run."""
     start = time.monotonic()
     run_on(running, profile, "-c", WAIT, running.ray_address)
