@@ -16,6 +16,7 @@ from benchmarks.make_checkpoint import SIZES, make_checkpoint
 from llava_serve.checkpoints import open_checkpoint
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
+from llava_serve.engine.executor import llama_decoder
 from llava_serve.engine.prefill_budget import StepBudget
 from llava_serve.model.float8 import Float8Linear, replace_linears
 from llava_serve.model.llava import Llava
@@ -51,6 +52,7 @@ def on_device(make: Any, device: str) -> Any:
 def quantize(model: Llava) -> None:
     """Puts the linear layers of the language model, without its head, into 8-bit floats."""
     replace_linears(model.language_model, model.device)
+    llama_decoder._layers.pop(model.language_model, None)  # else the plain weights stay, too
     for module in model.language_model.modules():
         if isinstance(module, Float8Linear):
             module.set_weight(module.weight.detach(), model.device)
