@@ -29,13 +29,12 @@ def _schema(name: str, schema: dict[str, Any], right: Any, wrong: Any) -> Form:
     return Form(name, "json", json.dumps(schema), json.dumps(right), json.dumps(wrong))
 
 
-def _object(properties: dict[str, Any], required: list[str] | None = None, **more: Any) -> dict[str, Any]:
+def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": properties,
         "required": list(properties) if required is None else required,
         "additionalProperties": False,
-        **more,
     }
 
 
@@ -96,8 +95,8 @@ FORMS = (
         "a reference",
         _object(
             {"home": {"$ref": "#/$defs/address"}, "work": {"$ref": "#/$defs/address"}},
-            **{"$defs": {"address": _object({"street": _TEXT, "city": _TEXT, "code": _TEXT}, ["city"])}},
-        ),
+        )
+        | {"$defs": {"address": _object({"street": _TEXT, "city": _TEXT, "code": _TEXT}, ["city"])}},
         {"home": {"street": "High Street 1", "city": "Bath", "code": "BA1"}, "work": {"city": "Leeds"}},
         {"home": {"street": "High Street 1"}, "work": {"city": "Leeds"}},
     ),
