@@ -132,7 +132,7 @@ def test_tokens_that_are_nan_do_not_spoil_the_scales() -> None:
     assert scales.min() > 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.extended), "mistral"])
 def test_the_fused_decoder_answers_as_that_of_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
     for device in ("cuda", "cpu"):
@@ -227,6 +227,7 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         find_scales(model, decoder)
 
 
+@pytest.mark.extended
 def test_every_decoder_answers_with_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for kind, dtype in itertools.product(("phi3", "gemma"), (torch.float64, torch.bfloat16)):

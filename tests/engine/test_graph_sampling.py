@@ -125,15 +125,23 @@ def test_a_sequence_with_nan_gets_a_token_and_its_neighbour_the_right_one() -> N
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8"}], ids=["auto", "fp8"])
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("kind", ["mistral", "mpt"])
+@pytest.mark.parametrize(
+    ("kind", "ahead", "cache"),
+    [
+        ("mistral", True, "auto"),
+        *(
+            pytest.param(*case, marks=pytest.mark.extended)
+            for case in (("mistral", False, "fp8"), ("mpt", True, "fp8"), ("mpt", False, "auto"))
+        ),
+    ],
+)
 def test_an_engine_answers_as_one_without_graphs(
-    kind: str, ahead: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, ahead: bool, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests of all kinds together, more than there are places, that end at different times."""
     monkeypatch.setattr(llama_decoder, "DEVICES", {"cpu"})
     model = TinyModel(kind)
+    options: dict[str, Any] = {"kv_cache_dtype": cache}
     samplings = [
         SamplingParams(**{"seed": at, "n": 1 + at % 2, "max_new_tokens": 3 + 2 * at, **chosen})
         for at, chosen in enumerate(INSIDE)

@@ -37,7 +37,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
 
 
 def test_nothing_is_spilled(compiled: dict[str, dict[str, int]]) -> None:
-    assert len(compiled) == 18
+    assert len(compiled) == 15
     for name, found in compiled.items():
         assert (found["stack"], found["local"]) == (0, 0), (name, found)
         assert found["registers"] <= MOST_REGISTERS, (name, found)
