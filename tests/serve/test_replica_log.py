@@ -61,12 +61,19 @@ def test_a_replicas_log_has_the_librarys_lines_once_in_its_form_and_from_its_lev
     log_with_serve(library)  # as a second deployment in the same process would
     part.info("on %s", "cpu")
     part.debug("not yet")
-    configure(tmp_path / "json", encoding="JSON", log_level="DEBUG")
     token = _serve_request_context.set(_RequestContext(request_id="trace-me"))
+    configure(tmp_path / "quiet", enable_access_log=False)
+    part.info("within a request")
+    configure(tmp_path / "json", encoding="JSON", log_level="DEBUG")
     part.debug("within a request")
     _serve_request_context.reset(token)
-    [text], [structured] = lines(tmp_path / "text"), map(json.loads, lines(tmp_path / "json"))
+    [text], [quiet], [structured] = (
+        lines(tmp_path / "text"),
+        lines(tmp_path / "quiet"),
+        map(json.loads, lines(tmp_path / "json")),
+    )
     assert re.fullmatch(r"INFO \S+ \S+ llava_Tier one -- on cpu", text)
+    assert re.fullmatch(r"INFO \S+ \S+ llava_Tier one trace-me -- within a request", quiet)
     assert (structured["message"], structured["levelname"]) == ("within a request", "DEBUG")
     assert (structured["request_id"], structured["component_id"]) == ("trace-me", "one")
     assert caplog.records == []  # what the root logger has got
