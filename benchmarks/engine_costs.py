@@ -96,9 +96,9 @@ def bookkeeping(llm: LLM, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
     spent = {"run": 0.0, "sample": 0.0, "check": 0.0}
 
     def watch(name: str, function: Any) -> Any:
-        def watched(*args: Any) -> Any:
+        def watched(*args: Any, **named: Any) -> Any:
             started = time.thread_time()
-            result = function(*args)
+            result = function(*args, **named)
             spent[name] += time.thread_time() - started
             return result
 
