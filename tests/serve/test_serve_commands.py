@@ -33,18 +33,19 @@ def test_requests_in_flight_are_finished() -> None:
     config = read_config(CONFIG, port=free_port())
     pieces: list[str] = []
     finish: list[str | None] = []
-    begun = threading.Event()
+    begun = threading.Semaphore(0)
 
     def read(url: str) -> None:
         with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            for chunk in client.chat.completions.create(
+            chunks = client.chat.completions.create(
                 model="builtin",
                 messages=question(DEMO_QUESTION, DEMO_IMAGE.read_bytes()),
                 max_tokens=400,
                 stream=True,
                 extra_body={"ignore_eos": True},
-            ):
-                begun.set()
+            )
+            begun.release()  # it has the answer's head
+            for chunk in chunks:
                 pieces.append(chunk.choices[0].delta.content or "")
                 finish.append(chunk.choices[0].finish_reason)
 
@@ -62,7 +63,7 @@ def test_requests_in_flight_are_finished() -> None:
         prober = threading.Thread(target=probe, args=(running.url,))
         for thread in (*readers, prober):
             thread.start()
-        assert begun.wait(60)
+        assert all(begun.acquire(timeout=60) for _ in readers)
     for thread in (*readers, prober):
         thread.join(60)
     assert finish.count("length") == len(readers)
