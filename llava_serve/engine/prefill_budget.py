@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-_MAX_SLOWDOWN = 2.25
-"""A step with prefill may take at most this many times as long as a step that only decodes."""
+_MAX_SLOWDOWN = 3.0
+"""A step with prefill may take at most this many times as long as a step that only decodes. With much less, many
+sequences wait for their prefill, few decode, and a step of few is short: so prompts advance still more slowly."""
 MIN_TOKENS = 32
 """Prefill that every step may do on a CPU."""
 CUDA_MIN_TOKENS = 256
@@ -137,13 +139,16 @@ class PrefillBudget:
     Args:
         max_tokens, max_tiles: limits of any step.
         min_tokens: prefill that every step may do: every prompt makes progress.
+        padded: the number of positions to which a step is padded: what is padded costs as much as prefill.
 
     Attributes:
         prefill_seconds: by which prefill and the tower have made steps longer, since the start.
     """
 
-    def __init__(self, max_tokens: int, max_tiles: int, min_tokens: int = MIN_TOKENS) -> None:
-        self.max_tokens = max_tokens
+    def __init__(
+        self, max_tokens: int, max_tiles: int, min_tokens: int = MIN_TOKENS, padded: Callable[[int], int] = int
+    ) -> None:
+        self.max_tokens, self._padded = max_tokens, padded
         self.min_tokens = min_tokens
         self._max_tiles = max_tiles
         self._token, self._tile = _Line(), _Rate()
@@ -168,7 +173,7 @@ class PrefillBudget:
         room = self.room(_MAX_SLOWDOWN, decoding)
         room = max(self.min_tokens, _INITIAL_TOKENS if room is None else room)
         tile_cost = int(tile / token) if tile and token else room
-        return StepBudget(min(self.max_tokens, decoding + room), self._max_tiles, tile_cost)
+        return StepBudget(min(self.max_tokens, self._padded(decoding + room)), self._max_tiles, tile_cost)
 
     def room(self, slowdown: float, decoding: int) -> int | None:
         """Positions of prefill with which a step of so many decoding sequences takes `slowdown` times as long; None

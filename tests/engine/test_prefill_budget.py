@@ -20,7 +20,7 @@ def test_the_prefill_budget_bounds_how_much_prefill_slows_decoding() -> None:
     assert unknown.take_tiles(5) == 1
     prefill_budget.observe(0.010 + 0.020, decoding=4, tokens=200, tiles=0)
     budget = prefill_budget.step_budget(4)
-    assert budget.tokens == 4 + 125  # 12.5 ms beside the 10 of a decode step
+    assert budget.tokens == 4 + 200  # 20 ms beside the 10 of a decode step
     prefill_budget.observe(0.010 + 0.008, decoding=4, tokens=0, tiles=1)
     budget = prefill_budget.step_budget(4)
     assert budget.take_tiles(5) == 1
@@ -47,10 +47,10 @@ def test_a_few_sequences_are_not_measured_by_steps_of_many() -> None:
     prefill_budget.observe(0.010 + 0.020, decoding=2, tokens=200, tiles=0)
     for _ in range(7):
         prefill_budget.observe(0.100, decoding=24, tokens=0, tiles=0)
-    assert prefill_budget.step_budget(2).tokens == 2 + 125  # 12.5 ms beside the 10 of their decode step
+    assert prefill_budget.step_budget(2).tokens == 2 + 200  # 20 ms beside the 10 of their decode step
     assert prefill_budget.step_budget(24).tokens == 1000
     prefill_budget.observe(0.010 + 0.020, decoding=3, tokens=200, tiles=0)
-    assert prefill_budget.step_budget(3).tokens == 3 + 125
+    assert prefill_budget.step_budget(3).tokens == 3 + 200
 
 
 def test_steps_that_were_faster_than_thought_leave_a_budget() -> None:
@@ -115,11 +115,11 @@ def test_the_prefill_budget_finds_the_constant(seed: int) -> None:
 
 
 def test_the_prefill_budget_is_as_it_should_be_where_positions_cost_all() -> None:
-    """As on a CPU, with noise: pieces take about 1.25 decode steps."""
+    """As on a CPU, with noise: pieces take about two decode steps."""
     pieces = Clock(0.020, 0.020, 200e-6, noise=0.1).pieces(PrefillBudget(2048, 8), 40, prompt=2900)
     whole = [piece for piece in pieces[10:] if piece != MIN_TOKENS]
-    assert 0.7 * 125 < sum(whole) / len(whole) < 1.3 * 125
-    assert max(pieces) < 2.5 * 125
+    assert 0.7 * 200 < sum(whole) / len(whole) < 1.3 * 200
+    assert max(pieces) < 2.5 * 200
 
 
 def test_a_tile_above_the_budget_is_computed_alone() -> None:

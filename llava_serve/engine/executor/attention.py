@@ -16,7 +16,9 @@ from transformers import AttentionInterface
 
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_shared_prefix
+from llava_serve.engine.executor.cpu_attention import NativeAttention
 from llava_serve.engine.executor.float8_cache import from_float8
+from llava_serve.engine.executor.kernels.native_attention import decode_attention
 from llava_serve.engine.executor.kernels.selection import DecodeKernel
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite, PackedSequence
 from llava_serve.engine.executor.paged_attention import Float8Attention
@@ -76,7 +78,8 @@ class PackedStep:
         padding: tokens behind them that belong to no sequence. They are not written, and attend to nothing.
         shared_prefixes: of sequences with a single token, by their indices.
         page_size: the extents begin at multiples of it.
-        kernel: for sequences with a single token, where the KV pool holds 8-bit floats.
+        kernel: for sequences with a single token: the one in C++ for CPUs, or on CUDA where the KV pool holds 8-bit
+            floats.
     """
 
     def __init__(
@@ -102,11 +105,14 @@ class PackedStep:
         self._key_ranges: dict[int | None, list[KeyRange]] = {}  # by window
         self._varlen: VarlenAttention | None = None
         self._float8: Float8Attention | None = None
+        self._native: NativeAttention | None = None
         if self._fast() and memory.float8:
             self._float8 = Float8Attention(memory, sequences, page_size, kernel)
         elif self._fast():
             ends = [one.start + one.length for one in sequences]
             self._varlen = VarlenAttention.of(self._lengths, [one.base for one in sequences], ends, device)
+        elif kernel is decode_attention and (single := [*itertools.takewhile(lambda one: one.length == 1, sequences)]):
+            self._native = NativeAttention(memory, single, page_size, shared_prefixes)
 
     def attend(
         self,
@@ -128,8 +134,12 @@ class PackedStep:
         Returns:
             [1, tokens, heads, head_dim].
         """
-        self.memory.write(layer, self._writes, key[0], value[0])
-        return self.attend_stored(layer, query, scaling, window, slopes)
+        if self._native is None or self.memory.float8:
+            self.memory.write(layer, self._writes, key[0], value[0])
+            return self.attend_stored(layer, query, scaling, window, slopes)
+        if len(self._writes) > 1:
+            self.memory.write(layer, self._writes[1:], key[0], value[0])
+        return self._attend_on_cpu(layer, query, (key, value), scaling, window, slopes)
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -152,6 +162,40 @@ class PackedStep:
                 return self._varlen.attend(query, *self.memory.layers[layer], scaling, window, slopes)
             if self._float8 is not None:
                 return self._float8.attend(query, layer, scaling, window, slopes)
+        return self._attend_on_cpu(layer, query, None, scaling, window, slopes)
+
+    def _attend_on_cpu(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor] | None,
+        scaling: float | None,
+        window: int | None,
+        slopes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`attend_stored` where no kernel takes all sequences. `new` are keys and values that `_native` writes."""
+        out = query.new_empty(1, *query.shape[2:0:-1], query.shape[3])
+        done: set[int] = set()
+        if self._native is not None:
+            self._native.attend(layer, query, new, scaling, window, slopes, out)
+            done.update(range(self._native.count))
+        if len(done) < len(self._sequences):
+            self._attend_each(layer, query, scaling, window, slopes, out, done)
+        if self._padding:
+            out[:, -self._padding :] = 0
+        return out
+
+    def _attend_each(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        slopes: torch.Tensor | None,
+        out: torch.Tensor,
+        done: set[int],
+    ) -> None:
+        """Attention of one sequence after the other, but for those of which `out` has the results."""
         keys, values = (memory[None] for memory in self.memory.layers[layer])
         scales = self.memory.scales[layer]
 
@@ -161,25 +205,23 @@ class PackedStep:
                 return own
             return from_float8(own[0], scales[0], query.dtype), from_float8(own[1], scales[1], query.dtype)
 
-        *parts, rest = torch.split_with_sizes(query, [*self._lengths, self._padding], dim=2)
-        done: set[int] = set()
-        for prefix in self._shared_prefixes if window is None and slopes is None else ():
+        parts = torch.split_with_sizes(query, [*self._lengths, self._padding], dim=2)
+        outputs: dict[int, torch.Tensor] = {}
+        for prefix in self._shared_prefixes if window is None and slopes is None and not done else ():
             sequences = [self._sequences[index] for index in prefix.indices]
             shared = stored(sequences[0].base, prefix.length)
             suffixes = [stored(one.base + prefix.length, one.start + 1 - prefix.length) for one in sequences]
-            outputs = attend_shared_prefix([parts[index] for index in prefix.indices], shared, suffixes, scaling)
-            for index, output in zip(prefix.indices, outputs, strict=True):
-                parts[index] = output
-            done.update(prefix.indices)
+            merged = attend_shared_prefix([parts[index] for index in prefix.indices], shared, suffixes, scaling)
+            outputs |= zip(prefix.indices, merged, strict=True)
         if window not in self._key_ranges:
             self._key_ranges[window] = [find_keys(one, window, slopes, query) for one in self._sequences]
-        for index, key_range in enumerate(self._key_ranges[window]):
-            if index not in done:
+        for index, (one, key_range) in enumerate(zip(self._sequences, self._key_ranges[window], strict=True)):
+            if index in done:
+                continue
+            if index not in outputs:
                 own = stored(key_range.begin, key_range.count)
-                parts[index] = attend_keys(parts[index], *own, key_range, scaling)
-        if self._padding:
-            parts.append(torch.zeros_like(rest))
-        return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)
+                outputs[index] = attend_keys(parts[index], *own, key_range, scaling)
+            out[:, one.offset : one.offset + one.length] = outputs[index].transpose(1, 2)
 
     def _fast(self, *, alibi: bool = False) -> bool:
         """One call of a fast kernel attends to the extents of all sequences."""

@@ -11,12 +11,12 @@ import contextlib
 import ctypes
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ from torch._inductor import config as inductor
 from llava_serve.engine.executor.compiled import NO_COMPILER, CompiledDecoder, CompileError, DummyStep
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import disagreement
+from llava_serve.engine.executor.kernels import native_attention
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import PackedLinear
 
@@ -46,18 +47,22 @@ _CALL = nn.Module.__call__
 _FAILED = "The decoder is not compiled, and steps are slower, since %s."
 
 
+def worth_compiling(language_model: Any) -> bool:
+    """It is large enough that something is compiled for it without being asked for."""
+    config = language_model.config
+    return bool(12 * config.num_hidden_layers * config.hidden_size**2 >= MIN_WEIGHTS)
+
+
 def background_compile(model: VisionLanguageModel, decoder: Decoder, dummy_step: DummyStep) -> BackgroundCompile | None:
     """Begins to compile a decoder on a CPU, where that pays and is possible; else the log says why not.
 
     Args:
         dummy_step: any thread may call it.
     """
-    config = model.language_model.config
-    if 12 * config.num_hidden_layers * config.hidden_size**2 < MIN_WEIGHTS:
+    if not worth_compiling(model.language_model):
         _logger.debug("The decoder is not compiled: it is small.")
         return None
-    compiler = shutil.which(inductor.cpp.cxx[-1])
-    if reason := decoder.never_compiled or ("" if compiler else NO_COMPILER):
+    if reason := decoder.never_compiled or ("" if native_attention.compiler() else NO_COMPILER):
         _logger.info("The decoder is not compiled, since %s.", reason)
         return None
     _keep_from_traces(model)

@@ -12,9 +12,10 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.attempt import attempt
 from llava_serve.engine.executor.attention import PackedStep
-from llava_serve.engine.executor.background_compile import BackgroundCompile, background_compile
+from llava_serve.engine.executor.background_compile import BackgroundCompile, background_compile, worth_compiling
 from llava_serve.engine.executor.cache_scales import find_scales
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, find_shared_prefixes
+from llava_serve.engine.executor.cpu_attention import native_kernel
 from llava_serve.engine.executor.cuda_graphs import DecodeGraphs, extent_of_two
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import check_decoder
@@ -63,6 +64,8 @@ class ModelRunner:
         if captured or (cuda and float8):
             shape = layer_shape(model.language_model, kv_heads, head_dim, float8=float8)
             self._kernel = decode_kernel(shape, block_size, alibi=alibi)
+        if self._compile is True or (self._compile == "auto" and worth_compiling(model.language_model)):
+            self._kernel = native_kernel(model, block_size, float8=float8, alibi=alibi)
         fast = varlen.available(model.device, model.dtype, kv_heads, head_dim, alibi=alibi)
         if float8:  # only this kernel reads them as they are
             fast &= self._kernel is not None
@@ -175,7 +178,7 @@ class ModelRunner:
         segments = schedule.segments
         sequences = self._pack(segments)
         device, num_tokens = self._model.device, schedule.num_tokens
-        padding = max(self._decoder.min_tokens, self._padded(num_tokens)) - num_tokens
+        padding = max(self._decoder.min_tokens, self.padded(num_tokens)) - num_tokens
         prefixes = self._shared_prefixes(segments)
         kernel = (self._block_size, self._kernel)
         step = PackedStep(self._memory, sequences, self._model.dtype, device, padding, prefixes, *kernel)
@@ -195,7 +198,7 @@ class ModelRunner:
     def _logits(self, hidden: torch.Tensor, chosen: list[int]) -> torch.Tensor:
         """[chosen, vocabulary] of some of the hidden states [tokens, hidden]."""
         count = len(chosen)
-        indices = torch.tensor([*chosen, *[0] * (self._padded(count) - count)], dtype=torch.long)
+        indices = torch.tensor([*chosen, *[0] * (self.padded(count) - count)], dtype=torch.long)
         return self._decoder.logits(hidden[to_device(indices, hidden.device)])[:count]
 
     def _check_finite(
@@ -234,7 +237,7 @@ class ModelRunner:
         assert extent is not None, "a scheduled sequence has an extent"
         return extent.start * self._block_size
 
-    def _padded(self, size: int) -> int:
+    def padded(self, size: int) -> int:
         """The number of tokens to which a product of `size` tokens is padded."""
         return padded(size) if self._model.device.type == "cpu" else size
 

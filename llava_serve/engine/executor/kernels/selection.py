@@ -1,4 +1,4 @@
-"""Which kernels run: on CUDA those that agree with their twins in a trial at the start, elsewhere none.
+"""Which kernels run: those that agree with their twins in a trial at the start. On a CPU there is one.
 
 A kernel that fails its trial is not used, and a warning says why.
 """
@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
 from llava_serve.engine.executor.float8_cache import FLOAT8, LARGEST, bits, to_float8
-from llava_serve.engine.executor.kernels import twins
+from llava_serve.engine.executor.kernels import native_attention, twins
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +87,14 @@ def decode_kernel(shape: LayerShape, page_size: int, *, alibi: bool) -> DecodeKe
 
 
 @cache
+def native_decode_kernel(shape: LayerShape, page_size: int, *, alibi: bool) -> DecodeKernel | None:
+    """Decode attention over pages on a CPU, where its kernel can be compiled and is right."""
+    if shape.dtype not in native_attention.TYPES or not native_attention.compiler():
+        return None
+    return _tried(native_attention, twins.decode_attention, decode_trials(shape, page_size, alibi=alibi), shape.device)
+
+
+@cache
 def top_p_kernel(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor] | None:
     """Top-p sampling of logits in this precision, where its kernel is to be used."""
     return _selected("top_p", twins.sample_top_p, top_p_trials(device), dtype, device)
@@ -98,20 +107,30 @@ def _selected(
     if device.type != "cuda":
         return None
     if dtype not in _TOLERANCES:
-        reason = f"it has no {str(dtype).removeprefix('torch.')}"
-    else:
-        try:
-            kernel: Kernel = getattr(importlib.import_module(f"{__package__}.{module}"), twin.__name__)
-            with current_device(device):
-                reason = disagreement(kernel, twin, trials)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # no Triton, no C compiler, or a GPU that Triton does not compile for
-            reason = f"it does not run: {type(error).__name__} {next(iter(str(error).strip().splitlines()), '')}"
+        _warn(twin, f"it has no {str(dtype).removeprefix('torch.')}")
+        return None
+    return _tried(f"{__package__}.{module}", twin, trials, device)
+
+
+def _tried(module: str | ModuleType, twin: Kernel, trials: Iterable[Arguments], device: torch.device) -> Kernel | None:
+    """The kernel that has the twin's name in a module, where it agrees with the twin."""
+    try:
+        found = importlib.import_module(module) if isinstance(module, str) else module
+        kernel: Kernel = getattr(found, twin.__name__)
+        with current_device(device):
+            reason = disagreement(kernel, twin, trials)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # no Triton, no C compiler, or a GPU that Triton does not compile for
+        reason = f"it does not run: {type(error).__name__} {next(iter(str(error).strip().splitlines()), '')}"
     if reason:
-        _logger.warning("The kernel %s is not used, and steps are slower, since %s.", twin.__name__, reason)
+        _warn(twin, reason)
         return None
     return kernel
+
+
+def _warn(twin: Callable[..., torch.Tensor], reason: str) -> None:
+    _logger.warning("The kernel %s is not used, and steps are slower, since %s.", twin.__name__, reason)
 
 
 def disagreement(kernel: Kernel, twin: Kernel, trials: Iterable[Arguments]) -> str:
