@@ -21,7 +21,7 @@ def test_the_prefill_budget_bounds_how_much_prefill_slows_decoding() -> None:
     prefill_budget.observe(0.010 + 0.020, decoding=4, tokens=200, tiles=0)
     budget = prefill_budget.step_budget(4)
     assert budget.tokens == 4 + 200  # 20 ms beside the 10 of a decode step
-    prefill_budget.observe(0.010 + 0.008, decoding=4, tokens=0, tiles=1)
+    prefill_budget.observe(0.010 + 0.016, decoding=4, tokens=0, tiles=1)
     budget = prefill_budget.step_budget(4)
     assert budget.take_tiles(5) == 1
     assert budget.tokens < 100
