@@ -52,8 +52,8 @@ class Engine:
         self._scheduler = Scheduler(self._kv, self._encoder_cache, options.max_num_seqs)
         self.step_limit = StepLimit()
         self._runner = ModelRunner(model, self._kv.num_blocks, options)
-        limits = options.max_batch_tokens, options.max_batch_tiles, MIN_TOKENS if model.device.type == "cpu" else CUDA_MIN_TOKENS
-        self._prefill_budget = PrefillBudget(*limits, self._runner.padded)
+        least, most = {"cuda": CUDA_MIN_TOKENS}.get(model.device.type, MIN_TOKENS), options.max_batch_tokens
+        self._prefill_budget = PrefillBudget(most, options.max_batch_tiles, least, self._runner.padded)
         self._batch_share = BatchShare(self._prefill_budget)
         self._prefill_budget.observe(self._runner.warm_up(), 0, 0, 1)
         self._searches: dict[str, BeamSearch] = {}
