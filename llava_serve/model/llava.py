@@ -18,6 +18,7 @@ from llava_serve.checkpoints.weights import stored_tensors
 from llava_serve.config import Quantization
 from llava_serve.errors import CheckpointError, reason
 from llava_serve.images.tiles import kept_features, shrunk_grid, tile_grid
+from llava_serve.model.allocator import mapped_tensors
 from llava_serve.model.memory import check_memory
 from llava_serve.model.quantized import check_files, load_quantized, quantized_bytes
 from llava_serve.model.vocabulary import fit_vocabulary
@@ -67,6 +68,7 @@ class Llava(nn.Module):
         self.register_buffer("_std", torch.tensor(spec.image.std, dtype=torch.float32), persistent=False)
 
     @classmethod
+    @mapped_tensors()
     def load(
         cls,
         spec: CheckpointSpec,
