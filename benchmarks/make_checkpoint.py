@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -127,10 +128,18 @@ def make_checkpoint(size: Size, folder: Path, device: str = "cpu", *, weights: b
         torch.set_default_dtype(torch.float32)
     if weights:
         model.save_pretrained(folder)
+        _rename_as_published(folder / "model.safetensors")
     else:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _rename_as_published(file: Path) -> None:
+    """Gives the tower's tensors the names of published checkpoints, which older releases of transformers wrote and vLLM
+    asks for."""
+    tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): it for name, it in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @contextmanager

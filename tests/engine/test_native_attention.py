@@ -13,7 +13,7 @@ from llava_serve import LLM
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.cascade_attention import SharedPrefix
-from llava_serve.engine.executor.kernels import native_attention, twins
+from llava_serve.engine.executor.kernels import native_attention, native_build, twins
 from llava_serve.engine.executor.kernels.selection import LayerShape, decode_trials, disagreement, native_decode_kernel
 from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.sampling_params import SamplingParams
@@ -21,7 +21,7 @@ from llava_serve.sampling_params import SamplingParams
 CPU = torch.device("cpu")
 PAGE = 16
 
-pytestmark = pytest.mark.skipif(native_attention.compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(native_build.compiler() is None, reason="there is no C++ compiler")
 
 
 def pool(heads: int, dtype: torch.dtype) -> KVPool:

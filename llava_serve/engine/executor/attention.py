@@ -114,6 +114,12 @@ class PackedStep:
         elif kernel is decode_attention and (single := [*itertools.takewhile(lambda one: one.length == 1, sequences)]):
             self._native = NativeAttention(memory, single, page_size, shared_prefixes)
 
+    @property
+    def single(self) -> NativeAttention | None:
+        """The pages of the sequences, where each has one token, on a CPU with a kernel."""
+        native = self._native
+        return native if native is not None and native.count == len(self._sequences) else None
+
     def attend(
         self,
         layer: int,

@@ -26,7 +26,7 @@ from torch._inductor import config as inductor
 from llava_serve.engine.executor.compiled import NO_COMPILER, CompiledDecoder, CompileError, DummyStep
 from llava_serve.engine.executor.decoder import Decoder
 from llava_serve.engine.executor.decoder_check import disagreement
-from llava_serve.engine.executor.kernels import native_attention
+from llava_serve.engine.executor.kernels import native_build
 from llava_serve.engine.executor.model import VisionLanguageModel
 from llava_serve.engine.executor.packed_linear import PackedLinear
 
@@ -62,7 +62,7 @@ def background_compile(model: VisionLanguageModel, decoder: Decoder, dummy_step:
     if not worth_compiling(model.language_model):
         _logger.debug("The decoder is not compiled: it is small.")
         return None
-    if reason := decoder.never_compiled or ("" if native_attention.compiler() else NO_COMPILER):
+    if reason := decoder.never_compiled or ("" if native_build.compiler() else NO_COMPILER):
         _logger.info("The decoder is not compiled, since %s.", reason)
         return None
     _keep_from_traces(model)

@@ -38,14 +38,14 @@ class NativeAttention:
     ) -> None:
         self.count = len(sequences)
         self._memory, self._page_size = memory, page_size
-        bases, self._used = torch.tensor([[one.base, one.start + 1] for one in sequences], dtype=torch.int32).T
+        bases, self.used = torch.tensor([[one.base, one.start + 1] for one in sequences], dtype=torch.int32).T
         pages = -(-max(one.start + 1 for one in sequences) // page_size)
-        self._table = bases[:, None] // page_size + torch.arange(pages, dtype=torch.int32)
-        self._used = self._used.contiguous()
+        self.table = bases[:, None] // page_size + torch.arange(pages, dtype=torch.int32)
+        self.used = self.used.contiguous()
         for prefix in shared_prefixes:
             first, *others = prefix.indices
             shared = prefix.length // page_size
-            self._table[others, :shared] = self._table[first, :shared]
+            self.table[others, :shared] = self.table[first, :shared]
 
     def attend(
         self,
@@ -71,8 +71,8 @@ class NativeAttention:
             (new[0][0], new[1][0]) if new else None,
             keys,
             values,
-            self._table,
-            self._used,
+            self.table,
+            self.used,
             scaling,
             window,
             slopes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers import MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
 from llava_serve.engine.executor import attention
-from llava_serve.engine.executor.attention import Step
+from llava_serve.engine.executor.attention import PackedStep, Step
 from llava_serve.engine.executor.compiled import MIN_TOKENS, CompiledDecoder, CompileError, DummyStep
 from llava_serve.engine.executor.llama_decoder import LlamaDecoder
 from llava_serve.engine.executor.output_head import output_head
@@ -21,6 +21,15 @@ from llava_serve.errors import CheckpointError
 from llava_serve.model.float8 import Float8Linear
 
 _logger = logging.getLogger(__name__)
+
+MAX_SINGLE = 16
+"""Most sequences of a step that `Decoder.native` computes: of more, the products take longer than the weights."""
+
+
+class SingleTokens(Protocol):
+    """See `native_decoder.NativeDecoder`."""
+
+    def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor: ...
 
 
 class Decoder:
@@ -36,6 +45,8 @@ class Decoder:
 
     compiled: CompiledDecoder | None = None
     """Computes the steps instead, from the moment that it is set. Its `warm_up` has returned."""
+    native: SingleTokens | None = None
+    """Computes small steps in which each sequence has one token, from the moment that it is set."""
 
     def __init__(self, language_model: Any, *, float8: bool = False) -> None:
         self._language_model = language_model
@@ -114,6 +125,9 @@ class Decoder:
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
+        if self.native is not None and isinstance(step, PackedStep):
+            if step.single is not None and step.single.count <= MAX_SINGLE:
+                return self.native.forward(embeddings, step)
         if self.compiled is not None:
             return self.compiled.forward(embeddings, step)
         if self._llama is not None:

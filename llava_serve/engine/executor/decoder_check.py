@@ -11,6 +11,7 @@ from torch import nn
 
 from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.kernels.native_attention import decode_attention
 from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
 from llava_serve.errors import CheckpointError
@@ -63,14 +64,20 @@ def check_decoder(model: VisionLanguageModel, decoder: Decoder, scales: torch.Te
 
 
 @torch.inference_mode()
-def disagreement(model: VisionLanguageModel, decoder: Decoder, scales: torch.Tensor | None = None) -> str:
-    """How the engine computes a few positions otherwise than the model's own forward pass; empty if it does not."""
+def disagreement(
+    model: VisionLanguageModel, decoder: Decoder, scales: torch.Tensor | None = None, page_size: int | None = None
+) -> str:
+    """How the engine computes a few positions otherwise than the model's own forward pass; empty if it does not.
+
+    Args:
+        page_size: of steps on a CPU with a kernel, see `PackedStep`; None is without.
+    """
     vocabulary = model.language_model.get_input_embeddings().num_embeddings
     ids = torch.arange(2 * LENGTH, device=model.device) % vocabulary
     sequences = model.embed(ids).view(2, LENGTH, -1)
     expected = torch.stack([decoder.reference_logits(one) for one in sequences])
     windows: set[int | None] = set()
-    deviation = _deviation(_engine_logits(model, decoder, sequences, windows, scales), expected)
+    deviation = _deviation(_engine_logits(model, decoder, sequences, windows, scales, page_size), expected)
     exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights and scales is None
     # Rounded otherwise, a few positions may differ much: a mixture takes another of two experts that are equally good.
     worst = float(deviation.quantile(1.0 if exact else 0.9)) if len(deviation) else 0.0
@@ -105,18 +112,21 @@ def _engine_logits(
     sequences: torch.Tensor,
     windows: set[int | None],
     scales: torch.Tensor | None,
+    page_size: int | None,
 ) -> torch.Tensor:
     """[2, LENGTH, vocabulary] in the steps of `_STEPS`. What windows there were is added to `windows`."""
     layers, kv_heads, head_dim = kv_shape(model)
-    memory = KVPool(layers, kv_heads, 2 * LENGTH, head_dim, model.dtype, model.device, scales)
+    paged: Any = (1, None) if page_size is None else (page_size, decode_attention)
+    room = -(-LENGTH // paged[0]) * paged[0]
+    memory = KVPool(layers, kv_heads, 2 * room, head_dim, model.dtype, model.device, scales)
     logits: list[list[torch.Tensor]] = [[], []]
     for parts in _STEPS:
         packed, offset = [], 0
         for index, (start, end) in enumerate(parts):
-            packed.append(PackedSequence(offset, end - start, index * LENGTH, start))
+            packed.append(PackedSequence(offset, end - start, index * room, start))
             offset += end - start
         inputs = torch.cat([sequence[start:end] for sequence, (start, end) in zip(sequences, parts, strict=True)])
-        step = _ObservedStep(memory, packed, model.dtype, model.device)
+        step = _ObservedStep(memory, packed, model.dtype, model.device, 0, (), *paged)
         step.windows = windows
         hidden = decoder.forward(inputs, step)
         for index, one in enumerate(packed):

@@ -22,7 +22,7 @@ from llava_serve.engine.executor.kernels.selection import LayerShape, current_de
 DEVICES = {"cuda"}
 """Types of devices that use it. On a CPU transformers' decoder runs over layers in oneDNN's layout."""
 
-_WINDOWS: dict[type[nn.Module], Callable[[Any], int | None]] = {
+WINDOWS: dict[type[nn.Module], Callable[[Any], int | None]] = {
     LlamaForCausalLM: lambda attention: None,
     MistralForCausalLM: lambda attention: attention.config.sliding_window,
     Qwen2ForCausalLM: lambda attention: attention.sliding_window,
@@ -60,7 +60,7 @@ class LlamaDecoder:
     def __init__(self, language_model: Any, *, float8: bool = False) -> None:
         decoder, config = language_model.base_model, language_model.config
         if language_model not in _layers:
-            window = _WINDOWS[type(language_model)]
+            window = WINDOWS[type(language_model)]
             _layers[language_model] = [_layer(layer, window(layer.self_attn)) for layer in decoder.layers]
         self._layers = _layers[language_model]
         self._rotary = decoder.rotary_emb
@@ -73,7 +73,7 @@ class LlamaDecoder:
     @staticmethod
     def supports(language_model: Any) -> bool:
         """It is of a known kind, on a device that uses this decoder, and its layers are plain ones."""
-        if type(language_model) not in _WINDOWS or language_model.device.type not in DEVICES:
+        if type(language_model) not in WINDOWS or language_model.device.type not in DEVICES:
             return False
         plain = all(
             type(module) is nn.Linear

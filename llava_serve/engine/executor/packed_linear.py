@@ -17,6 +17,8 @@ from torch import nn
 
 _MAX_UNPADDED = 16
 """Largest number of tokens that is not padded."""
+_BLOCK = 64
+"""Outputs of a block of oneDNN's layout."""
 
 # Layers that get the same input in transformers' models: one product instead of three saves most where tokens are few.
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -44,28 +46,39 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self._out_features = sum(linear.out_features for linear in linears)
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
         self._number = next(self._numbers)
         _packed[self._number] = self
         weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         with_bias = linears[0].bias is not None
-        self._bias = torch.cat([linear.bias for linear in linears]).detach() if with_bias else None
+        self.bias = torch.cat([linear.bias for linear in linears]).detach() if with_bias else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Itself: its weights never change, and a number finds them."""
         return self
 
+    @property
+    def address(self) -> int:
+        """Of the weights, where they are the numbers of `native_decoder.cpp`'s layout as far as their size tells, else
+        0. Which is where in the blocks differs between processors: who reads them compares results."""
+        blocks = -(-self.out_features // _BLOCK)
+        item = 2 if self._weight.dtype == torch.bfloat16 else 4
+        if torch.ops.mkldnn._nbytes(self._weight) != blocks * _BLOCK * self.in_features * item:
+            return 0
+        return int(torch.ops.mkldnn.data_ptr(self._weight))
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         if torch.compiler.is_compiling():
-            traced: torch.Tensor = torch.ops.llava_serve.packed_linear(inputs, self._number, self._out_features)
+            traced: torch.Tensor = torch.ops.llava_serve.packed_linear(inputs, self._number, self.out_features)
             return traced
         return self.multiply(inputs)
 
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` outside of tracing."""
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self.bias, "none", [], "")
         return product
 
 
@@ -92,7 +105,7 @@ class MergedProjections:
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._packed = PackedLinear(linears)
+        self.packed = PackedLinear(linears)
         self._sizes = [linear.out_features for linear in linears]
         self._inputs: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
@@ -101,7 +114,7 @@ class MergedProjections:
     def project(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] of the layer `index`."""
         if inputs is not self._inputs:
-            self._outputs = torch.split_with_sizes(self._packed(inputs), self._sizes, dim=-1)
+            self._outputs = torch.split_with_sizes(self.packed(inputs), self._sizes, dim=-1)
             self._inputs, self._remaining = inputs, len(self._sizes)
         output = self._outputs[index]
         self._remaining -= 1
@@ -121,6 +134,13 @@ class _Projection(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         return self._merged.project(inputs, self._index)
+
+
+def merged_projections(*layers: nn.Module) -> PackedLinear | None:
+    """The product of layers that are computed together; None if they are not."""
+    merged = {layer._merged if isinstance(layer, _Projection) else None for layer in layers}
+    one = merged.pop()
+    return one.packed if one is not None and not merged else None
 
 
 def pack_linears(model: nn.Module) -> None:

@@ -7,26 +7,12 @@ code is compiled at its first use, in less than a second, for the processor that
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
-from torch._inductor import config as inductor
 
-from llava_serve.engine.executor.float8_cache import FLOAT8
-
-_SOURCE = Path(__file__).with_suffix(".cpp")
-TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", FLOAT8: "float8"}
-"""Of queries and of what is stored, by their names in the code."""
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),  # for vectors; NaN stays NaN
-)
-_TIMEOUT_S = 60
+from llava_serve.engine.executor.kernels.native_build import build, heads_of
 
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = (
@@ -37,11 +23,6 @@ _ARGUMENTS = (
     *(_number, _number, ctypes.c_float, _number, ctypes.c_int),
 )
 """Of the function in C++."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler, which torch.compile uses, too; None if there is none."""
-    return shutil.which(inductor.cpp.cxx[-1])
 
 
 @cache
@@ -55,16 +36,8 @@ def compiled(query: torch.dtype, stored: torch.dtype, head_dim: int, group: int,
     Raises:
         RuntimeError, OSError: it cannot be compiled here, or not be loaded.
     """
-    names = {"QUERY": TYPES[query], "STORED": TYPES[stored], "HEAD_DIM": head_dim, "GROUP": group}
-    defines = [f"-D{name}={value}" for name, value in {**names, "PAGE_SIZE": page_size}.items()]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "attention.so"
-        command = [compiler() or "", *_FLAGS, *defines, str(_SOURCE), "-o", str(library)]
-        try:
-            subprocess.run(command, check=True, timeout=_TIMEOUT_S, capture_output=True)
-        except subprocess.SubprocessError as error:
-            raise RuntimeError("the C++ compiler does not compile it") from error
-        function: Callable[..., None] = ctypes.CDLL(str(library)).decode_attention
+    library = build("native_attention.cpp", **heads_of(query, stored, head_dim, group, page_size))
+    function: Callable[..., None] = library.decode_attention
     function.argtypes, function.restype = _ARGUMENTS, None  # type: ignore[attr-defined]
     return function
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from llava_serve.engine.executor.float8_cache import FLOAT8, LARGEST, bits, to_float8
-from llava_serve.engine.executor.kernels import native_attention, twins
+from llava_serve.engine.executor.kernels import native_attention, native_build, twins
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def decode_kernel(shape: LayerShape, page_size: int, *, alibi: bool) -> DecodeKe
 @cache
 def native_decode_kernel(shape: LayerShape, page_size: int, *, alibi: bool) -> DecodeKernel | None:
     """Decode attention over pages on a CPU, where its kernel can be compiled and is right."""
-    if shape.dtype not in native_attention.TYPES or not native_attention.compiler():
+    if shape.dtype not in native_build.TYPES or not native_build.compiler():
         return None
     return _tried(native_attention, twins.decode_attention, decode_trials(shape, page_size, alibi=alibi), shape.device)
 

@@ -1,0 +1,277 @@
+// A decode step of the Llama family on a CPU: all layers in one call, for a few tokens, each of another sequence.
+//
+// Such a step reads all weights once, and little else: so they are read as fast as memory gives them, from oneDNN's
+// layout, which prompts need. Blocks of 64 outputs follow one another; a block has, for each input or, in bfloat16, for
+// each pair of inputs, the weights of its outputs side by side. Numbers are rounded where transformers rounds them.
+
+#include <omp.h>
+
+#include <memory>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "native_attention.h"
+
+constexpr int LANES = 16, BLOCK = 64, ROWS = 4;  // ROWS: tokens whose sums are in registers together
+constexpr int FETCH = 4096 / sizeof(QUERY);
+constexpr bool HALF = sizeof(QUERY) == 2;
+constexpr int DEPTH = HALF ? 2 : 1;  // inputs whose weights lie side by side
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+#ifdef __AVX512BF16__
+typedef QUERY Input;  // of products
+#else
+typedef float Input;
+#endif
+
+struct Linear {  // bias may be null
+    const QUERY* weight;
+    const QUERY* bias;
+    int64_t inputs;
+};
+
+struct Layer {
+    const QUERY* input_norm;
+    Linear qkv, output;
+    const QUERY* mlp_norm;
+    Linear gate_up, down;
+    int64_t window;  // 0 is all keys
+};
+
+struct Model {
+    const Layer* layers;
+    int64_t num_layers, hidden, intermediate, kv_heads;
+    const QUERY* norm;
+    float eps;
+    float scaling;  // of scores
+    const float* frequencies;  // [HEAD_DIM / 2]
+    float rotary_scaling;
+};
+
+// The pool is [layers, 2, kv_heads, positions, HEAD_DIM]. table [rows, table_width], used [rows]: see twins.py.
+struct Step {
+    const QUERY* embeddings;  // [rows, hidden]
+    QUERY* out;
+    int64_t rows;
+    STORED* pool;
+    int64_t positions;
+    const int32_t* table;
+    int64_t table_width;
+    const int32_t* used;
+    int64_t threads;
+};
+
+static inline float rounded(float number) {
+    QUERY narrowed;
+    narrow(number, &narrowed);
+    return widen(narrowed);
+}
+
+// One weight of each output times one input of each row, or in bfloat16 a pair of both.
+template <int WIDTH, int COUNT>
+static inline void add_products(
+    const float* weights, const float* inputs, int64_t depth, Floats (&sums)[COUNT][WIDTH]
+) {
+    for (int lane = 0; lane < WIDTH; lane++) {
+        const Floats wide = load<Floats>(weights + LANES * lane);
+        for (int row = 0; row < COUNT; row++) sums[row][lane] += wide * inputs[row * depth];
+    }
+}
+
+template <int WIDTH, int COUNT>
+static inline void add_products(
+    const bfloat16* weights, const float* inputs, int64_t depth, Floats (&sums)[COUNT][WIDTH]
+) {
+    for (int lane = 0; lane < WIDTH; lane++) {
+        const Words pairs = load<Words>(weights + 2 * LANES * lane);
+        const Floats first = (Floats)(pairs << 16), second = (Floats)(pairs & 0xffff0000);
+        for (int row = 0; row < COUNT; row++)
+            sums[row][lane] += first * inputs[row * depth] + second * inputs[row * depth + 1];
+    }
+}
+
+#ifdef __AVX512BF16__
+template <int WIDTH, int COUNT>
+static inline void add_products(
+    const bfloat16* weights, const bfloat16* inputs, int64_t depth, Floats (&sums)[COUNT][WIDTH]
+) {
+    for (int lane = 0; lane < WIDTH; lane++) {
+        const __m512bh pairs = load<__m512bh>(weights + 2 * LANES * lane);
+        for (int row = 0; row < COUNT; row++) {
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int32_t>(inputs + row * depth));
+            sums[row][lane] = (Floats)_mm512_dpbf16_ps((__m512)sums[row][lane], pairs, both);
+        }
+    }
+}
+#endif
+
+// Calls use(row, output, sum) for outputs [begin, end) of all rows. Both are multiples of LANES.
+template <int COUNT, int WIDTH, class Use>
+static void multiply_some(const Linear& linear, const Input* inputs, int64_t begin, int64_t row, Use use) {
+    Floats sums[COUNT][WIDTH] = {};  // in registers, until all is summed
+    const QUERY* weights = linear.weight + begin / BLOCK * BLOCK * linear.inputs + begin % BLOCK * DEPTH;
+    const Input* input = inputs + row * linear.inputs;
+    for (int64_t at = 0; at < linear.inputs; at += DEPTH, weights += BLOCK * DEPTH) {
+        if (row == 0)
+            for (int lane = 0; lane < WIDTH; lane++) __builtin_prefetch(weights + FETCH + lane * LANES * DEPTH);
+        add_products<WIDTH, COUNT>(weights, input + at, linear.inputs, sums);
+    }
+    float results[COUNT][WIDTH * LANES];
+    std::memcpy(results, sums, sizeof results);
+    for (int one = 0; one < COUNT; one++)
+        for (int at = 0; at < WIDTH * LANES; at++) {
+            const int64_t output = begin + at;
+            use(row + one, output, rounded(results[one][at] + (linear.bias ? widen(linear.bias[output]) : 0)));
+        }
+}
+
+template <int WIDTH, class Use>
+static void multiply_block(const Linear& linear, const Input* inputs, int64_t begin, int64_t rows, Use use) {
+    int64_t row = 0;
+    for (; row + ROWS <= rows; row += ROWS) multiply_some<ROWS, WIDTH>(linear, inputs, begin, row, use);
+    switch (rows - row) {
+        case 3: return multiply_some<3, WIDTH>(linear, inputs, begin, row, use);
+        case 2: return multiply_some<2, WIDTH>(linear, inputs, begin, row, use);
+        case 1: return multiply_some<1, WIDTH>(linear, inputs, begin, row, use);
+    }
+}
+
+template <class Use>
+static void multiply(const Linear& linear, const Input* inputs, int64_t begin, int64_t end, int64_t rows, Use use) {
+    while (begin < end) {
+        const int64_t width = std::min(end, (begin / BLOCK + 1) * BLOCK) - begin;
+        switch (width / LANES) {
+            case 4: multiply_block<4>(linear, inputs, begin, rows, use); break;
+            case 3: multiply_block<3>(linear, inputs, begin, rows, use); break;
+            case 2: multiply_block<2>(linear, inputs, begin, rows, use); break;
+            case 1: multiply_block<1>(linear, inputs, begin, rows, use); break;
+        }
+        begin += width;
+    }
+}
+
+template <class Number>
+static void normalize(const float* residual, const QUERY* weight, float eps, int64_t hidden, int64_t rows, Number* out) {
+    for (int64_t row = 0; row < rows; row++, residual += hidden, out += hidden) {
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t at = 0; at < hidden; at++) squares += residual[at] * residual[at];
+        const float factor = 1 / std::sqrt(squares / hidden + eps);
+#pragma omp simd
+        for (int64_t at = 0; at < hidden; at++)
+            narrow(rounded(widen(weight[at]) * rounded(residual[at] * factor)), out + at);
+    }
+}
+
+static void rotate(float* head, const float* cosines, const float* sines) {
+    constexpr int half = HEAD_DIM / 2;
+    for (int at = 0; at < half; at++) {
+        const float first = head[at], second = head[at + half];
+        head[at] = rounded(rounded(first * cosines[at]) - rounded(second * sines[at]));
+        head[at + half] = rounded(rounded(second * cosines[at]) + rounded(first * sines[at]));
+    }
+}
+
+static inline float silu(float x) {
+    const float power = exp_negative(-std::fabs(x));
+    return (x < 0 ? x * power : x) / (1 + power);
+}
+
+extern "C" void decode_step(const Model* given, const Step* of) {
+    const Model model = *given;
+    const Step step = *of;
+    const int64_t rows = step.rows, hidden = model.hidden, kv_heads = model.kv_heads, heads = kv_heads * GROUP;
+    const int64_t width = (heads + 2 * kv_heads) * HEAD_DIM, head_stride = step.positions * HEAD_DIM;
+    const int64_t most = *std::max_element(step.used, step.used + rows);
+    const auto numbers = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
+    const auto inputs = [](int64_t count) { return std::unique_ptr<Input[]>(new Input[count]); };
+    const auto residual = numbers(rows * hidden), qkv = numbers(rows * width), rotary = numbers(rows * HEAD_DIM);
+    const auto attended = inputs(rows * heads * HEAD_DIM), activated = inputs(rows * model.intermediate);
+    for (int64_t at = 0; at < rows * hidden; at++) residual[at] = widen(step.embeddings[at]);
+    for (int64_t row = 0; row < rows; row++)
+        for (int at = 0; at < HEAD_DIM / 2; at++) {
+            const float angle = (step.used[row] - 1) * model.frequencies[at];
+            rotary[row * HEAD_DIM + at] = rounded(std::cos(angle) * model.rotary_scaling);
+            rotary[row * HEAD_DIM + HEAD_DIM / 2 + at] = rounded(std::sin(angle) * model.rotary_scaling);
+        }
+    const auto add = [&](int64_t row, int64_t output, float sum) {
+        float& number = residual[row * hidden + output];
+        number = rounded(number + sum);
+    };
+#pragma omp parallel num_threads(step.threads)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const auto normed = inputs(rows * hidden);  // each thread computes it for itself: no barrier behind it
+        const auto gates = numbers(rows * LANES * (model.intermediate / LANES / threads + 1));
+        const auto scores = numbers(GROUP * most);
+        const auto share = [&](int64_t outputs, int64_t of) { return outputs / LANES * of / threads * LANES; };
+        for (int64_t index = 0; index < model.num_layers; index++) {
+            const Layer& layer = model.layers[index];
+            STORED* keys = step.pool + 2 * index * kv_heads * head_stride;
+            STORED* values = keys + kv_heads * head_stride;
+            normalize(residual.get(), layer.input_norm, model.eps, hidden, rows, normed.get());
+            multiply(
+                layer.qkv, normed.get(), share(width, thread), share(width, thread + 1), rows,
+                [&](int64_t row, int64_t output, float sum) { qkv[row * width + output] = sum; }
+            );
+#pragma omp barrier
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+                for (int64_t row = 0; row < rows; row++) {
+                    const int64_t count = step.used[row], window = layer.window;
+                    const int64_t first = window && count > window ? count - window : 0;
+                    const Pages stored{
+                        keys + kv_head * head_stride, values + kv_head * head_stride,
+                        step.table + row * step.table_width, count, first
+                    };
+                    float* query = qkv.get() + row * width + kv_head * GROUP * HEAD_DIM;
+                    float* key = qkv.get() + row * width + (heads + kv_head) * HEAD_DIM;
+                    const float* value = key + kv_heads * HEAD_DIM;
+                    const float* cosines = rotary.get() + row * HEAD_DIM;
+                    const float* sines = cosines + HEAD_DIM / 2;
+                    rotate(key, cosines, sines);
+                    const int64_t slot = stored.slot(count - 1);
+                    for (int at = 0; at < HEAD_DIM; at++) {
+                        narrow(key[at], stored.keys + slot + at);
+                        narrow(value[at], stored.values + slot + at);
+                    }
+                    float queries[GROUP][HEAD_DIM], results[GROUP][HEAD_DIM];
+                    for (int member = 0; member < GROUP; member++) {
+                        rotate(query + member * HEAD_DIM, cosines, sines);
+                        for (int at = 0; at < HEAD_DIM; at++)
+                            queries[member][at] = query[member * HEAD_DIM + at] * model.scaling;
+                    }
+                    attend(queries, stored, nullptr, 1.0f, scores.get(), most, results);
+                    Input* result = attended.get() + (row * heads + kv_head * GROUP) * HEAD_DIM;
+                    for (int at = 0; at < GROUP * HEAD_DIM; at++) narrow(rounded(results[0][at]), result + at);
+                }
+            }
+            multiply(layer.output, attended.get(), share(hidden, thread), share(hidden, thread + 1), rows, add);
+#pragma omp barrier
+            normalize(residual.get(), layer.mlp_norm, model.eps, hidden, rows, normed.get());
+            const int64_t begin = share(model.intermediate, thread), end = share(model.intermediate, thread + 1);
+            multiply(
+                layer.gate_up, normed.get(), begin, end, rows,
+                [&](int64_t row, int64_t output, float sum) {
+                    gates[row * (end - begin) + output - begin] = rounded(silu(sum));
+                }
+            );
+            multiply(
+                layer.gate_up, normed.get(), model.intermediate + begin, model.intermediate + end, rows,
+                [&](int64_t row, int64_t output, float sum) {
+                    const int64_t at = output - model.intermediate;
+                    const float gate = gates[row * (end - begin) + at - begin];
+                    narrow(rounded(gate * sum), activated.get() + row * model.intermediate + at);
+                }
+            );
+#pragma omp barrier
+            multiply(layer.down, activated.get(), share(hidden, thread), share(hidden, thread + 1), rows, add);
+#pragma omp barrier
+        }
+    }
+    normalize(residual.get(), model.norm, model.eps, hidden, rows, step.out);
+}

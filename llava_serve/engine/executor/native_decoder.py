@@ -1,0 +1,191 @@
+"""Decode steps of the Llama family on a CPU, all layers in one call of C++ code (`kernels/native_decoder.cpp`).
+
+A decode step reads all weights for a few tokens. As some forty operations a layer, each of which starts and waits for
+the threads, it reads them at half of the speed that the memory has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from llava_serve.engine.executor.attention import PackedStep
+from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.decoder_check import disagreement
+from llava_serve.engine.executor.kernels.native_build import build, heads_of
+from llava_serve.engine.executor.llama_decoder import WINDOWS
+from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.packed_linear import PackedLinear, merged_projections
+
+_logger = logging.getLogger(__name__)
+
+_LANES = 16
+"""Outputs of a product that the code computes together."""
+_STATIC_ROTARY = {"default", "linear", "llama3", "yarn", "proportional"}
+"""Kinds of rotary embeddings whose frequencies do not depend on the sequence."""
+_DTYPES = (torch.float32, torch.bfloat16)
+
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _pointer), ("bias", _pointer), ("inputs", _number))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", _pointer),
+        ("qkv", _Linear),
+        ("output", _Linear),
+        ("mlp_norm", _pointer),
+        ("gate_up", _Linear),
+        ("down", _Linear),
+        ("window", _number),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, _number) for name in ("num_layers", "hidden", "intermediate", "kv_heads")),
+        ("norm", _pointer),
+        ("eps", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        ("frequencies", _pointer),
+        ("rotary_scaling", ctypes.c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("embeddings", "out")),
+        ("rows", _number),
+        ("pool", _pointer),
+        ("positions", _number),
+        ("table", _pointer),
+        ("table_width", _number),
+        ("used", _pointer),
+        ("threads", _number),
+    )
+
+
+class NativeDecoder:
+    """The layers of a language model that `supports` names, as the code in C++ reads them.
+
+    Args:
+        page_size: of the steps' pages.
+
+    Raises:
+        RuntimeError, OSError: the code cannot be compiled here, or not be loaded.
+    """
+
+    def __init__(self, language_model: Any, page_size: int) -> None:
+        decoder, config = language_model.base_model, language_model.config
+        attention, rotary = decoder.layers[0].self_attn, decoder.rotary_emb
+        group = config.num_attention_heads // config.num_key_value_heads
+        self._run = _compiled(language_model.dtype, attention.head_dim, group, page_size)
+        window = WINDOWS[type(language_model)]
+        layers = [_layer(layer, window(layer.self_attn)) for layer in decoder.layers]
+        frequencies = rotary.inv_freq.float().contiguous()
+        self._kept = (decoder, frequencies)  # the addresses below are theirs
+        self._model = _Model(
+            (_Layer * len(layers))(*layers),
+            len(layers),
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_key_value_heads,
+            decoder.norm.weight.data_ptr(),
+            config.rms_norm_eps,
+            attention.scaling,
+            frequencies.data_ptr(),
+            rotary.attention_scaling,
+        )
+
+    @staticmethod
+    def supports(language_model: Any) -> bool:
+        """It is of a known kind, its linear layers are in oneDNN's layout, and its rotary embeddings are a table."""
+        if type(language_model) not in WINDOWS or language_model.dtype not in _DTYPES:
+            return False
+        decoder, config = language_model.base_model, language_model.config
+        rotary, head_dim = decoder.rotary_emb, decoder.layers[0].self_attn.head_dim
+        widths = config.hidden_size, config.intermediate_size, head_dim
+        return (
+            config.hidden_act == "silu"
+            and getattr(rotary, "rope_type", "") in _STATIC_ROTARY
+            and 2 * len(rotary.inv_freq) == head_dim
+            and not any(width % _LANES for width in widths)
+            and all(each is not None and each.address for layer in decoder.layers for each in _linears(layer))
+        )
+
+    def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor:
+        """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden], in a step whose sequences have one
+        token each. Those of padding are 0."""
+        single, memory = step.single, step.memory
+        assert single is not None, "the decoder has looked"
+        embeddings = embeddings.contiguous()
+        out = torch.zeros_like(embeddings)
+        keys, _ = memory.layers[0]
+        native = _Step(
+            embeddings.data_ptr(),
+            out.data_ptr(),
+            single.count,
+            keys.data_ptr(),
+            keys.shape[1],
+            single.table.data_ptr(),
+            single.table.shape[1],
+            single.used.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self._run(ctypes.byref(self._model), ctypes.byref(native))
+        return out
+
+
+def use_native_decoder(model: VisionLanguageModel, decoder: Decoder, page_size: int) -> None:
+    """Lets a decoder compute decode steps in C++, where that is possible and right."""
+    if not NativeDecoder.supports(model.language_model):
+        return
+    try:
+        decoder.native = NativeDecoder(model.language_model, page_size)
+        reason = disagreement(model, decoder, page_size=page_size)
+    except (RuntimeError, OSError) as error:
+        reason = str(error)
+    if reason:
+        decoder.native = None
+        _logger.warning("Decode steps are not computed in C++, and are slower, since %s.", reason)
+
+
+@cache
+def _compiled(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> Callable[..., None]:
+    library = build("native_decoder.cpp", **heads_of(dtype, dtype, head_dim, group, page_size))
+    function: Callable[..., None] = library.decode_step
+    function.argtypes, function.restype = (_pointer, _pointer), None  # type: ignore[attr-defined]
+    return function
+
+
+def _linears(layer: Any) -> tuple[PackedLinear | None, ...]:
+    """Products of a layer in their order; None for one that is not packed, or not merged."""
+    attention, mlp = layer.self_attn, layer.mlp
+    single = (each if isinstance(each, PackedLinear) else None for each in (attention.o_proj, mlp.down_proj))
+    output, down = single
+    return (
+        merged_projections(attention.q_proj, attention.k_proj, attention.v_proj),
+        output,
+        merged_projections(mlp.gate_proj, mlp.up_proj),
+        down,
+    )
+
+
+def _layer(layer: Any, window: int | None) -> _Layer:
+    qkv, output, gate_up, down = map(_linear, _linears(layer))
+    norms = layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr()
+    return _Layer(norms[0], qkv, output, norms[1], gate_up, down, window or 0)
+
+
+def _linear(packed: PackedLinear | None) -> _Linear:
+    assert packed is not None, "supports has looked"
+    return _Linear(packed.address, None if packed.bias is None else packed.bias.data_ptr(), packed.in_features)
