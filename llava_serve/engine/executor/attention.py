@@ -19,6 +19,7 @@ from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_s
 from llava_serve.engine.executor.cpu_attention import NativeAttention
 from llava_serve.engine.executor.float8_cache import from_float8
 from llava_serve.engine.executor.kernels.native_attention import decode_attention
+from llava_serve.engine.executor.kernels.native_prefill import prefill_attention, supports
 from llava_serve.engine.executor.kernels.selection import DecodeKernel
 from llava_serve.engine.executor.kv_pool import KVPool, KVWrite, PackedSequence
 from llava_serve.engine.executor.paged_attention import Float8Attention
@@ -106,6 +107,7 @@ class PackedStep:
         self._varlen: VarlenAttention | None = None
         self._float8: Float8Attention | None = None
         self._native: NativeAttention | None = None
+        self._native_prefill = kernel is decode_attention and supports(memory.head_dim)
         if self._fast() and memory.float8:
             self._float8 = Float8Attention(memory, sequences, page_size, kernel)
         elif self._fast():
@@ -223,6 +225,13 @@ class PackedStep:
             self._key_ranges[window] = [find_keys(one, window, slopes, query) for one in self._sequences]
         for index, (one, key_range) in enumerate(zip(self._sequences, self._key_ranges[window], strict=True)):
             if index in done:
+                continue
+            if self._native_prefill and one.length > 1:
+                own_keys = keys[0].narrow(1, one.base, one.start + one.length)
+                own_values = values[0].narrow(1, one.base, one.start + one.length)
+                out[0, one.offset : one.offset + one.length] = prefill_attention(
+                    parts[index][0], own_keys, own_values, scaling, window, slopes, scales
+                )
                 continue
             if index not in outputs:
                 own = stored(key_range.begin, key_range.count)

@@ -24,6 +24,9 @@ class VisionLanguageModel(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
+    def vision_tower(self) -> nn.Module: ...
+
+    @property
     def language_model(self) -> Any: ...
 
     def modules(self) -> Iterator[nn.Module]:

@@ -25,6 +25,7 @@ from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.llama_decoder import layer_shape
 from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
 from llava_serve.engine.executor.native_decoder import use_native_decoder
+from llava_serve.engine.executor.native_tower import use_native_tower
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt, scored_positions
 from llava_serve.engine.executor.step_result import StepResult
@@ -104,6 +105,7 @@ class ModelRunner:
             self._decoder.compile(self._dummy_step)
         check_decoder(self._model, self._decoder)
         if self._kernel is not None and self._model.device.type == "cpu" and not self.float8:
+            use_native_tower(self._model)
             use_native_decoder(self._model, self._decoder, self._block_size)
         if self._scales is not None:
             check_decoder(self._model, self._decoder, self._scales)

@@ -1,38 +1,14 @@
 // A decode step of the Llama family on a CPU: all layers in one call, for a few tokens, each of another sequence.
 //
 // Such a step reads all weights once, and little else: so they are read as fast as memory gives them, from oneDNN's
-// layout, which prompts need. Blocks of 64 outputs follow one another; a block has, for each input or, in bfloat16, for
-// each pair of inputs, the weights of its outputs side by side. Numbers are rounded where transformers rounds them.
+// layout, which prompts need. Numbers are rounded where transformers rounds them.
 
 #include <omp.h>
 
 #include <memory>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #include "native_attention.h"
-
-constexpr int LANES = 16, BLOCK = 64, ROWS = 4;  // ROWS: tokens whose sums are in registers together
-constexpr int FETCH = 4096 / sizeof(QUERY);
-constexpr bool HALF = sizeof(QUERY) == 2;
-constexpr int DEPTH = HALF ? 2 : 1;  // inputs whose weights lie side by side
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-
-#ifdef __AVX512BF16__
-typedef QUERY Input;  // of products
-#else
-typedef float Input;
-#endif
-
-struct Linear {  // bias may be null
-    const QUERY* weight;
-    const QUERY* bias;
-    int64_t inputs;
-};
+#include "native_products.h"
 
 struct Layer {
     const QUERY* input_norm;
@@ -64,95 +40,6 @@ struct Step {
     const int32_t* used;
     int64_t threads;
 };
-
-static inline float rounded(float number) {
-    QUERY narrowed;
-    narrow(number, &narrowed);
-    return widen(narrowed);
-}
-
-// One weight of each output times one input of each row, or in bfloat16 a pair of both.
-template <int WIDTH, int COUNT>
-static inline void add_products(
-    const float* weights, const float* inputs, int64_t depth, Floats (&sums)[COUNT][WIDTH]
-) {
-    for (int lane = 0; lane < WIDTH; lane++) {
-        const Floats wide = load<Floats>(weights + LANES * lane);
-        for (int row = 0; row < COUNT; row++) sums[row][lane] += wide * inputs[row * depth];
-    }
-}
-
-template <int WIDTH, int COUNT>
-static inline void add_products(
-    const bfloat16* weights, const float* inputs, int64_t depth, Floats (&sums)[COUNT][WIDTH]
-) {
-    for (int lane = 0; lane < WIDTH; lane++) {
-        const Words pairs = load<Words>(weights + 2 * LANES * lane);
-        const Floats first = (Floats)(pairs << 16), second = (Floats)(pairs & 0xffff0000);
-        for (int row = 0; row < COUNT; row++)
-            sums[row][lane] += first * inputs[row * depth] + second * inputs[row * depth + 1];
-    }
-}
-
-#ifdef __AVX512BF16__
-template <int WIDTH, int COUNT>
-static inline void add_products(
-    const bfloat16* weights, const bfloat16* inputs, int64_t depth, Floats (&sums)[COUNT][WIDTH]
-) {
-    for (int lane = 0; lane < WIDTH; lane++) {
-        const __m512bh pairs = load<__m512bh>(weights + 2 * LANES * lane);
-        for (int row = 0; row < COUNT; row++) {
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int32_t>(inputs + row * depth));
-            sums[row][lane] = (Floats)_mm512_dpbf16_ps((__m512)sums[row][lane], pairs, both);
-        }
-    }
-}
-#endif
-
-// Calls use(row, output, sum) for outputs [begin, end) of all rows. Both are multiples of LANES.
-template <int COUNT, int WIDTH, class Use>
-static void multiply_some(const Linear& linear, const Input* inputs, int64_t begin, int64_t row, Use use) {
-    Floats sums[COUNT][WIDTH] = {};  // in registers, until all is summed
-    const QUERY* weights = linear.weight + begin / BLOCK * BLOCK * linear.inputs + begin % BLOCK * DEPTH;
-    const Input* input = inputs + row * linear.inputs;
-    for (int64_t at = 0; at < linear.inputs; at += DEPTH, weights += BLOCK * DEPTH) {
-        if (row == 0)
-            for (int lane = 0; lane < WIDTH; lane++) __builtin_prefetch(weights + FETCH + lane * LANES * DEPTH);
-        add_products<WIDTH, COUNT>(weights, input + at, linear.inputs, sums);
-    }
-    float results[COUNT][WIDTH * LANES];
-    std::memcpy(results, sums, sizeof results);
-    for (int one = 0; one < COUNT; one++)
-        for (int at = 0; at < WIDTH * LANES; at++) {
-            const int64_t output = begin + at;
-            use(row + one, output, rounded(results[one][at] + (linear.bias ? widen(linear.bias[output]) : 0)));
-        }
-}
-
-template <int WIDTH, class Use>
-static void multiply_block(const Linear& linear, const Input* inputs, int64_t begin, int64_t rows, Use use) {
-    int64_t row = 0;
-    for (; row + ROWS <= rows; row += ROWS) multiply_some<ROWS, WIDTH>(linear, inputs, begin, row, use);
-    switch (rows - row) {
-        case 3: return multiply_some<3, WIDTH>(linear, inputs, begin, row, use);
-        case 2: return multiply_some<2, WIDTH>(linear, inputs, begin, row, use);
-        case 1: return multiply_some<1, WIDTH>(linear, inputs, begin, row, use);
-    }
-}
-
-template <class Use>
-static void multiply(const Linear& linear, const Input* inputs, int64_t begin, int64_t end, int64_t rows, Use use) {
-    while (begin < end) {
-        const int64_t width = std::min(end, (begin / BLOCK + 1) * BLOCK) - begin;
-        switch (width / LANES) {
-            case 4: multiply_block<4>(linear, inputs, begin, rows, use); break;
-            case 3: multiply_block<3>(linear, inputs, begin, rows, use); break;
-            case 2: multiply_block<2>(linear, inputs, begin, rows, use); break;
-            case 1: multiply_block<1>(linear, inputs, begin, rows, use); break;
-        }
-        begin += width;
-    }
-}
 
 template <class Number>
 static void normalize(const float* residual, const QUERY* weight, float eps, int64_t hidden, int64_t rows, Number* out) {
@@ -200,7 +87,7 @@ extern "C" void decode_step(const Model* given, const Step* of) {
         }
     const auto add = [&](int64_t row, int64_t output, float sum) {
         float& number = residual[row * hidden + output];
-        number = rounded(number + sum);
+        number = rounded(number + rounded(sum));
     };
 #pragma omp parallel num_threads(step.threads)
     {
@@ -216,7 +103,7 @@ extern "C" void decode_step(const Model* given, const Step* of) {
             normalize(residual.get(), layer.input_norm, model.eps, hidden, rows, normed.get());
             multiply(
                 layer.qkv, normed.get(), share(width, thread), share(width, thread + 1), rows,
-                [&](int64_t row, int64_t output, float sum) { qkv[row * width + output] = sum; }
+                [&](int64_t row, int64_t output, float sum) { qkv[row * width + output] = rounded(sum); }
             );
 #pragma omp barrier
 #pragma omp for collapse(2) schedule(static)
@@ -257,7 +144,7 @@ extern "C" void decode_step(const Model* given, const Step* of) {
             multiply(
                 layer.gate_up, normed.get(), begin, end, rows,
                 [&](int64_t row, int64_t output, float sum) {
-                    gates[row * (end - begin) + output - begin] = rounded(silu(sum));
+                    gates[row * (end - begin) + output - begin] = rounded(silu(rounded(sum)));
                 }
             );
             multiply(
@@ -265,7 +152,7 @@ extern "C" void decode_step(const Model* given, const Step* of) {
                 [&](int64_t row, int64_t output, float sum) {
                     const int64_t at = output - model.intermediate;
                     const float gate = gates[row * (end - begin) + at - begin];
-                    narrow(rounded(gate * sum), activated.get() + row * model.intermediate + at);
+                    narrow(rounded(gate * rounded(sum)), activated.get() + row * model.intermediate + at);
                 }
             );
 #pragma omp barrier

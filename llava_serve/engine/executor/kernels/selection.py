@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from llava_serve.engine.executor.float8_cache import FLOAT8, LARGEST, bits, to_float8
-from llava_serve.engine.executor.kernels import native_attention, native_build, twins
+from llava_serve.engine.executor.kernels import native_attention, native_build, native_prefill, twins
 
 _logger = logging.getLogger(__name__)
 
@@ -88,10 +88,20 @@ def decode_kernel(shape: LayerShape, page_size: int, *, alibi: bool) -> DecodeKe
 
 @cache
 def native_decode_kernel(shape: LayerShape, page_size: int, *, alibi: bool) -> DecodeKernel | None:
-    """Decode attention over pages on a CPU, where its kernel can be compiled and is right."""
+    """Decode attention over pages on a CPU, where its kernel can be compiled and is right, and that of prompts."""
     if shape.dtype not in native_build.TYPES or not native_build.compiler():
         return None
+    if native_prefill.supports(shape.head_dim):
+        trials = prefill_trials(shape, alibi=alibi)
+        if _tried(native_prefill, twins.prefill_attention, trials, shape.device) is None:
+            return None
     return _tried(native_attention, twins.decode_attention, decode_trials(shape, page_size, alibi=alibi), shape.device)
+
+
+@cache
+def tower_kernel(shape: LayerShape) -> Callable[..., torch.Tensor] | None:
+    """Attention of all tokens to all on a CPU, where its kernel can be compiled and is right."""
+    return _tried(native_prefill, twins.prefill_attention, tower_trials(shape), shape.device)
 
 
 @cache
@@ -222,6 +232,25 @@ def decode_trials(shape: LayerShape, page_size: int, *, alibi: bool) -> Iterator
     on_device = (table.to(shape.device), torch.tensor(used, dtype=torch.int32, device=shape.device))
     for window in (None, 9):
         yield query, pool[0], pool[1], *on_device, page_size, None, window, slopes, scales
+
+
+def prefill_trials(shape: LayerShape, *, alibi: bool) -> Iterator[Arguments]:
+    """Prompts and later pieces of one, with and without a window."""
+    random = _Random(shape)
+    slopes = torch.linspace(0.1, 0.8, shape.heads, device=shape.device) if alibi else None
+    for tokens, count in ((5, 5), (70, 70), (33, 150)):
+        pool, scales = _stored(shape, random(2, shape.kv_heads, count, shape.head_dim))
+        query = random(tokens, shape.heads, shape.head_dim).transpose(0, 1)
+        for window in (None, 40):
+            yield query, pool[0], pool[1], None, window, slopes, scales
+
+
+def tower_trials(shape: LayerShape) -> Iterator[Arguments]:
+    """Tiles of few and of many patches."""
+    random = _Random(shape)
+    for tokens in (5, 150):
+        query, keys, values = (random(shape.heads, tokens, shape.head_dim) for _ in range(3))
+        yield query, keys, values, None, None, None, None, False
 
 
 def top_p_trials(device: torch.device) -> Iterator[Arguments]:

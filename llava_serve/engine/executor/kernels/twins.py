@@ -125,6 +125,47 @@ def decode_attention(
     return torch.einsum("skgn,ksnd->skgd", shares, found_values).reshape(sequences, heads, head_dim).to(query.dtype)
 
 
+def prefill_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float | None,
+    window: int | None = None,
+    slopes: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attention of tokens of one sequence to its keys and values, of which theirs are the last.
+
+    Args:
+        query: [heads, tokens, head_dim].
+        keys, values: [kv_heads, keys, head_dim].
+        scaling, window, slopes, scales: as for `decode_attention`.
+        causal: a token attends to no later key; else to all.
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    heads, tokens, head_dim = query.shape
+    kv_heads, count, _ = keys.shape
+    positions = torch.arange(count, device=query.device)
+    distances = positions - positions[-tokens:, None]  # [tokens, keys]; above 0 behind a token
+    hidden = (distances > 0) & causal
+    if window is not None:
+        hidden |= distances <= -window
+    wide = torch.promote_types(query.dtype, torch.float32)
+    of_keys, of_values = (None, None) if scales is None else scales
+    found_keys, found_values = load(keys, positions, of_keys, query.dtype), load(values, positions, of_values, query.dtype)
+    grouped = query.to(wide).view(kv_heads, -1, tokens, head_dim)
+    scores = torch.einsum("kgtd,knd->kgtn", grouped, found_keys.to(wide))
+    scores *= head_dim**-0.5 if scaling is None else scaling
+    if slopes is not None:
+        scores += slopes.to(wide).view(kv_heads, -1, 1, 1) * distances
+    shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    out = torch.einsum("kgtn,knd->tkgd", shares, found_values.to(wide))
+    return out.reshape(tokens, heads, head_dim).to(query.dtype)
+
+
 def sample_top_p(logits: torch.Tensor, top_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Inverse transform sampling among the fewest tokens that reach a share: of equally likely ones the first.
 
