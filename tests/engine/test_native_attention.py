@@ -1,4 +1,4 @@
-"""The kernel in C++ for decode attention on a CPU: against its twin, in a step, and in whole answers."""
+"""The kernels in C++ for attention on a CPU: against their twins, in a step, and in whole answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from llava_serve import LLM
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.cascade_attention import SharedPrefix
-from llava_serve.engine.executor.kernels import native_attention, native_build, twins
-from llava_serve.engine.executor.kernels.selection import LayerShape, decode_trials, disagreement, native_decode_kernel
+from llava_serve.engine.executor.kernels import native_attention, native_build, native_prefill, twins
+from llava_serve.engine.executor.kernels.selection import (
+    LayerShape,
+    decode_trials,
+    disagreement,
+    native_decode_kernel,
+    prefill_trials,
+    tower_trials,
+)
 from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.sampling_params import SamplingParams
 
@@ -40,6 +47,49 @@ def test_it_agrees_with_its_twin(dtype: torch.dtype, heads: int, kv_heads: int, 
     for alibi in (False, True):
         trials = decode_trials(shape, PAGE, alibi=alibi)
         assert disagreement(native_attention.decode_attention, twins.decode_attention, trials) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "float8"), [(4, 4, 64, False), (7, 1, 80, True), (4, 2, 128, False)]
+)
+def test_prompts_agree_with_their_twin(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, float8: bool
+) -> None:
+    """Whole prompts and pieces, with windows, and with ALiBi; tiles, which see all their keys."""
+    shape = LayerShape(0, 0, heads, kv_heads, head_dim, dtype, CPU, float8)
+    for alibi in (False, True):
+        trials = prefill_trials(shape, alibi=alibi)
+        assert disagreement(native_prefill.prefill_attention, twins.prefill_attention, trials) == ""
+    assert disagreement(native_prefill.prefill_attention, twins.prefill_attention, tower_trials(shape)) == ""
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_threads_share_the_tokens_of_few_heads(threads: int) -> None:
+    """Behind a piece's keys, and between those of two heads, there is NaN."""
+    pool = torch.full((2, 1, 200, 32), torch.nan)
+    pool[:, :, :131] = torch.randn(2, 1, 131, 32, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(3, 60, 32, generator=torch.Generator().manual_seed(1))
+    arguments = (query, pool[0][:, :131], pool[1][:, :131], 0.3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = native_prefill.prefill_attention(*arguments)
+    torch.set_num_threads(before)
+    torch.testing.assert_close(found, twins.prefill_attention(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_a_trial_finds_a_prompt_that_sees_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prefill_attention(*arguments: Any) -> torch.Tensor:
+        return right(*arguments[:7], False)
+
+    right: Any = native_prefill.prefill_attention
+    monkeypatch.setattr(native_prefill, "prefill_attention", prefill_attention)
+    shape = LayerShape(0, 0, 2, 2, 32, torch.float32, CPU)
+    native_decode_kernel.cache_clear()
+    try:
+        assert native_decode_kernel(shape, PAGE, alibi=False) is None
+    finally:
+        native_decode_kernel.cache_clear()
 
 
 def test_a_trial_finds_a_kernel_that_leaves_a_key_out(monkeypatch: pytest.MonkeyPatch) -> None:

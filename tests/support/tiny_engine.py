@@ -102,13 +102,19 @@ def dtype_of(kind: str) -> torch.dtype:
 
 
 class TinyModel:
-    """A random decoder; the features of a tile are a fixed random map of its colour."""
+    """A random decoder; the features of a tile are a fixed random map of its colour.
 
-    def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64) -> None:
+    Args:
+        kind: of `CONFIGS`.
+        others: settings of the decoder.
+    """
+
+    def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64, **others: Any) -> None:
         generator = torch.Generator().manual_seed(7)
         torch.manual_seed(3)
         model_type, settings = CONFIGS[kind]
-        config = AutoConfig.for_model(model_type, **(settings if model_type == "mpt" else _LLAMA | settings))
+        common = {} if model_type == "mpt" else _LLAMA
+        config = AutoConfig.for_model(model_type, **common | settings | others)
         self.spec: Any = TinySpec(kind)
         self.device, self.dtype = torch.device("cpu"), dtype
         self.language_model: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
@@ -116,6 +122,7 @@ class TinyModel:
             if parameter.ndim > 1:
                 parameter.data.normal_(0, 0.25, generator=generator)
         self._tower = torch.randn(3, FEATURES * HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+        self.vision_tower: torch.nn.Module = torch.nn.Identity()  # none of transformers'
         self.encoded_tiles = 0
 
     def modules(self) -> Iterator[torch.nn.Module]:

@@ -106,7 +106,7 @@ class PackedStep:
         self._key_ranges: dict[int | None, list[KeyRange]] = {}  # by window
         self._varlen: VarlenAttention | None = None
         self._float8: Float8Attention | None = None
-        self._native: NativeAttention | None = None
+        self.native: NativeAttention | None = None  # of the sequences with one token, on a CPU with a kernel
         self._native_prefill = kernel is decode_attention and supports(memory.head_dim)
         if self._fast() and memory.float8:
             self._float8 = Float8Attention(memory, sequences, page_size, kernel)
@@ -114,13 +114,13 @@ class PackedStep:
             ends = [one.start + one.length for one in sequences]
             self._varlen = VarlenAttention.of(self._lengths, [one.base for one in sequences], ends, device)
         elif kernel is decode_attention and (single := [*itertools.takewhile(lambda one: one.length == 1, sequences)]):
-            self._native = NativeAttention(memory, single, page_size, shared_prefixes)
+            self.native = NativeAttention(memory, single, page_size, shared_prefixes)
 
     @property
-    def single(self) -> NativeAttention | None:
-        """The pages of the sequences, where each has one token, on a CPU with a kernel."""
-        native = self._native
-        return native if native is not None and native.count == len(self._sequences) else None
+    def num_single(self) -> int:
+        """Sequences, where each has one token, and `native` attends to all of them; else 0."""
+        count = self.native.count if self.native is not None else 0
+        return count if count == len(self._sequences) else 0
 
     def attend(
         self,
@@ -142,7 +142,7 @@ class PackedStep:
         Returns:
             [1, tokens, heads, head_dim].
         """
-        if self._native is None or self.memory.float8:
+        if self.native is None or self.memory.float8:
             self.memory.write(layer, self._writes, key[0], value[0])
             return self.attend_stored(layer, query, scaling, window, slopes)
         if len(self._writes) > 1:
@@ -181,12 +181,12 @@ class PackedStep:
         window: int | None,
         slopes: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`attend_stored` where no kernel takes all sequences. `new` are keys and values that `_native` writes."""
+        """`attend_stored` where no kernel takes all sequences. `new` are keys and values that `native` writes."""
         out = query.new_empty(1, *query.shape[2:0:-1], query.shape[3])
         done: set[int] = set()
-        if self._native is not None:
-            self._native.attend(layer, query, new, scaling, window, slopes, out)
-            done.update(range(self._native.count))
+        if self.native is not None:
+            self.native.attend(layer, query, new, scaling, window, slopes, out)
+            done.update(range(self.native.count))
         if len(done) < len(self._sequences):
             self._attend_each(layer, query, scaling, window, slopes, out, done)
         if self._padding:

@@ -125,9 +125,8 @@ class Decoder:
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
-        if self.native is not None and isinstance(step, PackedStep):
-            if step.single is not None and step.single.count <= MAX_SINGLE:
-                return self.native.forward(embeddings, step)
+        if self.native is not None and isinstance(step, PackedStep) and 0 < step.num_single <= MAX_SINGLE:
+            return self.native.forward(embeddings, step)
         if self.compiled is not None:
             return self.compiled.forward(embeddings, step)
         if self._llama is not None:

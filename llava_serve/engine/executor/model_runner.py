@@ -24,8 +24,7 @@ from llava_serve.engine.executor.kernels.selection import DecodeKernel, decode_k
 from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.llama_decoder import layer_shape
 from llava_serve.engine.executor.model import VisionLanguageModel, kv_shape
-from llava_serve.engine.executor.native_decoder import use_native_decoder
-from llava_serve.engine.executor.native_tower import use_native_tower
+from llava_serve.engine.executor.native_decoder import use_native_code
 from llava_serve.engine.executor.packed_linear import padded
 from llava_serve.engine.executor.prompt_scoring import ScoredPrompt, score_prompt, scored_positions
 from llava_serve.engine.executor.step_result import StepResult
@@ -104,9 +103,8 @@ class ModelRunner:
         if self._compile is True:
             self._decoder.compile(self._dummy_step)
         check_decoder(self._model, self._decoder)
-        if self._kernel is not None and self._model.device.type == "cpu" and not self.float8:
-            use_native_tower(self._model)
-            use_native_decoder(self._model, self._decoder, self._block_size)
+        if self._kernel is not None and self._model.device.type == "cpu":
+            use_native_code(self._model, self._decoder, self._block_size, float8=self.float8)
         if self._scales is not None:
             check_decoder(self._model, self._decoder, self._scales)
         top_p_kernel(torch.float32, self._model.device)  # its trial

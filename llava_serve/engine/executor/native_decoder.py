@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from llava_serve.engine.executor.attention import PackedStep
-from llava_serve.engine.executor.decoder import Decoder
+from llava_serve.engine.executor.decoder import MAX_SINGLE, Decoder
 from llava_serve.engine.executor.decoder_check import disagreement
 from llava_serve.engine.executor.kernels.native_build import build, heads_of
 from llava_serve.engine.executor.llama_decoder import WINDOWS
 from llava_serve.engine.executor.model import VisionLanguageModel
+from llava_serve.engine.executor.native_tower import use_native_tower
 from llava_serve.engine.executor.packed_linear import PackedLinear, merged_projections
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class NativeDecoder:
             return False
         decoder, config = language_model.base_model, language_model.config
         rotary, head_dim = decoder.rotary_emb, decoder.layers[0].self_attn.head_dim
-        widths = config.hidden_size, config.intermediate_size, head_dim
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        widths = config.hidden_size, config.intermediate_size, heads * head_dim
         return (
             config.hidden_act == "silu"
             and getattr(rotary, "rope_type", "") in _STATIC_ROTARY
@@ -125,7 +127,7 @@ class NativeDecoder:
     def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden], in a step whose sequences have one
         token each. Those of padding are 0."""
-        single, memory = step.single, step.memory
+        single, memory = step.native, step.memory
         assert single is not None, "the decoder has looked"
         embeddings = embeddings.contiguous()
         out = torch.zeros_like(embeddings)
@@ -145,9 +147,15 @@ class NativeDecoder:
         return out
 
 
-def use_native_decoder(model: VisionLanguageModel, decoder: Decoder, page_size: int) -> None:
-    """Lets a decoder compute decode steps in C++, where that is possible and right."""
-    if not NativeDecoder.supports(model.language_model):
+def use_native_code(model: VisionLanguageModel, decoder: Decoder, page_size: int, *, float8: bool) -> None:
+    """Lets a CPU compute in C++ what is possible and right: the tower's attention, and the decode steps.
+
+    Args:
+        page_size: of the steps' pages.
+        float8: the KV pool has 8-bit floats, which decode steps as a whole do not write.
+    """
+    use_native_tower(model)
+    if float8 or not NativeDecoder.supports(model.language_model):
         return
     try:
         decoder.native = NativeDecoder(model.language_model, page_size)
@@ -157,6 +165,8 @@ def use_native_decoder(model: VisionLanguageModel, decoder: Decoder, page_size: 
     if reason:
         decoder.native = None
         _logger.warning("Decode steps are not computed in C++, and are slower, since %s.", reason)
+    else:
+        _logger.info("Decode steps of up to %d sequences are computed in C++.", MAX_SINGLE)
 
 
 @cache
@@ -170,8 +180,7 @@ def _compiled(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> 
 def _linears(layer: Any) -> tuple[PackedLinear | None, ...]:
     """Products of a layer in their order; None for one that is not packed, or not merged."""
     attention, mlp = layer.self_attn, layer.mlp
-    single = (each if isinstance(each, PackedLinear) else None for each in (attention.o_proj, mlp.down_proj))
-    output, down = single
+    output, down = (each if isinstance(each, PackedLinear) else None for each in (attention.o_proj, mlp.down_proj))
     return (
         merged_projections(attention.q_proj, attention.k_proj, attention.v_proj),
         output,

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava_serve.engine.executor.kernels.native_prefill import prefill_attention, supports
@@ -33,7 +33,10 @@ def attend(
     """Attention of all tokens of a tile to all, [tiles, heads, tokens, head_dim] -> [tiles, tokens, heads, head_dim],
     in the form of transformers' `AttentionInterface`."""
     if attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        out: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )[0]
+        return out, None
     key, value = key.contiguous(), value.contiguous()
     tiles = [prefill_attention(*tile, scaling, None, None, None, False) for tile in zip(query, key, value, strict=True)]
     return torch.stack(tiles), None
@@ -45,7 +48,9 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 @torch.inference_mode()
 def use_native_tower(model: VisionLanguageModel) -> None:
     """Lets the vision tower attend in C++, where that is possible and right."""
-    tower: Any = model.vision_tower
+    tower = model.vision_tower
+    if not isinstance(tower, PreTrainedModel):
+        return
     config, height, width = tower.config, *model.spec.image.crop_size
     heads: int = config.num_attention_heads
     head_dim: int = config.hidden_size // heads

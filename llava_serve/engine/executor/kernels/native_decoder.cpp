@@ -134,7 +134,8 @@ extern "C" void decode_step(const Model* given, const Step* of) {
                     }
                     attend(queries, stored, nullptr, 1.0f, scores.get(), most, results);
                     Input* result = attended.get() + (row * heads + kv_head * GROUP) * HEAD_DIM;
-                    for (int at = 0; at < GROUP * HEAD_DIM; at++) narrow(rounded(results[0][at]), result + at);
+                    for (int member = 0; member < GROUP; member++, result += HEAD_DIM)
+                        for (int at = 0; at < HEAD_DIM; at++) narrow(rounded(results[member][at]), result + at);
                 }
             }
             multiply(layer.output, attended.get(), share(hidden, thread), share(hidden, thread + 1), rows, add);

@@ -53,7 +53,8 @@ def prefill_attention(
     """
     heads, tokens, head_dim = query.shape
     kv_heads, count, _ = keys.shape
-    assert query.stride(2) == 1 and keys.stride(1) == values.stride(1) == head_dim, "a head's numbers are neighbours"
+    assert query.stride(2) == 1, "a head's numbers are neighbours"
+    assert keys.stride(1) == values.stride(1) == head_dim, "and so are a head's keys"
     out = query.new_empty(tokens, heads, head_dim)
     _compiled(query.dtype, keys.dtype, head_dim, heads // kv_heads)(
         query.data_ptr(),

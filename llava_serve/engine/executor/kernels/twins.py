@@ -155,7 +155,10 @@ def prefill_attention(
         hidden |= distances <= -window
     wide = torch.promote_types(query.dtype, torch.float32)
     of_keys, of_values = (None, None) if scales is None else scales
-    found_keys, found_values = load(keys, positions, of_keys, query.dtype), load(values, positions, of_values, query.dtype)
+    found_keys, found_values = (
+        load(keys, positions, of_keys, query.dtype),
+        load(values, positions, of_values, query.dtype),
+    )
     grouped = query.to(wide).view(kv_heads, -1, tokens, head_dim)
     scores = torch.einsum("kgtd,knd->kgtn", grouped, found_keys.to(wide))
     scores *= head_dim**-0.5 if scaling is None else scaling
