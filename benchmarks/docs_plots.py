@@ -58,7 +58,7 @@ def _overhead() -> Panel:
 
 def _steps() -> Panel:
     steps = _read("steps-60m")
-    names = {"plain": "plain", "compiled": "compiled", "compiled, together": "and the prefix shared"}
+    names = {"plain": "torch's operations", "native": "in C++"}
     labels = [f"{count} sequence{'s' * (count != '1')}" for count in steps]
     return Panel(
         "Milliseconds of a decode step",

@@ -8,8 +8,8 @@
 `gaps`: eight answers run; then a request with an image of five tiles arrives. The longest gap between tokens over the
 median gap before. `bookkeeping`: the share of a step outside of the model runner and sampling, and that of the check
 for NaN and infinity, at 16 to 256 sequences and for prompts of 1,900 positions. `memory`: resident memory over 5,000
-requests. `steps`: a decode step of questions about one image: plain, compiled, and compiled with cascade attention; in
-turns, so that a slow minute affects all.
+requests. `steps`: a decode step of questions about one image, by torch's operations and in C++; in turns, so that a
+slow minute affects both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from benchmarks.make_checkpoint import given_or_tiny
 from benchmarks.options import make_parser, parse
 from llava_serve.config import EngineOptions
 from llava_serve.engine.engine import Engine
-from llava_serve.engine.executor import cascade_attention
 from llava_serve.engine.executor.sampling_step import PendingStep
 from llava_serve.llm import LLM
 from llava_serve.sampling_params import SamplingParams
@@ -157,19 +156,14 @@ def memory(llm: LLM, count: int) -> dict[str, Any]:
     return {"requests": count, "resident_mb": samples}
 
 
-def steps(plain: LLM, compiled: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Milliseconds of a decode step by the mode in which it is computed."""
-    never = 1 << 60
-    modes = {
-        "plain": (plain, never),
-        "compiled": (compiled, never),
-        "compiled, cascade": (compiled, cascade_attention._MIN_SAVED),
-    }
+def steps(plain: LLM, native: LLM, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Milliseconds of a decode step by what computes it."""
+    modes = {"plain": plain, "native": native}
     pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
     sampling = SamplingParams(temperature=0, max_new_tokens=500, ignore_eos=True)
     report = {}
     for size in sizes:
-        for llm in (plain, compiled):
+        for llm in modes.values():
             for at in range(size):
                 prompt = llm.processor.prepare_query(f"Question {at}?", [Image.fromarray(pixels)])
                 llm.engine.add(llm.engine.validator.accept(f"{size}-{at}", prompt, sampling))
@@ -177,12 +171,11 @@ def steps(plain: LLM, compiled: LLM, sizes: Sequence[int]) -> dict[int, dict[str
                 llm.engine.step()
         times: dict[str, list[float]] = {mode: [] for mode in modes}
         for _ in range(10):
-            for mode, (llm, min_saved) in modes.items():
-                cascade_attention._MIN_SAVED = min_saved
+            for mode, llm in modes.items():
                 llm.engine.step()
                 times[mode] += [_timed(llm.engine)[0] for _ in range(6)]
         report[size] = {mode: round(1000 * median(each), 2) for mode, each in times.items()}
-        for llm in (plain, compiled):
+        for llm in modes.values():
             for at in range(size):
                 llm.engine.abort(f"{size}-{at}")
     return report
@@ -205,7 +198,8 @@ def measure(model: str, args: argparse.Namespace) -> object:
     if args.what == "memory":  # caches that are full after a tenth of the requests
         caches = {"kv_cache_bytes": 1 << 25, "feature_cache_bytes": 1 << 20}
     options = EngineOptions(max_num_seqs=256, num_threads=args.threads, **caches)
-    llm = LLM(model, dtype=args.dtype, engine=options)
+    plain = options.model_copy(update={"compile": False})
+    llm = LLM(model, dtype=args.dtype, engine=plain if args.what == "steps" else options)
     size: Any = (SMOKE if args.smoke else FULL)[args.what]
     match args.what:
         case "gaps":
@@ -214,8 +208,7 @@ def measure(model: str, args: argparse.Namespace) -> object:
             return bookkeeping(llm, size)
         case "memory":
             return memory(llm, size)
-    compiled = LLM(model, dtype=args.dtype, engine=options.model_copy(update={"compile": True}))
-    return steps(llm, compiled, size)
+    return steps(llm, LLM(model, dtype=args.dtype, engine=options), size)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class EngineOptions(Options):
             compiles in the background where there is a C++ compiler and the model is not tiny, and switches once a
             trial agrees; `LLM` does without. With true it is compiled before the start, which fails where that cannot
             be done.
-        num_threads: of torch on a CPU; None takes all cores of the machine.
+        num_threads: of torch on a CPU; None takes all cores that the process may use, within its container's quota.
     """
 
     max_num_seqs: int = Field(default=64, ge=1)

@@ -57,6 +57,7 @@ PARTS = {
     "plot",
     "ray_job",
     "soak_requests",
+    "vllm_environment",
 }
 """Modules that the benchmarks share, and the one that draws their results."""
 LINES: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "linear.json").read_text("utf-8"))["kinds"]

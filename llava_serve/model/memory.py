@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import psutil
 import torch
 
 from llava_serve.checkpoints.files import gigabytes
 from llava_serve.errors import CheckpointError
+from llava_serve.model.container import CGROUP, container_memory
 
 _log = logging.getLogger(__name__)
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(name: str, weights: int, beside: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -51,19 +49,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a process can still take: of a GPU's memory, or of the machine's within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, container_memory(_CGROUP))
-
-
-def container_memory(cgroup: Path) -> int:
-    """Bytes that a control group (version 2) leaves; files that it has only cached can be dropped.
-
-    Args:
-        cgroup: its folder. Where that holds no limit, this is a number above any memory.
-    """
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # none, or "max"
-        return 1 << 62
-    return max(0, limit - used + int(stat.get("inactive_file", 0)))
+    return min(psutil.virtual_memory().available, container_memory(CGROUP))

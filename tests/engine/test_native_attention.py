@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_a_trial_finds_a_prompt_that_sees_what_follows(monkeypatch: pytest.Monke
     def prefill_attention(*arguments: Any) -> torch.Tensor:
         return right(*arguments[:7], False)
 
-    right: Any = native_prefill.prefill_attention
+    right: Callable[..., torch.Tensor] = native_prefill.prefill_attention
     monkeypatch.setattr(native_prefill, "prefill_attention", prefill_attention)
     shape = LayerShape(0, 0, 2, 2, 32, torch.float32, CPU)
     native_decode_kernel.cache_clear()

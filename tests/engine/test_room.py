@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,9 @@ from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.engine.executor.build import resolve_device
 from llava_serve.errors import CheckpointError, PromptTooLongError
 from llava_serve.llm import LLM
+from llava_serve.model.container import available_cores, container_memory
 from llava_serve.model.llava import Llava
-from llava_serve.model.memory import check_memory, container_memory
+from llava_serve.model.memory import check_memory
 from llava_serve.processor import Processor
 from llava_serve.sampling_params import SamplingParams
 
@@ -73,6 +75,14 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
     assert container_memory(tmp_path) == 450
     (tmp_path / "memory.max").write_text("500\n")
     assert container_memory(tmp_path) == 0
+
+
+def test_threads_are_no_more_than_a_containers_quota(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert available_cores(tmp_path) == cores
+    for quota, expected in (("max 100000", cores), ("50000 100000", 1), ("100001 100000", min(2, cores))):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert available_cores(tmp_path) == expected
 
 
 @pytest.mark.parametrize("asked", ["cuda:0,1", "cuda:0,cuda:1", "gpu", "cuda:", "mps", "2", ""])

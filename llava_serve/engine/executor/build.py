@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import torch
@@ -13,6 +12,7 @@ from llava_serve.engine.engine import Engine
 from llava_serve.engine.executor.kv_memory import CPU_BYTES
 from llava_serve.engine.executor.packed_linear import pack_linears
 from llava_serve.errors import CheckpointError
+from llava_serve.model.container import available_cores
 from llava_serve.model.llava import Llava
 
 
@@ -68,8 +68,3 @@ def resolve_dtype(asked: str, device: torch.device, declared: str, *, quantized:
         asked = "float32" if device.type == "cpu" else half
     dtype: torch.dtype = getattr(torch, asked)
     return dtype
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use. Not OMP_NUM_THREADS: Ray sets it to the CPUs that a replica reserves."""
-    return len(os.sched_getaffinity(0))
