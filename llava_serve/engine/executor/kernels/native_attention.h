@@ -21,13 +21,13 @@ struct Pages {  // of a sequence, in one kv head of a layer of the KV pool
 };
 
 constexpr int WIDTH_OF_VECTOR = HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM % 8 == 0 ? 8 : HEAD_DIM % 4 == 0 ? 4 : 1;
-constexpr int AHEAD = std::max(1, 4096 / static_cast<int>(HEAD_DIM * sizeof(STORED)));  // positions that are fetched before
+constexpr int AHEAD = std::max(1, 4096 / static_cast<int>(HEAD_DIM * sizeof(STORED)));  // positions between
 constexpr int VECTORS = HEAD_DIM / WIDTH_OF_VECTOR;
 constexpr int TOGETHER = std::max(1, std::min(GROUP, 16 / VECTORS));  // heads whose sums are in registers together
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH_OF_VECTOR)));
 
-// The processor fetches by itself what follows, but not beyond 4096 bytes, as far as pages of memory reach.
+// Fetches what is read AHEAD positions later: by itself a processor does not go beyond a page of 4096 bytes.
 static inline void fetch(const STORED* head) {
     for (int at = 0; at < HEAD_DIM; at += 64 / sizeof(STORED)) __builtin_prefetch(head + at);
 }
