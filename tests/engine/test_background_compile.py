@@ -192,7 +192,7 @@ def test_a_compiler_that_fails_is_a_warning_for_each_use(tmp_path: Path) -> None
         "The decoder is not compiled, and steps are slower, since the C++ compiler does not compile torch's code."
     )
     kernel = (
-        "The kernel decode_attention is not used, and steps are slower, since it does not run: "
+        "The kernel prefill_attention is not used, and steps are slower, since it does not run: "
         "RuntimeError the C++ compiler does not compile it."
     )
     assert (done.stderr, done.returncode) == (f"{kernel}\nWARNING {sentence}\n", 0)
