@@ -5,11 +5,11 @@
     python -m benchmarks.engine_costs memory /tmp/bench/60m
     python -m benchmarks.engine_costs steps /tmp/bench/60m
 
-`gaps`: eight answers run; then a request with an image of five tiles arrives. The longest gap between tokens over the
-median gap before. `bookkeeping`: the share of a step outside of the model runner and sampling, and that of the check
-for NaN and infinity, at 16 to 256 sequences and for prompts of 1,900 positions. `memory`: resident memory over 5,000
-requests. `steps`: a decode step of questions about one image, by torch's operations and in C++; in turns, so that a
-slow minute affects both.
+`gaps`: eight answers run; then a request with an image of five tiles arrives. The longest gap between tokens, also
+over the median gap before. `bookkeeping`: the share of a step outside of the model runner and sampling, and that of the
+check for NaN and infinity, at 16 to 256 sequences and for prompts of 1,900 positions. `memory`: resident memory over
+5,000 requests. `steps`: a decode step of questions about one image, by torch's operations and in C++; in turns, so that
+a slow minute affects both.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def gaps(llm: LLM, rounds: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     engine = llm.engine
     ratios: dict[str, list[float]] = {"wall": [], "processor": []}
+    milliseconds: list[float] = []
     tokens = 0
     for round_ in range(rounds):
         fill(engine, rng, 8, 400, f"{round_}-")
@@ -76,9 +77,10 @@ def gaps(llm: LLM, rounds: int) -> dict[str, Any]:
         for at, clock in enumerate(ratios):
             longest = max(step[at] for step in during)
             ratios[clock].append(round(longest / median(step[at] for step in before), 2))
+        milliseconds.append(round(1000 * max(wall for wall, _ in during), 1))
         for at in range(8):
             engine.abort(f"{round_}-{at}")
-    return {"prompt_tokens": tokens, "longest_gap_over_median": ratios}
+    return {"prompt_tokens": tokens, "longest_gap_ms": milliseconds, "longest_gap_over_median": ratios}
 
 
 def _timed(engine: Engine) -> tuple[float, float]:

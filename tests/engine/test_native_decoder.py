@@ -164,7 +164,7 @@ def test_a_trial_finds_weights_that_lie_otherwise(
     assert "not computed in C++, and are slower, since the logits differ" in caplog.text
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiler_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the C++ compiler does not compile it")
 
