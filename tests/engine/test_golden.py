@@ -12,7 +12,8 @@ import torch
 
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions, ImageOptions
-from llava_serve.engine.executor import build, llama_decoder
+from llava_serve.engine.executor import background_compile, build, llama_decoder
+from llava_serve.engine.executor.kernels import native_build
 from llava_serve.model.llava import Llava
 from llava_serve.results import GenerationResult
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
@@ -136,6 +137,21 @@ def test_greedy_tokens_and_text_of_the_decoder_for_cuda(name: str, monkeypatch: 
     sampling = SamplingParams(temperature=0, max_new_tokens=20, logprobs=2)
     for case in SUITE[name]["cases"]:
         assert_equal_until_tie(case, llm.run([prepare(name, case)], sampling)[0])
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(native_build.compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("name", SUITE)
+def test_greedy_tokens_and_text_of_what_large_models_compute_in_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_compile, "MIN_WEIGHTS", 0)
+    llm = load.__wrapped__(name)
+    assert (llm.engine._runner._decoder.native is not None) == ("mpt" not in name)
+    sampling = SamplingParams(temperature=0, max_new_tokens=20, logprobs=2)
+    cases = SUITE[name]["cases"]
+    for case in cases:
+        assert_equal_until_tie(case, llm.run([prepare(name, case)], sampling)[0])
+    for case, result in zip(cases, llm.run([prepare(name, case) for case in cases], sampling), strict=True):
+        assert_equal_until_tie(case, result)
 
 
 def test_a_difference_before_a_tie_is_found() -> None:

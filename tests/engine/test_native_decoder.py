@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from llava_serve.engine.executor import native_decoder
+from llava_serve import LLM
+from llava_serve.config import EngineOptions
+from llava_serve.engine.executor import background_compile, native_decoder
 from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.decoder import MAX_SINGLE, Decoder
 from llava_serve.engine.executor.kernels import native_build
@@ -18,6 +20,9 @@ from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.model import kv_shape
 from llava_serve.engine.executor.native_decoder import NativeDecoder, use_native_code
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
+from llava_serve.sampling_params import SamplingParams
+from llava_serve.types import PreparedPrompt
+from support.paths import GOLDEN
 from support.tiny_engine import TinyModel
 
 CPU = torch.device("cpu")
@@ -118,6 +123,38 @@ def test_which_steps_it_computes() -> None:
     decoder.forward(random(5, HIDDEN), PackedStep(memory, prompt, torch.float32, CPU, 0, (), PAGE, decode_attention))
     decoder.forward(random(1, HIDDEN), PackedStep(memory, prompt[:1], torch.float32, CPU))
     assert counted.calls == 2
+
+
+@pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny"])
+def test_requests_get_the_same_tokens_alone_and_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pictures, several choices, penalties and a seed; those that are sampled, too."""
+    monkeypatch.setattr(background_compile, "MIN_WEIGHTS", 0)
+    llm = LLM(str(GOLDEN / "checkpoints" / name), dtype="float32", engine=EngineOptions(num_threads=2))
+    assert llm.engine._runner._decoder.native is not None
+    pictures = [GOLDEN / "images" / each for each in ("landscape.png", "portrait.png", "square.png")]
+    samplings = [
+        SamplingParams(temperature=0, max_new_tokens=18),
+        SamplingParams(temperature=0, max_new_tokens=9, repetition_penalty=1.3),
+        SamplingParams(temperature=1, max_new_tokens=25, seed=7, n=3),
+        SamplingParams(temperature=0, max_new_tokens=12, num_beams=2),
+        SamplingParams(temperature=0.7, max_new_tokens=30, seed=3, top_p=0.9),
+    ]
+    prompts = [llm.processor.prepare_query(f"Say it in {at} words.", pictures[at % 3 : at % 3 + 1]) for at in range(10)]
+    requests = [(prompt, samplings[at % len(samplings)]) for at, prompt in enumerate(prompts)]
+    alone = [_answers(llm, [one])[0] for one in requests]
+    assert _answers(llm, requests) == alone
+
+
+def _answers(llm: LLM, requests: list[tuple[PreparedPrompt, SamplingParams]]) -> list[dict[int, list[int]]]:
+    """Tokens of each request's choices, where all run at once."""
+    answers: list[dict[int, list[int]]] = [{} for _ in requests]
+    for at, (prompt, sampling) in enumerate(requests):
+        llm.engine.add(llm.engine.validator.accept(str(at), prompt, sampling))
+    while llm.engine.has_work:
+        for output in llm.engine.step():
+            assert output.error is None
+            answers[int(output.request_id)].setdefault(output.index, []).extend(output.token_ids)
+    return answers
 
 
 class _Counted:

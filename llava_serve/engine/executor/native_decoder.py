@@ -27,8 +27,6 @@ _logger = logging.getLogger(__name__)
 
 _LANES = 16
 """Outputs of a product that the code computes together."""
-_STATIC_ROTARY = {"default", "linear", "llama3", "yarn", "proportional"}
-"""Kinds of rotary embeddings whose frequencies do not depend on the sequence."""
 _DTYPES = (torch.float32, torch.bfloat16)
 
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
@@ -57,14 +55,12 @@ class _Model(ctypes.Structure):
         ("norm", _pointer),
         ("eps", ctypes.c_float),
         ("scaling", ctypes.c_float),
-        ("frequencies", _pointer),
-        ("rotary_scaling", ctypes.c_float),
     )
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _pointer) for name in ("embeddings", "out")),
+        *((name, _pointer) for name in ("embeddings", "cosines", "sines", "out")),
         ("rows", _number),
         ("pool", _pointer),
         ("positions", _number),
@@ -87,13 +83,13 @@ class NativeDecoder:
 
     def __init__(self, language_model: Any, page_size: int) -> None:
         decoder, config = language_model.base_model, language_model.config
-        attention, rotary = decoder.layers[0].self_attn, decoder.rotary_emb
+        attention = decoder.layers[0].self_attn
         group = config.num_attention_heads // config.num_key_value_heads
         self._run = _compiled(language_model.dtype, attention.head_dim, group, page_size)
         window = WINDOWS[type(language_model)]
         layers = [_layer(layer, window(layer.self_attn)) for layer in decoder.layers]
-        frequencies = rotary.inv_freq.float().contiguous()
-        self._kept = (decoder, frequencies)  # the addresses below are theirs
+        self._rotary = decoder.rotary_emb
+        self._decoder = decoder  # whose weights the addresses below are
         self._model = _Model(
             (_Layer * len(layers))(*layers),
             len(layers),
@@ -103,23 +99,22 @@ class NativeDecoder:
             decoder.norm.weight.data_ptr(),
             config.rms_norm_eps,
             attention.scaling,
-            frequencies.data_ptr(),
-            rotary.attention_scaling,
         )
 
     @staticmethod
     def supports(language_model: Any) -> bool:
-        """It is of a known kind, its linear layers are in oneDNN's layout, and its rotary embeddings are a table."""
+        """It is of a known kind, its linear layers are in oneDNN's layout, and whole heads are rotated."""
         if type(language_model) not in WINDOWS or language_model.dtype not in _DTYPES:
             return False
         decoder, config = language_model.base_model, language_model.config
-        rotary, head_dim = decoder.rotary_emb, decoder.layers[0].self_attn.head_dim
+        head_dim = decoder.layers[0].self_attn.head_dim
+        weight = language_model.get_input_embeddings().weight
+        cosines, _ = decoder.rotary_emb(weight[None, :1], torch.zeros(1, 1, dtype=torch.long))
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         widths = config.hidden_size, config.intermediate_size, heads * head_dim
         return (
             config.hidden_act == "silu"
-            and getattr(rotary, "rope_type", "") in _STATIC_ROTARY
-            and 2 * len(rotary.inv_freq) == head_dim
+            and cosines.shape[2] == head_dim
             and not any(width % _LANES for width in widths)
             and all(each is not None and each.address for layer in decoder.layers for each in _linears(layer))
         )
@@ -130,10 +125,13 @@ class NativeDecoder:
         single, memory = step.native, step.memory
         assert single is not None, "the decoder has looked"
         embeddings = embeddings.contiguous()
+        cosines, sines = (part.contiguous() for part in self._rotary(embeddings[None], step.positions[None]))
         out = torch.zeros_like(embeddings)
         keys, _ = memory.layers[0]
         native = _Step(
             embeddings.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
             out.data_ptr(),
             single.count,
             keys.data_ptr(),

@@ -24,13 +24,13 @@ struct Model {
     const QUERY* norm;
     float eps;
     float scaling;  // of scores
-    const float* frequencies;  // [HEAD_DIM / 2]
-    float rotary_scaling;
 };
 
 // The pool is [layers, 2, kv_heads, positions, HEAD_DIM]. table [rows, table_width], used [rows]: see twins.py.
 struct Step {
     const QUERY* embeddings;  // [rows, hidden]
+    const QUERY* cosines;  // [rows, HEAD_DIM], both halves equal
+    const QUERY* sines;
     QUERY* out;
     int64_t rows;
     STORED* pool;
@@ -54,12 +54,12 @@ static void normalize(const float* residual, const QUERY* weight, float eps, int
     }
 }
 
-static void rotate(float* head, const float* cosines, const float* sines) {
+static void rotate(float* head, const QUERY* cosines, const QUERY* sines) {
     constexpr int half = HEAD_DIM / 2;
     for (int at = 0; at < half; at++) {
-        const float first = head[at], second = head[at + half];
-        head[at] = rounded(rounded(first * cosines[at]) - rounded(second * sines[at]));
-        head[at + half] = rounded(rounded(second * cosines[at]) + rounded(first * sines[at]));
+        const float first = head[at], second = head[at + half], cosine = widen(cosines[at]), sine = widen(sines[at]);
+        head[at] = rounded(rounded(first * cosine) - rounded(second * sine));
+        head[at + half] = rounded(rounded(second * cosine) + rounded(first * sine));
     }
 }
 
@@ -76,15 +76,9 @@ extern "C" void decode_step(const Model* given, const Step* of) {
     const int64_t most = *std::max_element(step.used, step.used + rows);
     const auto numbers = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
     const auto inputs = [](int64_t count) { return std::unique_ptr<Input[]>(new Input[count]); };
-    const auto residual = numbers(rows * hidden), qkv = numbers(rows * width), rotary = numbers(rows * HEAD_DIM);
+    const auto residual = numbers(rows * hidden), qkv = numbers(rows * width);
     const auto attended = inputs(rows * heads * HEAD_DIM), activated = inputs(rows * model.intermediate);
     for (int64_t at = 0; at < rows * hidden; at++) residual[at] = widen(step.embeddings[at]);
-    for (int64_t row = 0; row < rows; row++)
-        for (int at = 0; at < HEAD_DIM / 2; at++) {
-            const float angle = (step.used[row] - 1) * model.frequencies[at];
-            rotary[row * HEAD_DIM + at] = rounded(std::cos(angle) * model.rotary_scaling);
-            rotary[row * HEAD_DIM + HEAD_DIM / 2 + at] = rounded(std::sin(angle) * model.rotary_scaling);
-        }
     const auto add = [&](int64_t row, int64_t output, float sum) {
         float& number = residual[row * hidden + output];
         number = rounded(number + rounded(sum));
@@ -118,8 +112,8 @@ extern "C" void decode_step(const Model* given, const Step* of) {
                     float* query = qkv.get() + row * width + kv_head * GROUP * HEAD_DIM;
                     float* key = qkv.get() + row * width + (heads + kv_head) * HEAD_DIM;
                     const float* value = key + kv_heads * HEAD_DIM;
-                    const float* cosines = rotary.get() + row * HEAD_DIM;
-                    const float* sines = cosines + HEAD_DIM / 2;
+                    const QUERY* cosines = step.cosines + row * HEAD_DIM;
+                    const QUERY* sines = step.sines + row * HEAD_DIM;
                     rotate(key, cosines, sines);
                     const int64_t slot = stored.slot(count - 1);
                     for (int at = 0; at < HEAD_DIM; at++) {
