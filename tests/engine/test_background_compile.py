@@ -211,7 +211,7 @@ async def test_a_server_answers_as_the_library_before_and_after(
     try:
         rounds_after = 0
         while rounds_after < 2:
-            rounds_after += bool(caplog.messages)
+            rounds_after += any("compiled" in message for message in caplog.messages)  # it serves, or why it does not
             await asyncio.sleep(0.1)
             assert [(await server.generate(query, sampling=GREEDY)).token_ids for query in QUERIES] == expected
     finally:
