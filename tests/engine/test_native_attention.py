@@ -16,6 +16,7 @@ from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.cascade_attention import SharedPrefix
 from llava_serve.engine.executor.kernels import native_attention, native_build, native_prefill, twins
 from llava_serve.engine.executor.kernels.selection import (
+    DecodeKernel,
     LayerShape,
     decode_trials,
     disagreement,
@@ -37,6 +38,15 @@ def pool(heads: int, dtype: torch.dtype) -> KVPool:
     for half in memory.layers[0]:
         half.copy_(torch.randn(half.shape, generator=torch.Generator().manual_seed(1)))
     return memory
+
+
+def selected() -> DecodeKernel | None:
+    """What a new trial selects."""
+    native_decode_kernel.cache_clear()
+    try:
+        return native_decode_kernel(LayerShape(0, 0, 2, 2, 32, torch.float32, CPU), PAGE, alibi=False)
+    finally:
+        native_decode_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,12 +95,7 @@ def test_a_trial_finds_a_prompt_that_sees_what_follows(monkeypatch: pytest.Monke
 
     right: Callable[..., torch.Tensor] = native_prefill.prefill_attention
     monkeypatch.setattr(native_prefill, "prefill_attention", prefill_attention)
-    shape = LayerShape(0, 0, 2, 2, 32, torch.float32, CPU)
-    native_decode_kernel.cache_clear()
-    try:
-        assert native_decode_kernel(shape, PAGE, alibi=False) is None
-    finally:
-        native_decode_kernel.cache_clear()
+    assert selected() is None
 
 
 def test_a_trial_finds_a_kernel_that_leaves_a_key_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +106,7 @@ def test_a_trial_finds_a_kernel_that_leaves_a_key_out(monkeypatch: pytest.Monkey
     right = native_attention.decode_attention
     monkeypatch.setattr(native_attention, "decode_attention", wrong)
     wrong.__name__ = "decode_attention"
-    shape = LayerShape(0, 0, 2, 2, 32, torch.float32, CPU)
-    native_decode_kernel.cache_clear()
-    try:
-        assert native_decode_kernel(shape, PAGE, alibi=False) is None
-    finally:
-        native_decode_kernel.cache_clear()
+    assert selected() is None
 
 
 @pytest.mark.parametrize("prefixes", [(), (SharedPrefix((0, 1, 2), 2 * PAGE),)])

@@ -187,11 +187,31 @@ class PackedStep:
         if self.native is not None:
             self.native.attend(layer, query, new, scaling, window, slopes, out)
             done.update(range(self.native.count))
+        if self._native_prefill:
+            done.update(self._attend_natively(layer, query, scaling, window, slopes, out))
         if len(done) < len(self._sequences):
             self._attend_each(layer, query, scaling, window, slopes, out, done)
         if self._padding:
             out[:, -self._padding :] = 0
         return out
+
+    def _attend_natively(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        slopes: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> list[int]:
+        """Attention of the sequences with several tokens by the kernel in C++: their indices."""
+        several = [index for index, one in enumerate(self._sequences) if one.length > 1]
+        for one in (self._sequences[index] for index in several):
+            keys, values = (half.narrow(1, one.base, one.start + one.length) for half in self.memory.layers[layer])
+            own, scales = query[0].narrow(1, one.offset, one.length), self.memory.scales[layer]
+            result = prefill_attention(own, keys, values, scaling, window, slopes, scales)
+            out[0, one.offset : one.offset + one.length] = result
+        return several
 
     def _attend_each(
         self,
@@ -225,13 +245,6 @@ class PackedStep:
             self._key_ranges[window] = [find_keys(one, window, slopes, query) for one in self._sequences]
         for index, (one, key_range) in enumerate(zip(self._sequences, self._key_ranges[window], strict=True)):
             if index in done:
-                continue
-            if self._native_prefill and one.length > 1:
-                own_keys = keys[0].narrow(1, one.base, one.start + one.length)
-                own_values = values[0].narrow(1, one.base, one.start + one.length)
-                out[0, one.offset : one.offset + one.length] = prefill_attention(
-                    parts[index][0], own_keys, own_values, scaling, window, slopes, scales
-                )
                 continue
             if index not in outputs:
                 own = stored(key_range.begin, key_range.count)

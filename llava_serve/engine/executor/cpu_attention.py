@@ -23,6 +23,10 @@ def native_kernel(model: VisionLanguageModel, page_size: int, *, float8: bool, a
 class NativeAttention:
     """Attention of the sequences with one token, which come first in a step. `native_decode_kernel` has tried it.
 
+    Attributes:
+        count: sequences.
+        table: int32 [sequences, pages], and `used` int32 [sequences]: see `twins.decode_attention`.
+
     Args:
         sequences: at least one.
         page_size: the extents begin at multiples of it: an extent is pages in a row.

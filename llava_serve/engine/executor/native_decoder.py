@@ -169,7 +169,7 @@ def use_native_code(model: VisionLanguageModel, decoder: Decoder, page_size: int
 
 @cache
 def _compiled(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> Callable[..., None]:
-    library = build("native_decoder.cpp", **heads_of(dtype, dtype, head_dim, group, page_size))
+    library = build("native_decoder.cpp", **heads_of(dtype, dtype, head_dim, group), PAGE_SIZE=page_size)
     function: Callable[..., None] = library.decode_step
     function.argtypes, function.restype = (_pointer, _pointer), None  # type: ignore[attr-defined]
     return function

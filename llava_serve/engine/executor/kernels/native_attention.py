@@ -36,7 +36,7 @@ def compiled(query: torch.dtype, stored: torch.dtype, head_dim: int, group: int,
     Raises:
         RuntimeError, OSError: it cannot be compiled here, or not be loaded.
     """
-    library = build("native_attention.cpp", **heads_of(query, stored, head_dim, group, page_size))
+    library = build("native_attention.cpp", **heads_of(query, stored, head_dim, group), PAGE_SIZE=page_size)
     function: Callable[..., None] = library.decode_attention
     function.argtypes, function.restype = _ARGUMENTS, None  # type: ignore[attr-defined]
     return function

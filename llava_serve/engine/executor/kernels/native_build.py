@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from ctypes import CDLL
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._inductor import config as inductor
@@ -51,7 +50,6 @@ def build(source: str, **values: str | int) -> CDLL:
         return CDLL(str(library))
 
 
-def heads_of(query: Any, stored: Any, head_dim: int, group: int, page_size: int) -> dict[str, str | int]:
+def heads_of(query: torch.dtype, stored: torch.dtype, head_dim: int, group: int) -> dict[str, str | int]:
     """What attention leaves to the command line: types of `TYPES`, the width of a head, query heads per kv head."""
-    names: dict[str, str | int] = {"QUERY": TYPES[query], "STORED": TYPES[stored]}
-    return names | {"HEAD_DIM": head_dim, "GROUP": group, "PAGE_SIZE": page_size}
+    return {"QUERY": TYPES[query], "STORED": TYPES[stored], "HEAD_DIM": head_dim, "GROUP": group}

@@ -5,8 +5,6 @@
 
 #include <omp.h>
 
-#include <memory>
-
 #include "native_attention.h"
 #include "native_products.h"
 
@@ -74,10 +72,8 @@ extern "C" void decode_step(const Model* given, const Step* of) {
     const int64_t rows = step.rows, hidden = model.hidden, kv_heads = model.kv_heads, heads = kv_heads * GROUP;
     const int64_t width = (heads + 2 * kv_heads) * HEAD_DIM, head_stride = step.positions * HEAD_DIM;
     const int64_t most = *std::max_element(step.used, step.used + rows);
-    const auto numbers = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
-    const auto inputs = [](int64_t count) { return std::unique_ptr<Input[]>(new Input[count]); };
-    const auto residual = numbers(rows * hidden), qkv = numbers(rows * width);
-    const auto attended = inputs(rows * heads * HEAD_DIM), activated = inputs(rows * model.intermediate);
+    const auto residual = array<float>(rows * hidden), qkv = array<float>(rows * width);
+    const auto attended = array<Input>(rows * heads * HEAD_DIM), activated = array<Input>(rows * model.intermediate);
     for (int64_t at = 0; at < rows * hidden; at++) residual[at] = widen(step.embeddings[at]);
     const auto add = [&](int64_t row, int64_t output, float sum) {
         float& number = residual[row * hidden + output];
@@ -86,9 +82,9 @@ extern "C" void decode_step(const Model* given, const Step* of) {
 #pragma omp parallel num_threads(step.threads)
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const auto normed = inputs(rows * hidden);  // each thread computes it for itself: no barrier behind it
-        const auto gates = numbers(rows * LANES * (model.intermediate / LANES / threads + 1));
-        const auto scores = numbers(GROUP * most);
+        const auto normed = array<Input>(rows * hidden);  // each thread computes it for itself: no barrier behind it
+        const auto gates = array<float>(rows * LANES * (model.intermediate / LANES / threads + 1));
+        const auto scores = array<float>(GROUP * most);
         const auto share = [&](int64_t outputs, int64_t of) { return outputs / LANES * of / threads * LANES; };
         for (int64_t index = 0; index < model.num_layers; index++) {
             const Layer& layer = model.layers[index];

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 struct bfloat16 {
     uint16_t bits;
@@ -14,6 +15,11 @@ struct bfloat16 {
 struct float8 {  // e4m3fn
     uint8_t bits;
 };
+
+template <class Number>
+static std::unique_ptr<Number[]> array(int64_t count) {  // not set
+    return std::unique_ptr<Number[]>(new Number[count]);
+}
 
 template <class Vector>
 static inline Vector load(const void* from) {

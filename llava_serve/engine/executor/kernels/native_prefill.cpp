@@ -1,17 +1,12 @@
 // Attention of several tokens of one sequence on a CPU: `prefill_attention` in twins.py.
+//
+// The compiler's command line gives QUERY and STORED (types of native_numbers.h), HEAD_DIM and GROUP (query heads per
+// kv head).
 
-#include <omp.h>
-
-#include <memory>
-
-#include "native_attention.h"
 #include "native_products.h"
 
 constexpr int TOKENS = 16;  // whose scores are computed together
 constexpr int PARTS = (HEAD_DIM + BLOCK - 1) / BLOCK;  // blocks of a head's numbers
-
-template <class Number>
-static std::unique_ptr<Number[]> array(int64_t count) { return std::unique_ptr<Number[]>(new Number[count]); }
 
 static inline QUERY as_query(QUERY number, float) { return number; }
 

@@ -30,7 +30,7 @@ def supports(head_dim: int) -> bool:
 
 @cache
 def _compiled(query: torch.dtype, stored: torch.dtype, head_dim: int, group: int) -> Callable[..., None]:
-    library = build("native_prefill.cpp", **heads_of(query, stored, head_dim, group, page_size=1))
+    library = build("native_prefill.cpp", **heads_of(query, stored, head_dim, group))
     function: Callable[..., None] = library.prefill_attention
     function.argtypes, function.restype = _ARGUMENTS, None  # type: ignore[attr-defined]
     return function
