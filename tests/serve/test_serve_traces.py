@@ -59,9 +59,15 @@ def ask(application: LocalCluster, *images: bytes, **headers: str) -> httpx.Resp
 
 
 def written(traces: Path, trace: str, wait_until: Callable[[Callable[[], bool]], None]) -> Spans:
-    """All spans, once those of a trace are complete."""
+    """All spans, once those of a trace are complete: its last stages and, up to the caller, all parents."""
     names = {f"POST {PATH}", "tokenize", "engine_decode"}
-    wait_until(lambda: names <= {span["name"] for span in Spans(traces).of_trace(trace)})
+
+    def complete() -> bool:
+        spans = Spans(traces).of_trace(trace)
+        known = {None, f"0x{CALLER}", *(span["context"]["span_id"] for span in spans)}
+        return names <= {span["name"] for span in spans} and {span["parent_id"] for span in spans} <= known
+
+    wait_until(complete)
     return Spans(traces)
 
 
