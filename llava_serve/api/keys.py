@@ -20,6 +20,8 @@ KEYS_VARIABLE = "LLAVA_API_KEYS"
 
 LOOK_INTERVAL_S = 1.0
 """The file of keys is looked at no more often."""
+_TICK_S = 2.0
+"""Steps of the time of a file, at most: of most file systems some milliseconds."""
 
 _HASHED = "sha256:"
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
@@ -76,18 +78,20 @@ class KeyFile:
 
     def _look(self) -> None:
         try:
-            if self._version_now() == self._version:
+            if self._version is not None and self._version_now() == self._version:
                 return
-            self._version, self._names = self._read()
+            self._version, names = self._read()
         except RequestError as error:
             if error.message != self._fault:  # once, not once a second
                 logger.error("%s The keys that were read last stay valid.", error)
             self._version, self._fault = None, error.message
         else:
-            self._fault = None
-            logger.info("The file of API keys has changed: %d keys.", len(self._names))
+            if self._fault or names != self._names:
+                logger.info("The file of API keys has changed: %d keys.", len(names))
+            self._names, self._fault = names, None
 
     def _read(self) -> tuple[object, Names]:
+        """The version of what is read, and the keys."""
         version = self._version_now()  # first: what is written after it is read at the next look
         try:
             lines = self._path.read_text(encoding="utf-8-sig").splitlines()
@@ -96,11 +100,13 @@ class KeyFile:
         return version, read_keys(lines, f"The file of API keys {self._path}")
 
     def _version_now(self) -> object:
+        """None where the file is so new that a further change might leave its time as it is."""
         try:
             found = self._path.stat()
         except OSError:
             raise RequestError(f"The file of API keys {self._path} cannot be read.") from None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        age_s = time.time() - found.st_mtime
+        return (found.st_ino, found.st_mtime_ns, found.st_size) if age_s > _TICK_S else None
 
 
 def accepted_keys(options: ApiOptions, environment: Mapping[str, str] = os.environ) -> ApiKeys | None:
