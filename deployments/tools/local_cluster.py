@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -15,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from .serve_env import EXTRA_PORTS, own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+_UNASKED = range(20_000, 32_768)
+"""Ports above those of Ray's workers, and below those that a system gives to a program that asks for any."""
 """Of an application that has not started: there is nothing to drain."""
 STANDARD_OUTPUT = Path("-")
 """As the log: the output of Ray and the replicas goes where this process's own goes."""
@@ -145,12 +148,15 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nothing listens on."""
-    with ExitStack() as open_probes:
-        probes = [open_probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Different ports that nothing listens on. Until they are used, no program gets them that asks for any."""
+    free: list[int] = []
+    for port in random.sample(_UNASKED, len(_UNASKED)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise LocalClusterError("There is no free port.")
 
 
 def environment(token: str) -> dict[str, str]:
