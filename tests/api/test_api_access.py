@@ -110,13 +110,12 @@ def test_what_a_message_repeats_of_a_request_is_cut(web: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refused_request_is_one_line_in_the_log(
-    web: httpx.Client, caplog: pytest.LogCaptureFixture, stream: bool
-) -> None:
+def test_a_refused_request_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture, stream: bool) -> None:
     caplog.set_level(logging.INFO, "llava_serve")
     asked = {"X-Request-ID": "mine"}
-    assert web.post(PATH, json=BODY | {"n": 0, "stream": stream}, headers=asked).status_code == 400
-    assert web.get("/nowhere", headers=asked).status_code == 404
+    with app_over(PacedBackend()) as web:
+        assert web.post(PATH, json=BODY | {"n": 0, "stream": stream}, headers=asked).status_code == 400
+        assert web.get("/nowhere", headers=asked).status_code == 404
     seconds = r" seconds=\S+"
     assert [(each.levelno, re.sub(seconds, "", each.getMessage()), each.exc_info) for each in caplog.records] == [
         (
@@ -193,15 +192,16 @@ def test_two_lengths_of_a_body_are_refused(web: httpx.Client, lengths: tuple[byt
 def test_a_head_that_does_not_arrive_in_time_ends_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.2)
     halves = (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nConnection: keep-alive\r\na: b")
-    with app_over(PacedBackend(pace_s=0.2)) as web:
+    with app_over(PacedBackend(pace_s=0.6)) as web:
         for half in halves:
             assert raw(web, half) == b""
+        monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 1.5)  # what is whole arrives within it
         with connected(web) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read(connection, b"}").startswith(b"HTTP/1.1 200 ")
             connection.sendall(halves[1])  # the second request of a connection
             assert read(connection) == b""
-        # The head's time is not the answer's, which takes three times as long.
+        # The head's time is not the answer's, which takes longer.
         assert web.post(PATH, json=BODY).json()["choices"][0]["message"]["content"] == "A red circle."
 
 

@@ -21,7 +21,7 @@ def test_at_capacity_a_request_is_refused_at_once_and_the_official_client_retrie
         first = threading.Thread(target=lambda: web.post(PATH, json=BODY))
         first.start()
         wait_until(lambda: backend.working == 1)
-        with httpx.Client(base_url=web.base_url) as other:
+        with httpx.Client(base_url=web.base_url, timeout=60) as other:
             refused = other.post(PATH, content=b"not parsed")
             assert other.get("/health").status_code == 200
             assert backend.working == 1, "the refusal waited for the request in flight"

@@ -71,13 +71,14 @@ def test_the_largest_allowed_counts_are_accepted() -> None:
 
 
 def test_the_bytes_in_flight_are_bounded_beside_the_requests() -> None:
-    backend = PacedBackend(prepare_s=0.5)
+    backend = PacedBackend(prepare_s=2)
     large = body(messages=[{"role": "user", "content": "a" * 6000}])
     with app_over(backend, max_in_flight_bytes=10_000) as web:
         first = threading.Thread(target=lambda: web.post(PATH, content=large))
         first.start()
         wait_until(lambda: backend.working == 1)
         refused = web.post(PATH, content=large)
+        backend.prepare_s = 0
         small = web.post(PATH, json=BODY)
         first.join()
         again = web.post(PATH, content=large)

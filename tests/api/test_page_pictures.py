@@ -208,7 +208,7 @@ def test_too_many_pictures_are_refused_in_the_page(page: Page, url: str) -> None
 
 def test_the_page_works_below_a_path_of_a_proxy(page: Page, url: str) -> None:
     with serving(below("/some/where", url)) as proxy:
-        assert httpx.get(f"{proxy}/page/page.js").status_code == 404
+        assert httpx.get(f"{proxy}/page/page.js", timeout=60).status_code == 404
         page.goto(f"{proxy}/some/where/")
         example(page, 2)
         expect_answers(page, "There is a pink heart to the left of the star.")

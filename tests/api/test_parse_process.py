@@ -25,7 +25,7 @@ from llava_serve.api.service import LARGE_BODY_BYTES
 from llava_serve.api.validation import read_chat
 from llava_serve.config import ApiOptions
 from llava_serve.errors import RequestError
-from support.api_server import PATH, PacedBackend, error_of, serving
+from support.api_server import PATH, PacedBackend, error_of, serving, wait_until
 
 PID: partial[int] = partial(eval, "__import__('os').getpid()")
 READ = partial(read_chat, ignore_unknown=True, image_order="as_sent")
@@ -129,12 +129,14 @@ async def test_a_child_that_takes_too_long_is_replaced() -> None:
     assert ended(pid)
 
 
-async def test_closing_ends_work_and_starts_no_other_child() -> None:
+async def test_closing_ends_work_and_starts_no_other_child(tmp_path: Path) -> None:
     before = set(multiprocessing.active_children())
     parse = ParseProcess()
     pid = await parse(PID, 0)
-    work = asyncio.ensure_future(parse(partial(time.sleep, 60), 0))
-    await asyncio.sleep(0.1)
+    begun = tmp_path / "begun"
+    code = f"import time; open({str(begun)!r}, 'w').close(); time.sleep(60)"
+    work = asyncio.ensure_future(parse(partial(exec, code), 0))
+    await asyncio.to_thread(wait_until, begun.exists)
     parse.close()
     with pytest.raises((EOFError, OSError)):
         await work

@@ -119,9 +119,9 @@ def test_decoders_do_not_print(decoders: Decoders, capfd: pytest.CaptureFixture[
 
 
 def test_a_picture_that_takes_too_long_is_ended(decoders: Decoders) -> None:
-    subject = decoders(decode_timeout_s=0.2)
+    subject = decoders(decode_timeout_s=2)
     check_good(subject)
-    for slow in (large("RGBA"), b"sleep 60"):
+    for slow in (b"ever", b"sleep 60"):
         began = time.monotonic()
         with pytest.raises(InvalidImageError, match="takes too long to decode"):
             subject.tiles_of(slow, ROOM)
@@ -253,7 +253,7 @@ def test_a_request_of_sixteen_pictures(decoders: Decoders) -> None:
 
 def test_nothing_grows(decoders: Decoders) -> None:
     """Two hundred pictures from four callers; some are bad, some end their process."""
-    subject, me = decoders(decode_timeout_s=2), psutil.Process()
+    subject, me = decoders(decode_timeout_s=30), psutil.Process()
 
     def one(number: int) -> None:
         if number % 100 == 1:
@@ -271,8 +271,8 @@ def test_nothing_grows(decoders: Decoders) -> None:
         before = len(processes())
         list(callers.map(one, range(200)))
     assert len(processes()) <= 5  # four callers and a spare
-    assert me.num_fds() - files <= 2 * (len(processes()) - before)
-    assert set(os.listdir("/dev/shm")) <= shared
+    wait_until(lambda: me.num_fds() - files <= 2 * (len(processes()) - before))
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= shared)  # those of other programs come and go
     assert all(process.memory_info().rss < 200 << 20 for process in processes())
 
 

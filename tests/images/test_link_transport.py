@@ -24,15 +24,18 @@ from support.link_reader import HOST_REFUSED, QUICK, Names, fetch, near, reader,
 from support.picture_server import PICTURE, PictureServer, endless, picture_server, redirect, response, silent
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n"
+NOTHING, LONG = "its server sends nothing for 0.3 seconds", "it takes more than 1 seconds"
+LIMITS = {NOTHING: FetchLimits(read_s=0.3), LONG: FetchLimits(read_s=30, total_s=1)}
+"""So that a server that hangs reaches one limit alone."""
 
 
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (silent, "its server sends nothing for 0.3 seconds"),
-        (endless(b"HTTP/1.1 200 OK\r\n", b"X", 0.05), "it takes more than 1 seconds"),
-        (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01), "it takes more than 1 seconds"),
-        (endless(HEAD, b"x", 0.05), "it takes more than 1 seconds"),
+        (silent, NOTHING),
+        (endless(b"HTTP/1.1 200 OK\r\n", b"X", 0.05), LONG),
+        (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01), LONG),
+        (endless(HEAD, b"x", 0.05), LONG),
         (endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000), "it is over 50,000 bytes"),
         (
             endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3e8\r\n" + b"x" * 1000 + b"\r\n"),
@@ -61,7 +64,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n"
 def test_servers_that_do_wrong(server: PictureServer, answer: Any, why: str) -> None:
     server.answers["/wrong"] = answer
     # Those that hang do so for good: without a limit this would not return.
-    assert refusal(near(server, limits=QUICK, max_bytes=50_000), url_of(server, "/wrong")) == why
+    assert refusal(near(server, limits=LIMITS.get(why), max_bytes=50_000), url_of(server, "/wrong")) == why
 
 
 def test_a_length_that_is_too_short_cuts(server: PictureServer) -> None:

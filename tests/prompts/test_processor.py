@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import weakref
 from typing import Any
@@ -78,8 +79,17 @@ def test_a_failed_check_ends_the_work_at_the_next_image(subject: processor.Proce
 
 @pytest.mark.parametrize("tier", ["in this process", "replica"])
 async def test_a_cancelled_caller_ends_the_work_at_the_next_image(
-    subject: processor.Processor, decoded: list[Any], tier: str
+    subject: processor.Processor, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    began: list[float] = []
+    cancelled = threading.Event()
+
+    def decode(*args: Any, **kwargs: Any) -> Image.Image:
+        began.append(time.monotonic())
+        cancelled.wait(60)
+        return decode_image(*args, **kwargs)
+
+    monkeypatch.setattr(decoder, "decode_image", decode)
     call: Any
     if tier == "replica":
         stage = ImagePreprocessor(ModelOptions(), ImageOptions())
@@ -88,13 +98,14 @@ async def test_a_cancelled_caller_ends_the_work_at_the_next_image(
     else:
         call = ThreadedProcessor(subject, 2).prepare(lambda: about(60), deadline=time.time() + 60)
     task = asyncio.create_task(call)
-    await asyncio.to_thread(wait_until, lambda: bool(decoded))
+    await asyncio.to_thread(wait_until, lambda: bool(began))
     task.cancel()
+    await asyncio.sleep(0)  # in which the call learns of it
+    cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    count = len(decoded)
     await asyncio.sleep(0.5)
-    assert len(decoded) <= count + 1 < 60
+    assert len(began) <= 2
 
 
 def test_a_cached_image_is_not_decoded_again(decoded: list[Any]) -> None:

@@ -21,16 +21,16 @@ def test_an_online_request_is_answered_while_a_full_batch_runs_which_then_ends_u
     served: Any, engine_stats: Callable[[], dict[str, Any]], wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
     def ask(body: dict[str, Any]) -> dict[str, Any]:
-        response = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=280)
+        response = web.post("/v1/chat/completions", json=body)
         answer: dict[str, Any] = response.raise_for_status().json()
         return answer
 
-    alone = ask(BATCH)["choices"][0]["token_ids"]
-    with ThreadPoolExecutor(48) as threads:
+    with httpx.Client(base_url=served.url, timeout=280) as web, ThreadPoolExecutor(48) as threads:
+        alone = ask(BATCH)["choices"][0]["token_ids"]
         batch = [threads.submit(ask, BATCH) for _ in range(48)]  # the engine runs 32
         wait_until(lambda: engine_stats()["waiting"] > 0)
         online = [ask(ONLINE) for _ in range(3)]
-        assert engine_stats()["waiting"] > 0, "batch work still waits"
+        assert not all(each.done() for each in batch)
         assert [each["choices"][0]["message"]["content"] for each in online] == ["The circle is red."] * 3
         answers = [each.result()["choices"][0]["token_ids"] for each in batch]
     assert [len(ids) for ids in answers] == [300] * 48

@@ -36,32 +36,32 @@ async def tokens_when_quiet(stats: Stats) -> int:
         await asyncio.sleep(0.5)
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "unstreamed"])
+HIDDEN = {"x-request-disconnect-disabled": "?1"}
+"""With it a client would hide its disconnect from Serve."""
+
+
+@pytest.mark.parametrize(("stream", "headers"), [(True, {}), (False, {}), (False, HIDDEN)])
 async def test_a_disconnect_frees_the_engine(
-    served: Any, engine_stats: Stats, wait_until: Callable[[Callable[[], bool]], None], stream: bool
+    served: Any,
+    engine_stats: Stats,
+    wait_until: Callable[[Callable[[], bool]], None],
+    stream: bool,
+    headers: dict[str, str],
 ) -> None:
     before = await tokens_when_quiet(engine_stats)
     async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        task = asyncio.create_task(read_until_timeout(client, 60, stream=stream))
+        task = asyncio.create_task(read_until_timeout(client, 60, stream=stream, extra_headers=headers))
         await asyncio.to_thread(wait_until, lambda: engine_stats()["running"] > 0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert await tokens_when_quiet(engine_stats) - before < LONG
 
 
-async def test_a_client_cannot_hide_its_disconnect(served: Any, engine_stats: Stats) -> None:
-    before = await tokens_when_quiet(engine_stats)
-    hidden = {"x-request-disconnect-disabled": "?1"}
-    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        await read_until_timeout(client, 1.0, stream=False, extra_headers=hidden)
-    assert await tokens_when_quiet(engine_stats) - before < LONG
-
-
 async def test_a_burst_of_disconnects_leaves_no_work(served: Any, engine_stats: Stats) -> None:
-    before = await tokens_when_quiet(engine_stats)
-    await burst(served.url, 40, within_s=2)  # most of them reach the engine
-    at_end = (await asyncio.to_thread(engine_stats))["generated_tokens"]
-    assert before < at_end
+    at_end = before = await tokens_when_quiet(engine_stats)
+    while at_end == before:  # on a slow machine, no request of the first burst may have reached the engine
+        await burst(served.url, 40, within_s=2)
+        at_end = (await asyncio.to_thread(engine_stats))["generated_tokens"]
     # A sequence that runs on lacks more than half of its tokens yet.
     assert await tokens_when_quiet(engine_stats) - at_end < LONG / 2
 

@@ -68,7 +68,7 @@ async def test_a_busy_server_is_waited_for(served: Any, ray_job: None) -> None:
             chunks = taken.iter_raw()  # closed with its name: that would end the answer
             next(chunks)
             with pytest.raises(TimeoutError, match="at capacity"):
-                await first(patient.remote(ASK | {"timeout": 1.5}))
+                await first(patient.remote(ASK | {"timeout": 0.9}))  # it waits a second or more
             waiting = first(patient.remote(ASK))
         assert (await waiting)["choices"][0]["finish_reason"] == "stop"
 

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -23,6 +22,7 @@ from openai import OpenAI
 
 from deployments.tools.config import read_config
 from deployments.tools.local_cluster import LocalClusterError, environment, free_port, local_cluster
+from support.api_server import wait_until
 from support.demo import DEMO_ANSWER, DEMO_IMAGE, DEMO_QUESTION, question
 from support.paths import CONFIG, ROOT
 
@@ -137,10 +137,9 @@ def serve(*flags: object, env: dict[str, str] | None = None) -> subprocess.Popen
     assert any(line.startswith("starting: ") for line in stages)
     assert any(line.startswith("The model is on ") for line in printed)
     [metrics] = [re.findall(r"http://\S+", line) for line in printed if line.startswith("Metrics: ")]
-    of_all_tiers, of_the_ingress = (httpx.get(url, timeout=60) for url in metrics)
-    assert (of_all_tiers.status_code, of_the_ingress.status_code) == (200, 200)
-    assert "ray_serve_" in of_all_tiers.text
-    assert "llava_requests_in_flight" in of_the_ingress.text
+    of_all_tiers, of_the_ingress = metrics
+    wait_until(lambda: "ray_serve_" in httpx.get(of_all_tiers, timeout=60).raise_for_status().text)
+    assert "llava_requests_in_flight" in httpx.get(of_the_ingress, timeout=60).raise_for_status().text
     return process
 
 
@@ -156,9 +155,7 @@ def test_serve_ends_normally_at_an_interrupt_and_may_log_to_its_own_output() -> 
     assert not alive
 
 
-def test_rays_own_commands_work_with_what_is_printed_and_the_log_is_kept(
-    tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
-) -> None:
+def test_rays_own_commands_work_with_what_is_printed_and_the_log_is_kept(tmp_path: Path) -> None:
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "PYTHONPATH": str(ROOT)}
     port, changed, log = free_port(), tmp_path / "changed.yaml", tmp_path / "serve.log"
     config = read_config(CONFIG, port=port)
@@ -179,7 +176,7 @@ def test_rays_own_commands_work_with_what_is_printed_and_the_log_is_kept(
             printed += process.stdout.readline()
         [dashboard] = re.findall("Ray's dashboard: ([^;]+);", printed)
         env["RAY_ADDRESS"] = printed.split("RAY_ADDRESS=")[1].split()[0]
-        assert "1.75/" in run("ray.scripts.scripts", "status")  # CPUs that the replicas have
+        wait_until(lambda: "1.75/" in run("ray.scripts.scripts", "status"))  # CPUs that the replicas have
         run("ray.serve.scripts", "deploy", "-a", dashboard, str(changed))
         wait_until(lambda: "another" in httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).text)
         status = yaml.safe_load(run("ray.serve.scripts", "status", "-a", dashboard))

@@ -74,7 +74,6 @@ def test_a_child_that_is_killed_costs_no_request(client: Any, served: Any) -> No
 @pytest.mark.parametrize("how", ["deadline", "disconnect"])
 def test_a_slow_picture_gives_the_tier_back(how: str, client: Any, served: Any) -> None:
     ask(client, demo(40))
-    began = time.monotonic()
     if how == "deadline":
         with pytest.raises(openai.APIStatusError) as refusal:
             ask(client, *large(), extra_body={"timeout": 1.0})
@@ -84,7 +83,6 @@ def test_a_slow_picture_gives_the_tier_back(how: str, client: Any, served: Any) 
             ask(client, *large(), timeout=1.0)
     ended = time.monotonic()
     assert DEMO_ANSWER in ask(client, demo(41)).lower()
-    assert ended - began < 8
     assert time.monotonic() - ended < 8
 
 

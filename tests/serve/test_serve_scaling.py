@@ -4,6 +4,7 @@ replicas says so, and starts at a request."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -66,8 +67,9 @@ async def test_a_new_replica_takes_a_share_of_the_burst_that_came_before(served:
 
         async def ask(number: int) -> None:
             prompt = PreparedPrompt(np.arange(10 + number, 90 + number, dtype=np.int32))
-            async for _ in generate.remote(prompt, long, 0, str(number), time.time() + 600):
-                pass
+            for turn in itertools.count():  # the burst lasts until it is cancelled
+                async for _ in generate.remote(prompt, long, 0, f"{number}-{turn}", time.time() + 600):
+                    pass
 
         async def stats() -> list[dict[str, Any]]:
             found: list[dict[str, Any]] = await model.broadcast("stats").results_async(timeout_s=120)
@@ -119,7 +121,7 @@ def test_a_sleeping_tier_says_so_and_a_request_wakes_it(served: Any, ray_job: No
 
         assert ask(200).status_code == 200
         wait_for("sleeping")
-        refused = ask(1.5)  # no model starts so soon
+        refused = ask(2.5)  # no model starts so soon
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         seconds = refused.headers["retry-after"]

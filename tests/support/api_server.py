@@ -51,8 +51,8 @@ def serving(app: ASGIApp) -> Iterator[str]:
         listener.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:
-    """Returns as soon as the condition holds."""
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Returns as soon as the condition holds. Only a fault reaches the time limit."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "the condition did not hold in time"

@@ -21,7 +21,7 @@ def once(path: Path) -> bytes:
 
 
 class OddDecoder(InProcessDecoder):
-    """Decodes pictures, but for `sleep SECONDS`, `once FILE`, `die SIGNAL` and `fail`."""
+    """Decodes pictures, but for `sleep SECONDS`, `ever`, `once FILE`, `die SIGNAL` and `fail`."""
 
     def tiles_of(
         self, data: bytes, room: int, check: Check | None = None, pixels: int | None = None, num_images: int = 1
@@ -30,6 +30,9 @@ class OddDecoder(InProcessDecoder):
         match order:
             case "sleep":
                 time.sleep(float(argument))
+            case "ever":
+                while True:
+                    super().tiles_of(DEMO_IMAGE.read_bytes(), room, check)
             case "once" if not Path(argument).exists():
                 Path(argument).write_text(str(os.getpid()), encoding="ascii")
                 time.sleep(60)
