@@ -1,9 +1,13 @@
-"""Decode steps in C++ on a CPU: against the decoder that they replace, in steps, in a trial, and in whole answers."""
+"""Small steps in C++ on a CPU: against the decoder that they replace, in steps, in a trial, and in whole answers."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -13,7 +17,7 @@ from llava_serve import LLM
 from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import background_compile, native_decoder
 from llava_serve.engine.executor.attention import PackedStep
-from llava_serve.engine.executor.decoder import MAX_SINGLE, Decoder
+from llava_serve.engine.executor.decoder import MAX_PROMPT_KEYS, MAX_SMALL, Decoder
 from llava_serve.engine.executor.kernels import native_build
 from llava_serve.engine.executor.kernels.native_attention import decode_attention
 from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
@@ -22,7 +26,7 @@ from llava_serve.engine.executor.native_decoder import NativeDecoder, use_native
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
-from support.paths import GOLDEN
+from support.paths import GOLDEN, ROOT
 from support.tiny_engine import TinyModel
 
 CPU = torch.device("cpu")
@@ -59,10 +63,17 @@ def pool_of(model: TinyModel, sequences: int) -> KVPool:
     return memory
 
 
-def step_of(memory: KVPool, count: int, dtype: torch.dtype, *, first: int = 0, padding: int = 0) -> PackedStep:
-    """Sequences of different lengths, from one key on, in the pool from the `first` room on."""
-    sequences = [PackedSequence(at, 1, (first + at) * ROOM, (first + at) * 11 % ROOM) for at in range(count)]
-    return PackedStep(memory, sequences, dtype, CPU, padding, (), PAGE, decode_attention)
+def packed(lengths: Sequence[int]) -> list[PackedSequence]:
+    """Sequences with so many tokens in a step, and different numbers of keys before them, from none on."""
+    offsets = itertools.accumulate(lengths, initial=0)
+    return [
+        PackedSequence(offset, length, at * ROOM, at * 11 % (ROOM - length + 1))
+        for at, (offset, length) in enumerate(zip(offsets, lengths, strict=False))
+    ]
+
+
+def step_of(memory: KVPool, sequences: list[PackedSequence], padding: int = 0) -> PackedStep:
+    return PackedStep(memory, sequences, memory.layers[0][0].dtype, CPU, padding, (), PAGE, decode_attention)
 
 
 @contextmanager
@@ -80,12 +91,12 @@ def test_a_step_is_that_of_the_decoder(kind: str, dtype: torch.dtype) -> None:
     model = model_of(kind, dtype)
     decoder = Decoder(model.language_model)
     native = NativeDecoder(model.language_model, PAGE)
-    for count, workers in ((1, 1), (3, 3), (4, 2), (7, 2), (MAX_SINGLE, 5)):
-        embeddings = random(count, HIDDEN, seed=count, dtype=dtype)
-        own, other = pool_of(model, count), pool_of(model, count)
+    for lengths, workers in (([1], 1), ([1] * 3, 3), ([1] * 7, 2), ([1] * MAX_SMALL, 5), ([9], 2), ([1, 1, 4, 20], 3)):
+        embeddings = random(sum(lengths), HIDDEN, seed=len(lengths), dtype=dtype)
+        own, other = pool_of(model, len(lengths)), pool_of(model, len(lengths))
         with threads(workers), torch.inference_mode():
-            found = native.forward(embeddings, step_of(own, count, dtype))
-            expected = decoder.forward(embeddings, step_of(other, count, dtype))
+            found = native.forward(embeddings, step_of(own, packed(lengths)))
+            expected = decoder.forward(embeddings, step_of(other, packed(lengths)))
         largest = float(expected.float().abs().max())
         torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=TOLERANCES[dtype] * largest)
         for found_layer, expected_layer in zip(own.layers, other.layers, strict=True):
@@ -96,33 +107,41 @@ def test_a_step_is_that_of_the_decoder(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_sequence_is_bit_equal_alone_and_beside_others(dtype: torch.dtype) -> None:
-    model = model_of("llama", dtype)
+@torch.inference_mode()
+def test_a_token_is_bit_equal_in_a_step_of_its_own_and_beside_others(dtype: torch.dtype) -> None:
+    model = model_of("mistral", dtype)
     native = NativeDecoder(model.language_model, PAGE)
-    embeddings = random(6, HIDDEN, dtype=dtype)
-    together = native.forward(embeddings, step_of(pool_of(model, 6), 6, dtype))
-    for at in range(6):
-        one = embeddings[at : at + 1]
-        assert torch.equal(native.forward(one, step_of(pool_of(model, 6), 1, dtype, first=at))[0], together[at])
+    sequences = packed([1, 1, 5, 1, 12])
+    embeddings = random(20, HIDDEN, dtype=dtype)
+    together = native.forward(embeddings, step_of(pool_of(model, 5), sequences))
+    memory = pool_of(model, 5)
+    for one in sequences:
+        for at in range(one.length):
+            alone = step_of(memory, [PackedSequence(0, 1, one.base, one.start + at)])
+            number = one.offset + at
+            assert torch.equal(native.forward(embeddings[number : number + 1], alone)[0], together[number])
 
 
 @torch.inference_mode()
 def test_which_steps_it_computes() -> None:
-    """Those of one token each, and of few sequences; what pads them is 0."""
+    """Those of few tokens, and of few keys where a prompt is; what pads them is 0."""
     model = model_of("llama", torch.float32)
     decoder = Decoder(model.language_model)
     decoder.native = counted = _Counted(NativeDecoder(model.language_model, PAGE))
-    memory = pool_of(model, 20)
-    for count, padding, calls in ((1, 1, 1), (MAX_SINGLE, 0, 2), (MAX_SINGLE + 1, 0, 2)):
-        hidden = decoder.forward(
-            random(count + padding, HIDDEN), step_of(memory, count, torch.float32, padding=padding)
-        )
+    memory = pool_of(model, MAX_SMALL + 1)
+    most, more = [1] * MAX_SMALL, [1] * (MAX_SMALL + 1)
+    for lengths, padding, calls in (([1], 1, 1), (most, 0, 2), (more, 0, 2), ([1, 30], 2, 3), ([1, 40], 0, 3)):
+        count = sum(lengths)
+        hidden = decoder.forward(random(count + padding, HIDDEN), step_of(memory, packed(lengths), padding))
         assert counted.calls == calls
         assert not hidden[count:].any()
-    prompt = [PackedSequence(0, 1, 0, 5), PackedSequence(1, 4, ROOM, 0)]
-    decoder.forward(random(5, HIDDEN), PackedStep(memory, prompt, torch.float32, CPU, 0, (), PAGE, decode_attention))
-    decoder.forward(random(1, HIDDEN), PackedStep(memory, prompt[:1], torch.float32, CPU))
-    assert counted.calls == 2
+    length = MAX_PROMPT_KEYS // 4
+    for more_keys, calls in ((0, 4), (1, 4)):
+        sequences = [PackedSequence(0, 1, 0, 5), PackedSequence(1, 4, 0, length - 4 + more_keys)]
+        decoder.forward(random(5, HIDDEN), step_of(pool_of(model, length // ROOM + 1), sequences))
+        assert counted.calls == calls
+    decoder.forward(random(1, HIDDEN), PackedStep(memory, packed([1]), torch.float32, CPU))
+    assert counted.calls == 4
 
 
 @pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-mistral-tiny"])
@@ -160,6 +179,7 @@ def _answers(llm: LLM, requests: list[tuple[PreparedPrompt, SamplingParams]]) ->
 class _Counted:
     def __init__(self, native: NativeDecoder) -> None:
         self._native = native
+        self.windows = native.windows
         self.calls = 0
 
     def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor:
@@ -185,6 +205,16 @@ def test_its_trial_passes(kind: str) -> None:
     decoder = Decoder(model.language_model)
     use_native_code(model, decoder, PAGE, float8=False)
     assert decoder.native is not None
+
+
+@pytest.mark.extended
+def test_it_reads_the_layouts_of_processors_without_avx_512() -> None:
+    """oneDNN has blocks of 16 outputs there for some shapes, and of 64 for others."""
+    tests = "test_its_trial_passes or test_a_step_is_that_of_the_decoder"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_trial_finds_weights_that_lie_otherwise(

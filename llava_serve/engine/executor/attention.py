@@ -16,12 +16,12 @@ from transformers import AttentionInterface
 
 from llava_serve.engine.executor import varlen
 from llava_serve.engine.executor.cascade_attention import SharedPrefix, attend_shared_prefix
-from llava_serve.engine.executor.cpu_attention import NativeAttention
+from llava_serve.engine.executor.cpu_attention import NativeAttention, PageTable
 from llava_serve.engine.executor.float8_cache import from_float8
 from llava_serve.engine.executor.kernels.native_attention import decode_attention
 from llava_serve.engine.executor.kernels.native_prefill import prefill_attention, supports
 from llava_serve.engine.executor.kernels.selection import DecodeKernel
-from llava_serve.engine.executor.kv_pool import KVPool, KVWrite, PackedSequence
+from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence, kv_writes
 from llava_serve.engine.executor.paged_attention import Float8Attention
 from llava_serve.engine.executor.plain_attention import KeyRange, attend_keys, find_keys
 from llava_serve.engine.executor.transfer import to_device
@@ -95,32 +95,39 @@ class PackedStep:
         kernel: DecodeKernel | None = None,
     ) -> None:
         self.memory = memory
-        self._sequences = sequences
+        self.sequences = sequences
         self._dtype = dtype
         self._padding = padding
         self._shared_prefixes = shared_prefixes
         self._lengths = [one.length for one in sequences]
         positions = [at for one in sequences for at in range(one.start, one.start + one.length)]
         self.positions = to_device(torch.tensor([*positions, *[0] * padding]), device)
-        self._writes = _writes(sequences, device)
+        self._writes = kv_writes(sequences, device)
         self._key_ranges: dict[int | None, list[KeyRange]] = {}  # by window
         self._varlen: VarlenAttention | None = None
         self._float8: Float8Attention | None = None
-        self.native: NativeAttention | None = None  # of the sequences with one token, on a CPU with a kernel
-        self._native_prefill = kernel is decode_attention and supports(memory.head_dim)
+        self._page_size = page_size
+        self._in_cpp = kernel is decode_attention
+        self._native_prefill = self._in_cpp and supports(memory.head_dim)
         if self._fast() and memory.float8:
             self._float8 = Float8Attention(memory, sequences, page_size, kernel)
         elif self._fast():
             ends = [one.start + one.length for one in sequences]
             self._varlen = VarlenAttention.of(self._lengths, [one.base for one in sequences], ends, device)
-        elif kernel is decode_attention and (single := [*itertools.takewhile(lambda one: one.length == 1, sequences)]):
-            self.native = NativeAttention(memory, single, page_size, shared_prefixes)
 
-    @property
-    def num_single(self) -> int:
-        """Sequences, where each has one token, and `native` attends to all of them; else 0."""
-        count = self.native.count if self.native is not None else 0
-        return count if count == len(self._sequences) else 0
+    @cached_property
+    def pages(self) -> PageTable | None:
+        """Of each token, where there is a kernel in C++."""
+        return PageTable(self.sequences, self._page_size, self._shared_prefixes) if self._in_cpp else None
+
+    @cached_property
+    def _native(self) -> NativeAttention | None:
+        """Of the sequences with one token, where there is a kernel in C++."""
+        single = [*itertools.takewhile(lambda one: one.length == 1, self.sequences)] if self._in_cpp else []
+        if not single:
+            return None
+        pages = PageTable(single, self._page_size, self._shared_prefixes)
+        return NativeAttention(self.memory, pages, self._page_size)
 
     def attend(
         self,
@@ -142,7 +149,7 @@ class PackedStep:
         Returns:
             [1, tokens, heads, head_dim].
         """
-        if self.native is None or self.memory.float8:
+        if self._native is None or self.memory.float8:
             self.memory.write(layer, self._writes, key[0], value[0])
             return self.attend_stored(layer, query, scaling, window, slopes)
         if len(self._writes) > 1:
@@ -153,7 +160,7 @@ class PackedStep:
     def slots(self) -> torch.Tensor:
         """See `Step.slots`. Padding is written to the last position, which belongs to no sequence."""
         last = self.memory.layers[0][0].shape[1] - 1
-        slots = [one.base + at for one in self._sequences for at in range(one.start, one.start + one.length)]
+        slots = [one.base + at for one in self.sequences for at in range(one.start, one.start + one.length)]
         return to_device(torch.tensor([*slots, *[last] * self._padding]), self.memory.device)
 
     def attend_stored(
@@ -181,15 +188,15 @@ class PackedStep:
         window: int | None,
         slopes: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`attend_stored` where no kernel takes all sequences. `new` are keys and values that `native` writes."""
+        """`attend_stored` where no kernel takes all sequences. `new` are keys and values that `_native` writes."""
         out = query.new_empty(1, *query.shape[2:0:-1], query.shape[3])
         done: set[int] = set()
-        if self.native is not None:
-            self.native.attend(layer, query, new, scaling, window, slopes, out)
-            done.update(range(self.native.count))
+        if self._native is not None:
+            self._native.attend(layer, query, new, scaling, window, slopes, out)
+            done.update(range(self._native.count))
         if self._native_prefill:
             done.update(self._attend_natively(layer, query, scaling, window, slopes, out))
-        if len(done) < len(self._sequences):
+        if len(done) < len(self.sequences):
             self._attend_each(layer, query, scaling, window, slopes, out, done)
         if self._padding:
             out[:, -self._padding :] = 0
@@ -205,8 +212,8 @@ class PackedStep:
         out: torch.Tensor,
     ) -> list[int]:
         """Attention of the sequences with several tokens by the kernel in C++: their indices."""
-        several = [index for index, one in enumerate(self._sequences) if one.length > 1]
-        for one in (self._sequences[index] for index in several):
+        several = [index for index, one in enumerate(self.sequences) if one.length > 1]
+        for one in (self.sequences[index] for index in several):
             keys, values = (half.narrow(1, one.base, one.start + one.length) for half in self.memory.layers[layer])
             own, scales = query[0].narrow(1, one.offset, one.length), self.memory.scales[layer]
             result = prefill_attention(own, keys, values, scaling, window, slopes, scales)
@@ -236,14 +243,14 @@ class PackedStep:
         parts = torch.split_with_sizes(query, [*self._lengths, self._padding], dim=2)
         outputs: dict[int, torch.Tensor] = {}
         for prefix in self._shared_prefixes if window is None and slopes is None and not done else ():
-            sequences = [self._sequences[index] for index in prefix.indices]
+            sequences = [self.sequences[index] for index in prefix.indices]
             shared = stored(sequences[0].base, prefix.length)
             suffixes = [stored(one.base + prefix.length, one.start + 1 - prefix.length) for one in sequences]
             merged = attend_shared_prefix([parts[index] for index in prefix.indices], shared, suffixes, scaling)
             outputs |= zip(prefix.indices, merged, strict=True)
         if window not in self._key_ranges:
-            self._key_ranges[window] = [find_keys(one, window, slopes, query) for one in self._sequences]
-        for index, (one, key_range) in enumerate(zip(self._sequences, self._key_ranges[window], strict=True)):
+            self._key_ranges[window] = [find_keys(one, window, slopes, query) for one in self.sequences]
+        for index, (one, key_range) in enumerate(zip(self.sequences, self._key_ranges[window], strict=True)):
             if index in done:
                 continue
             if index not in outputs:
@@ -255,16 +262,6 @@ class PackedStep:
         """One call of a fast kernel attends to the extents of all sequences."""
         memory = self.memory
         return varlen.available(memory.device, self._dtype, memory.kv_heads, memory.head_dim, alibi=alibi)
-
-
-def _writes(sequences: list[PackedSequence], device: torch.device) -> list[KVWrite]:
-    """Where a step's keys and values are written: those of the decoding sequences, which come first, as one."""
-    decoding = list(itertools.takewhile(lambda one: one.length == 1, sequences))
-    writes = [KVWrite(one.offset, one.length, one.base + one.start) for one in sequences[len(decoding) :]]
-    if decoding:
-        targets = to_device(torch.tensor([one.base + one.start for one in decoding]), device)
-        writes.insert(0, KVWrite(0, len(decoding), targets=targets))
-    return writes
 
 
 def attend(

@@ -20,36 +20,44 @@ def native_kernel(model: VisionLanguageModel, page_size: int, *, float8: bool, a
     return native_decode_kernel(shape, page_size, alibi=alibi)
 
 
-class NativeAttention:
-    """Attention of the sequences with one token, which come first in a step. `native_decode_kernel` has tried it.
+class PageTable:
+    """The pages of each token's sequence, and the keys that it attends to: those up to its own.
 
     Attributes:
-        count: sequences.
-        table: int32 [sequences, pages], and `used` int32 [sequences]: see `twins.decode_attention`.
+        count: tokens.
+        table: int32 [tokens, pages], and `used` int32 [tokens]: see `twins.decode_attention`.
 
     Args:
-        sequences: at least one.
+        sequences: at least one; those with a single token come first where there are shared prefixes.
         page_size: the extents begin at multiples of it: an extent is pages in a row.
         shared_prefixes: the sequences of each read one copy of it, which the processor's cache keeps.
     """
 
     def __init__(
-        self,
-        memory: KVPool,
-        sequences: Sequence[PackedSequence],
-        page_size: int,
-        shared_prefixes: Sequence[SharedPrefix],
+        self, sequences: Sequence[PackedSequence], page_size: int, shared_prefixes: Sequence[SharedPrefix]
     ) -> None:
-        self.count = len(sequences)
-        self._memory, self._page_size = memory, page_size
-        bases, self.used = torch.tensor([[one.base, one.start + 1] for one in sequences], dtype=torch.int32).T
-        pages = -(-max(one.start + 1 for one in sequences) // page_size)
+        tokens = [[one.base, at + 1] for one in sequences for at in range(one.start, one.start + one.length)]
+        self.count = len(tokens)
+        bases, used = torch.tensor(tokens, dtype=torch.int32).T
+        self.used = used.contiguous()
+        pages = -(-max(one.start + one.length for one in sequences) // page_size)
         self.table = bases[:, None] // page_size + torch.arange(pages, dtype=torch.int32)
-        self.used = self.used.contiguous()
         for prefix in shared_prefixes:
             first, *others = prefix.indices
             shared = prefix.length // page_size
             self.table[others, :shared] = self.table[first, :shared]
+
+
+class NativeAttention:
+    """Attention of the sequences with one token, which come first in a step. `native_decode_kernel` has tried it.
+
+    Args:
+        pages: of their tokens, in pages of `page_size` positions.
+    """
+
+    def __init__(self, memory: KVPool, pages: PageTable, page_size: int) -> None:
+        self._memory, self._pages, self._page_size = memory, pages, page_size
+        self.count = pages.count
 
     def attend(
         self,
@@ -75,8 +83,8 @@ class NativeAttention:
             (new[0][0], new[1][0]) if new else None,
             keys,
             values,
-            self.table,
-            self.used,
+            self._pages.table,
+            self._pages.used,
             scaling,
             window,
             slopes,

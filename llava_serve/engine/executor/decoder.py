@@ -15,6 +15,7 @@ from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_t
 from llava_serve.engine.executor import attention
 from llava_serve.engine.executor.attention import PackedStep, Step
 from llava_serve.engine.executor.compiled import MIN_TOKENS, CompiledDecoder, CompileError, DummyStep
+from llava_serve.engine.executor.kv_pool import PackedSequence
 from llava_serve.engine.executor.llama_decoder import LlamaDecoder
 from llava_serve.engine.executor.output_head import output_head
 from llava_serve.errors import CheckpointError
@@ -22,12 +23,16 @@ from llava_serve.model.float8 import Float8Linear
 
 _logger = logging.getLogger(__name__)
 
-MAX_SINGLE = 16
-"""Most sequences of a step that `Decoder.native` computes: of more, the products take longer than the weights."""
+MAX_SMALL = 40
+"""Most tokens of a step that `Decoder.native` computes: of more, oneDNN's products are faster."""
+MAX_PROMPT_KEYS = 16_384
+"""Most keys that its prompts' tokens attend to, in sum: of more, attention of several tokens at once is faster."""
 
 
-class SingleTokens(Protocol):
+class SmallSteps(Protocol):
     """See `native_decoder.NativeDecoder`."""
+
+    windows: set[int | None]
 
     def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor: ...
 
@@ -45,8 +50,8 @@ class Decoder:
 
     compiled: CompiledDecoder | None = None
     """Computes the steps instead, from the moment that it is set. Its `warm_up` has returned."""
-    native: SingleTokens | None = None
-    """Computes small steps in which each sequence has one token, from the moment that it is set."""
+    native: SmallSteps | None = None
+    """Computes steps of few tokens, from the moment that it is set."""
 
     def __init__(self, language_model: Any, *, float8: bool = False) -> None:
         self._language_model = language_model
@@ -125,7 +130,7 @@ class Decoder:
 
     def forward(self, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]."""
-        if self.native is not None and isinstance(step, PackedStep) and 0 < step.num_single <= MAX_SINGLE:
+        if self.native is not None and isinstance(step, PackedStep) and _is_small(step.sequences) and step.pages:
             return self.native.forward(embeddings, step)
         if self.compiled is not None:
             return self.compiled.forward(embeddings, step)
@@ -171,6 +176,13 @@ class Decoder:
         """Sets MPT's attention modules, one per block."""
         for block, module in zip(self._decoder.blocks, modules, strict=True):
             block.attn = module
+
+
+def _is_small(sequences: list[PackedSequence]) -> bool:
+    """Which steps of those with a kernel in C++ `Decoder.native` computes."""
+    prompts = [one for one in sequences if one.length > 1]
+    keys = sum(one.length * (one.start + one.length) for one in prompts)
+    return sum(one.length for one in sequences) <= MAX_SMALL and keys <= MAX_PROMPT_KEYS
 
 
 class _MptAttention(nn.Module):

@@ -78,6 +78,8 @@ def disagreement(
     expected = torch.stack([decoder.reference_logits(one) for one in sequences])
     windows: set[int | None] = set()
     deviation = _deviation(_engine_logits(model, decoder, sequences, windows, scales, page_size), expected)
+    if decoder.native is not None:
+        windows |= decoder.native.windows
     exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights and scales is None
     # Rounded otherwise, a few positions may differ much: a mixture takes another of two experts that are equally good.
     worst = float(deviation.quantile(1.0 if exact else 0.9)) if len(deviation) else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llava_serve.engine.executor.float8_cache import FLOAT8, are_finite_float8, bits, load, to_float8
+from llava_serve.engine.executor.transfer import to_device
 from llava_serve.engine.sequence import Copy
 from llava_serve.model.numerics import are_finite
 
@@ -104,6 +106,16 @@ class KVPool:
         """Whether the keys and values of all layers at positions [start, start + length) are finite, as bool [1]."""
         stored = self._memory[..., start : start + length, :]
         return (are_finite_float8(stored) if self.float8 else are_finite(stored))[None]
+
+
+def kv_writes(sequences: list[PackedSequence], device: torch.device) -> list[KVWrite]:
+    """Where a step's keys and values are written: those of the decoding sequences, which come first, as one."""
+    decoding = list(itertools.takewhile(lambda one: one.length == 1, sequences))
+    writes = [KVWrite(one.offset, one.length, one.base + one.start) for one in sequences[len(decoding) :]]
+    if decoding:
+        targets = to_device(torch.tensor([one.base + one.start for one in decoding]), device)
+        writes.insert(0, KVWrite(0, len(decoding), targets=targets))
+    return writes
 
 
 def _allocate(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

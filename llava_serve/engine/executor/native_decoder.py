@@ -1,7 +1,7 @@
-"""Decode steps of the Llama family on a CPU, all layers in one call of C++ code (`kernels/native_decoder.cpp`).
+"""Small steps of the Llama family on a CPU, all layers in one call of C++ code (`kernels/native_decoder.cpp`).
 
-A decode step reads all weights for a few tokens. As some forty operations a layer, each of which starts and waits for
-the threads, it reads them at half of the speed that the memory has.
+Such a step, as most decode steps are, reads all weights for a few tokens. As some forty operations a layer, each of
+which starts and waits for the threads, it reads them at half of the speed that the memory has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llava_serve.engine.executor.attention import PackedStep
-from llava_serve.engine.executor.decoder import MAX_SINGLE, Decoder
+from llava_serve.engine.executor.decoder import MAX_SMALL, Decoder
 from llava_serve.engine.executor.decoder_check import disagreement
 from llava_serve.engine.executor.kernels.native_build import build, heads_of
 from llava_serve.engine.executor.llama_decoder import WINDOWS
@@ -33,7 +33,7 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _pointer), ("bias", _pointer), ("inputs", _number))
+    _fields_ = (("weight", _pointer), ("bias", _pointer), ("inputs", _number), ("block", _number))
 
 
 class _Layer(ctypes.Structure):
@@ -74,6 +74,9 @@ class _Step(ctypes.Structure):
 class NativeDecoder:
     """The layers of a language model that `supports` names, as the code in C++ reads them.
 
+    Attributes:
+        windows: of the layers' attention; None is all positions.
+
     Args:
         page_size: of the steps' pages.
 
@@ -88,6 +91,7 @@ class NativeDecoder:
         self._run = _compiled(language_model.dtype, attention.head_dim, group, page_size)
         window = WINDOWS[type(language_model)]
         layers = [_layer(layer, window(layer.self_attn)) for layer in decoder.layers]
+        self.windows = {window(layer.self_attn) for layer in decoder.layers}
         self._rotary = decoder.rotary_emb
         self._decoder = decoder  # whose weights the addresses below are
         self._model = _Model(
@@ -116,14 +120,13 @@ class NativeDecoder:
             config.hidden_act == "silu"
             and cosines.shape[2] == head_dim
             and not any(width % _LANES for width in widths)
-            and all(each is not None and each.address for layer in decoder.layers for each in _linears(layer))
+            and all(each is not None and each.block for layer in decoder.layers for each in _linears(layer))
         )
 
     def forward(self, embeddings: torch.Tensor, step: PackedStep) -> torch.Tensor:
-        """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden], in a step whose sequences have one
-        token each. Those of padding are 0."""
-        single, memory = step.native, step.memory
-        assert single is not None, "the decoder has looked"
+        """Last hidden states [tokens, hidden] of input embeddings [tokens, hidden]. Those of padding are 0."""
+        pages, memory = step.pages, step.memory
+        assert pages is not None, "the decoder has looked"
         embeddings = embeddings.contiguous()
         cosines, sines = (part.contiguous() for part in self._rotary(embeddings[None], step.positions[None]))
         out = torch.zeros_like(embeddings)
@@ -133,12 +136,12 @@ class NativeDecoder:
             cosines.data_ptr(),
             sines.data_ptr(),
             out.data_ptr(),
-            single.count,
+            pages.count,
             keys.data_ptr(),
             keys.shape[1],
-            single.table.data_ptr(),
-            single.table.shape[1],
-            single.used.data_ptr(),
+            pages.table.data_ptr(),
+            pages.table.shape[1],
+            pages.used.data_ptr(),
             torch.get_num_threads(),
         )
         self._run(ctypes.byref(self._model), ctypes.byref(native))
@@ -146,11 +149,11 @@ class NativeDecoder:
 
 
 def use_native_code(model: VisionLanguageModel, decoder: Decoder, page_size: int, *, float8: bool) -> None:
-    """Lets a CPU compute in C++ what is possible and right: the tower's attention, and the decode steps.
+    """Lets a CPU compute in C++ what is possible and right: the tower's attention, and small steps.
 
     Args:
         page_size: of the steps' pages.
-        float8: the KV pool has 8-bit floats, which decode steps as a whole do not write.
+        float8: the KV pool has 8-bit floats, which small steps as a whole do not write.
     """
     use_native_tower(model)
     if float8 or not NativeDecoder.supports(model.language_model):
@@ -162,15 +165,15 @@ def use_native_code(model: VisionLanguageModel, decoder: Decoder, page_size: int
         reason = str(error)
     if reason:
         decoder.native = None
-        _logger.warning("Decode steps are not computed in C++, and are slower, since %s.", reason)
+        _logger.warning("Small steps are not computed in C++, and are slower, since %s.", reason)
     else:
-        _logger.info("Decode steps of up to %d sequences are computed in C++.", MAX_SINGLE)
+        _logger.info("Steps of up to %d tokens are computed in C++.", MAX_SMALL)
 
 
 @cache
 def _compiled(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> Callable[..., None]:
     library = build("native_decoder.cpp", **heads_of(dtype, dtype, head_dim, group), PAGE_SIZE=page_size)
-    function: Callable[..., None] = library.decode_step
+    function: Callable[..., None] = library.small_step
     function.argtypes, function.restype = (_pointer, _pointer), None  # type: ignore[attr-defined]
     return function
 
@@ -195,4 +198,5 @@ def _layer(layer: Any, window: int | None) -> _Layer:
 
 def _linear(packed: PackedLinear | None) -> _Linear:
     assert packed is not None, "supports has looked"
-    return _Linear(packed.address, None if packed.bias is None else packed.bias.data_ptr(), packed.in_features)
+    bias = None if packed.bias is None else packed.bias.data_ptr()
+    return _Linear(packed.address, bias, packed.in_features, packed.block)

@@ -7,6 +7,7 @@ more than the product of a prompt: so the number of tokens is padded to one of a
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -17,8 +18,8 @@ from torch import nn
 
 _MAX_UNPADDED = 16
 """Largest number of tokens that is not padded."""
-_BLOCK = 64
-"""Outputs of a block of oneDNN's layout."""
+_BLOCKS = (64, 48, 32, 16)
+"""Outputs of a block of oneDNN's layout, which differs between processors and shapes."""
 
 # Layers that get the same input in transformers' models: one product instead of three saves most where tokens are few.
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -52,6 +53,8 @@ class PackedLinear(nn.Module):
         _packed[self._number] = self
         weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.block = _block(weight.detach(), self._weight)
+        """Outputs of a block of the weights at `address`; 0 where they lie otherwise."""
         with_bias = linears[0].bias is not None
         self.bias = torch.cat([linear.bias for linear in linears]).detach() if with_bias else None
 
@@ -61,12 +64,7 @@ class PackedLinear(nn.Module):
 
     @property
     def address(self) -> int:
-        """Of the weights, where they are the numbers of `native_decoder.cpp`'s layout as far as their size tells, else
-        0. Which is where in the blocks differs between processors: who reads them compares results."""
-        blocks = -(-self.out_features // _BLOCK)
-        item = 2 if self._weight.dtype == torch.bfloat16 else 4
-        if torch.ops.mkldnn._nbytes(self._weight) != blocks * _BLOCK * self.in_features * item:
-            return 0
+        """Of the weights in oneDNN's layout."""
         return int(torch.ops.mkldnn.data_ptr(self._weight))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -80,6 +78,23 @@ class PackedLinear(nn.Module):
         """`forward` outside of tracing."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self.bias, "none", [], "")
         return product
+
+
+def _block(weight: torch.Tensor, packed: torch.Tensor) -> int:
+    """Outputs of a block in a layout of weights [out_features, in_features]; 0 where it is not that of
+    `native_products.h`. Read from the first and the last block, which cost little."""
+    outputs, inputs = weight.shape
+    together = 4 // weight.element_size()  # inputs whose weights lie side by side
+    numbers = torch.ops.mkldnn._nbytes(packed) // weight.element_size()
+    stored = (ctypes.c_char * (numbers * weight.element_size())).from_address(torch.ops.mkldnn.data_ptr(packed))
+    flat = torch.frombuffer(stored, dtype=weight.dtype)
+    for block in _BLOCKS:
+        count = -(-outputs // block)
+        if numbers == count * block * inputs and inputs % together == 0:
+            blocks, rows = flat.view(count, inputs // together, block, together), torch.split(weight, block)
+            if all(torch.equal(blocks[at].transpose(0, 1).flatten(1)[: len(rows[at])], rows[at]) for at in (0, -1)):
+                return block
+    return 0
 
 
 _packed: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()

@@ -1,4 +1,4 @@
-// A decode step of the Llama family on a CPU: all layers in one call, for a few tokens, each of another sequence.
+// A step of the Llama family on a CPU: all layers in one call, for a few tokens.
 //
 // Such a step reads all weights once, and little else: so they are read as fast as memory gives them, from oneDNN's
 // layout, which prompts need. Numbers are rounded where transformers rounds them.
@@ -24,7 +24,8 @@ struct Model {
     float scaling;  // of scores
 };
 
-// The pool is [layers, 2, kv_heads, positions, HEAD_DIM]. table [rows, table_width], used [rows]: see twins.py.
+// Rows are tokens. The pool is [layers, 2, kv_heads, positions, HEAD_DIM]. table [rows, table_width] are the pages of
+// each token's sequence, and used [rows] the keys that it attends to, of which the last one is its own.
 struct Step {
     const QUERY* embeddings;  // [rows, hidden]
     const QUERY* cosines;  // [rows, HEAD_DIM], both halves equal
@@ -66,7 +67,7 @@ static inline float silu(float x) {
     return (x < 0 ? x * power : x) / (1 + power);
 }
 
-extern "C" void decode_step(const Model* given, const Step* of) {
+extern "C" void small_step(const Model* given, const Step* of) {
     const Model model = *given;
     const Step step = *of;
     const int64_t rows = step.rows, hidden = model.hidden, kv_heads = model.kv_heads, heads = kv_heads * GROUP;
@@ -95,27 +96,37 @@ extern "C" void decode_step(const Model* given, const Step* of) {
                 layer.qkv, normed.get(), share(width, thread), share(width, thread + 1), rows,
                 [&](int64_t row, int64_t output, float sum) { qkv[row * width + output] = rounded(sum); }
             );
+            const auto pages = [&](int64_t row, int64_t kv_head) {
+                const int64_t count = step.used[row], window = layer.window;
+                const int64_t first = window && count > window ? count - window : 0;
+                return Pages{
+                    keys + kv_head * head_stride, values + kv_head * head_stride, step.table + row * step.table_width,
+                    count, first
+                };
+            };
 #pragma omp barrier
 #pragma omp for collapse(2) schedule(static)
             for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
                 for (int64_t row = 0; row < rows; row++) {
-                    const int64_t count = step.used[row], window = layer.window;
-                    const int64_t first = window && count > window ? count - window : 0;
-                    const Pages stored{
-                        keys + kv_head * head_stride, values + kv_head * head_stride,
-                        step.table + row * step.table_width, count, first
-                    };
-                    float* query = qkv.get() + row * width + kv_head * GROUP * HEAD_DIM;
+                    const Pages stored = pages(row, kv_head);
                     float* key = qkv.get() + row * width + (heads + kv_head) * HEAD_DIM;
                     const float* value = key + kv_heads * HEAD_DIM;
-                    const QUERY* cosines = step.cosines + row * HEAD_DIM;
-                    const QUERY* sines = step.sines + row * HEAD_DIM;
-                    rotate(key, cosines, sines);
-                    const int64_t slot = stored.slot(count - 1);
+                    rotate(key, step.cosines + row * HEAD_DIM, step.sines + row * HEAD_DIM);
+                    const int64_t slot = stored.slot(stored.count - 1);
                     for (int at = 0; at < HEAD_DIM; at++) {
                         narrow(key[at], stored.keys + slot + at);
                         narrow(value[at], stored.values + slot + at);
                     }
+                }
+            }
+            // The keys of all are there: a token attends to those of its sequence's earlier ones in this step.
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+                for (int64_t row = 0; row < rows; row++) {
+                    const Pages stored = pages(row, kv_head);
+                    float* query = qkv.get() + row * width + kv_head * GROUP * HEAD_DIM;
+                    const QUERY* cosines = step.cosines + row * HEAD_DIM;
+                    const QUERY* sines = step.sines + row * HEAD_DIM;
                     float queries[GROUP][HEAD_DIM], results[GROUP][HEAD_DIM];
                     for (int member = 0; member < GROUP; member++) {
                         rotate(query + member * HEAD_DIM, cosines, sines);

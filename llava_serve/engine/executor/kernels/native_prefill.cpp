@@ -72,7 +72,7 @@ extern "C" void prefill_attention(
                                 narrow(number, inputs.get() + row * HEAD_DIM + at);
                             }
                         multiply(
-                            {packed_keys.get(), nullptr, HEAD_DIM}, inputs.get(), 0, end, rows,
+                            {packed_keys.get(), nullptr, HEAD_DIM, BLOCK}, inputs.get(), 0, end, rows,
                             [&](int64_t row, int64_t key, float sum) { scores[row * padded + key] = sum * scaling; }
                         );
                         float totals[TOKENS];
@@ -99,7 +99,7 @@ extern "C" void prefill_attention(
                         }
                         for (int64_t first = 0; first < HEAD_DIM; first += BLOCK)
                             multiply(
-                                {packed_values.get() + first * padded, nullptr, end}, shares.get(), 0,
+                                {packed_values.get() + first * padded, nullptr, end, BLOCK}, shares.get(), 0,
                                 std::min<int64_t>(BLOCK, HEAD_DIM - first), rows,
                                 [&](int64_t row, int64_t at, float sum) {
                                     QUERY* result = out + ((token + row) * heads + head) * HEAD_DIM + first;

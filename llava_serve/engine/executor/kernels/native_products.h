@@ -1,6 +1,6 @@
 // Products of a few rows with weights in blocks, as oneDNN has them.
 //
-// Blocks of 64 outputs follow one another; a block has, for each input or, in bfloat16, for each pair of inputs, the
+// Blocks of outputs follow one another; a block has, for each input or, in bfloat16, for each pair of inputs, the
 // weights of its outputs side by side. The compiler's command line gives QUERY: float or bfloat16.
 
 #pragma once
@@ -13,7 +13,8 @@
 
 #include "native_numbers.h"
 
-constexpr int LANES = 16, BLOCK = 64, ROWS = 4;  // ROWS: those whose sums are in registers together
+constexpr int LANES = 16, ROWS = 4;  // ROWS: those whose sums are in registers together
+constexpr int BLOCK = 64;  // most outputs of a block
 constexpr int DEPTH = sizeof(QUERY) == 2 ? 2 : 1;  // inputs whose weights lie side by side
 constexpr int FETCH = 4096 / sizeof(QUERY);  // weights that are fetched before: a processor stops where a page ends
 
@@ -29,6 +30,7 @@ struct Linear {  // bias may be null
     const QUERY* weight;
     const QUERY* bias;
     int64_t inputs;
+    int64_t block;  // outputs of a block: a multiple of LANES
 };
 
 static inline float rounded(float number) {
@@ -80,8 +82,9 @@ static inline void add_products(
 template <int COUNT, int WIDTH>
 static void sum_some(const Linear& linear, const Input* inputs, int64_t begin, bool fetch, float* out) {
     Floats sums[COUNT][WIDTH] = {};  // in registers, until all is summed
-    const QUERY* weights = linear.weight + begin / BLOCK * BLOCK * linear.inputs + begin % BLOCK * DEPTH;
-    for (int64_t at = 0; at < linear.inputs; at += DEPTH, weights += BLOCK * DEPTH) {
+    const int64_t first = begin % linear.block, step = linear.block * DEPTH;
+    const QUERY* weights = linear.weight + (begin - first) * linear.inputs + first * DEPTH;
+    for (int64_t at = 0; at < linear.inputs; at += DEPTH, weights += step) {
         if (fetch)
             for (int lane = 0; lane < WIDTH; lane++) __builtin_prefetch(weights + FETCH + lane * LANES * DEPTH);
         add_products<WIDTH, COUNT>(weights, inputs + at, linear.inputs, sums);
@@ -106,7 +109,7 @@ template <class Use>
 static void multiply(const Linear& linear, const Input* inputs, int64_t begin, int64_t end, int64_t rows, Use use) {
     float sums[ROWS * BLOCK];
     for (int64_t width; begin < end; begin += width) {
-        width = std::min(end, (begin / BLOCK + 1) * BLOCK) - begin;
+        width = std::min(end, (begin / linear.block + 1) * linear.block) - begin;
         for (int64_t row = 0; row < rows; row += ROWS) {
             const int64_t count = std::min<int64_t>(ROWS, rows - row);
             const Input* own = inputs + row * linear.inputs;
