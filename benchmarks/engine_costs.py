@@ -35,7 +35,7 @@ from llava_serve.llm import LLM
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
 
-FULL = {"gaps": 5, "bookkeeping": (16, 64, 128, 256), "memory": 5000, "steps": (1, 8, 16)}
+FULL = {"gaps": 5, "bookkeeping": (16, 64, 128, 256), "memory": 5000, "steps": (1, 8, 16, 32)}
 """Rounds, sequences at once, requests, questions at once."""
 SMOKE = {"gaps": 1, "bookkeeping": (16,), "memory": 20, "steps": (1, 2)}
 
