@@ -91,8 +91,8 @@ def _block(weight: torch.Tensor, packed: torch.Tensor) -> int:
     for block in _BLOCKS:
         count = -(-outputs // block)
         if numbers == count * block * inputs and inputs % together == 0:
-            blocks, rows = flat.view(count, inputs // together, block, together), torch.split(weight, block)
-            if all(torch.equal(blocks[at].transpose(0, 1).flatten(1)[: len(rows[at])], rows[at]) for at in (0, -1)):
+            blocks, own = flat.view(count, inputs // together, block, together), torch.split(weight, block)
+            if all(torch.equal(blocks[at].transpose(0, 1).flatten(1)[: len(own[at])], own[at]) for at in (0, -1)):
                 return block
     return 0
 
