@@ -29,9 +29,9 @@ from .serve_env import EXTRA_PORTS, own_places
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+"""Of an application that has not started: there is nothing to drain."""
 _UNASKED = range(20_000, 32_768)
 """Ports above those of Ray's workers, and below those that a system gives to a program that asks for any."""
-"""Of an application that has not started: there is nothing to drain."""
 STANDARD_OUTPUT = Path("-")
 """As the log: the output of Ray and the replicas goes where this process's own goes."""
 _RAY_TIMED_OUT = "The current node timed out during startup"

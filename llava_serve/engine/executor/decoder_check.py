@@ -78,7 +78,7 @@ def disagreement(
     expected = torch.stack([decoder.reference_logits(one) for one in sequences])
     windows: set[int | None] = set()
     deviation = _deviation(_engine_logits(model, decoder, sequences, windows, scales, page_size), expected)
-    if decoder.native is not None:
+    if page_size is not None and decoder.native is not None:  # it computes all these steps
         windows |= decoder.native.windows
     exact = model.dtype.itemsize >= torch.float32.itemsize and decoder.has_float_weights and scales is None
     # Rounded otherwise, a few positions may differ much: a mixture takes another of two experts that are equally good.
