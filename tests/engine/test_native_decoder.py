@@ -45,6 +45,9 @@ def model_of(kind: str, dtype: torch.dtype) -> TinyModel:
         pytest.skip("oneDNN has no layout for bfloat16 on this processor")
     model = TinyModel(kind, dtype, **{} if kind == "mpt" else WIDE)
     pack_linears(model.language_model)
+    layers = [each for each in model.language_model.modules() if isinstance(each, PackedLinear)]
+    if not any(layer.block for layer in layers):
+        pytest.skip("oneDNN is not there, or has another layout on this processor")
     return model
 
 

@@ -198,5 +198,6 @@ def _layer(layer: Any, window: int | None) -> _Layer:
 
 def _linear(packed: PackedLinear | None) -> _Linear:
     assert packed is not None, "supports has looked"
+    assert packed.block, "supports has looked"
     bias = None if packed.bias is None else packed.bias.data_ptr()
     return _Linear(packed.address, bias, packed.in_features, packed.block)
