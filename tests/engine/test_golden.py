@@ -13,10 +13,10 @@ import torch
 from llava_serve import LLM, SamplingParams
 from llava_serve.config import EngineOptions, ImageOptions
 from llava_serve.engine.executor import background_compile, build, llama_decoder
-from llava_serve.engine.executor.kernels import native_build
 from llava_serve.model.llava import Llava
 from llava_serve.results import GenerationResult
 from llava_serve.types import ImagePart, Message, PreparedPrompt, TextPart
+from support.cpp_steps import NEEDS_CPP_STEPS
 from support.paths import GOLDEN
 
 SUITE: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text())
@@ -140,7 +140,7 @@ def test_greedy_tokens_and_text_of_the_decoder_for_cuda(name: str, monkeypatch: 
 
 
 @pytest.mark.extended
-@pytest.mark.skipif(native_build.compiler() is None, reason="there is no C++ compiler")
+@NEEDS_CPP_STEPS
 @pytest.mark.parametrize("name", SUITE)
 def test_greedy_tokens_and_text_of_what_large_models_compute_in_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_compile, "MIN_WEIGHTS", 0)

@@ -18,7 +18,6 @@ from llava_serve.config import EngineOptions
 from llava_serve.engine.executor import background_compile, native_decoder
 from llava_serve.engine.executor.attention import PackedStep
 from llava_serve.engine.executor.decoder import MAX_PROMPT_KEYS, MAX_SMALL, Decoder
-from llava_serve.engine.executor.kernels import native_build
 from llava_serve.engine.executor.kernels.native_attention import decode_attention
 from llava_serve.engine.executor.kv_pool import KVPool, PackedSequence
 from llava_serve.engine.executor.model import kv_shape
@@ -26,6 +25,7 @@ from llava_serve.engine.executor.native_decoder import NativeDecoder, use_native
 from llava_serve.engine.executor.packed_linear import PackedLinear, pack_linears
 from llava_serve.sampling_params import SamplingParams
 from llava_serve.types import PreparedPrompt
+from support.cpp_steps import NEEDS_CPP_STEPS
 from support.paths import GOLDEN, ROOT
 from support.tiny_engine import TinyModel
 
@@ -37,7 +37,7 @@ WIDE = {"hidden_size": HIDDEN, "intermediate_size": 96}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 KINDS = ("llama", "llama-llama3", "llama-linear", "llama-yarn", "mistral", "qwen2")
 
-pytestmark = pytest.mark.skipif(native_build.compiler() is None, reason="there is no C++ compiler")
+pytestmark = NEEDS_CPP_STEPS
 
 
 def model_of(kind: str, dtype: torch.dtype) -> TinyModel:
@@ -45,9 +45,6 @@ def model_of(kind: str, dtype: torch.dtype) -> TinyModel:
         pytest.skip("oneDNN has no layout for bfloat16 on this processor")
     model = TinyModel(kind, dtype, **{} if kind == "mpt" else WIDE)
     pack_linears(model.language_model)
-    layers = [each for each in model.language_model.modules() if isinstance(each, PackedLinear)]
-    if not any(layer.block for layer in layers):
-        pytest.skip("oneDNN is not there, or has another layout on this processor")
     return model
 
 
