@@ -126,8 +126,7 @@ class PackedStep:
         single = [*itertools.takewhile(lambda one: one.length == 1, self.sequences)] if self._in_cpp else []
         if not single:
             return None
-        pages = PageTable(single, self._page_size, self._shared_prefixes)
-        return NativeAttention(self.memory, pages, self._page_size)
+        return NativeAttention(self.memory, PageTable(single, self._page_size, self._shared_prefixes))
 
     def attend(
         self,

@@ -37,7 +37,7 @@ class PageTable:
         self, sequences: Sequence[PackedSequence], page_size: int, shared_prefixes: Sequence[SharedPrefix]
     ) -> None:
         tokens = [[one.base, at + 1] for one in sequences for at in range(one.start, one.start + one.length)]
-        self.count = len(tokens)
+        self.page_size, self.count = page_size, len(tokens)
         bases, used = torch.tensor(tokens, dtype=torch.int32).T
         self.used = used.contiguous()
         pages = -(-max(one.start + one.length for one in sequences) // page_size)
@@ -52,11 +52,11 @@ class NativeAttention:
     """Attention of the sequences with one token, which come first in a step. `native_decode_kernel` has tried it.
 
     Args:
-        pages: of their tokens, in pages of `page_size` positions.
+        pages: of their tokens.
     """
 
-    def __init__(self, memory: KVPool, pages: PageTable, page_size: int) -> None:
-        self._memory, self._pages, self._page_size = memory, pages, page_size
+    def __init__(self, memory: KVPool, pages: PageTable) -> None:
+        self._memory, self._pages = memory, pages
         self.count = pages.count
 
     def attend(
@@ -78,7 +78,7 @@ class NativeAttention:
         keys, values = self._memory.layers[layer]
         group = query.shape[1] // len(keys)
         launch(
-            compiled(query.dtype, keys.dtype, query.shape[3], group, self._page_size),
+            compiled(query.dtype, keys.dtype, query.shape[3], group, self._pages.page_size),
             query[0],
             (new[0][0], new[1][0]) if new else None,
             keys,

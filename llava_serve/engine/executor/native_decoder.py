@@ -90,8 +90,9 @@ class NativeDecoder:
         group = config.num_attention_heads // config.num_key_value_heads
         self._run = _compiled(language_model.dtype, attention.head_dim, group, page_size)
         window = WINDOWS[type(language_model)]
-        layers = [_layer(layer, window(layer.self_attn)) for layer in decoder.layers]
-        self.windows = {window(layer.self_attn) for layer in decoder.layers}
+        windows = [window(layer.self_attn) for layer in decoder.layers]
+        layers = [_layer(*each) for each in zip(decoder.layers, windows, strict=True)]
+        self.windows = set(windows)
         self._rotary = decoder.rotary_emb
         self._decoder = decoder  # whose weights the addresses below are
         self._model = _Model(
