@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -119,12 +118,7 @@ def server() -> Iterator[PictureServer]:
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
     """Waits for a condition that must hold soon, with a timeout that only a fault reaches."""
-
-    def wait(holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not holds():
-            assert time.monotonic() < deadline, "the condition did not hold in time"
-            time.sleep(0.02)
+    from support.api_server import wait_until as wait
 
     return wait
 
